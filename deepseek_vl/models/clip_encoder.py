@@ -1,0 +1,159 @@
+"""Vision towers as DeepSeek-VL's configs name them: one network with its normalisation, or the hybrid of two."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepseek_vl.models.sam import SAMVisionTransformer, create_sam_vit
+
+SELECT_FEATURES = ("patch", "cls_patch", "same")
+CONCAT_TYPES = ("feature", "sequence", "add", "tuple")
+
+
+class CLIPVisionTower(nn.Module):
+    """A vision transformer, with optional normalisation of its pixels and selection of its features.
+
+    Args:
+        model_name: `siglip...` or `sam...` for a row of the towers' tables, whose output is returned as it is; any other
+            name is the id or path of a `transformers.CLIPVisionModel`.
+        image_size: side of the square input in pixels. A CLIP model keeps its own.
+        select_feature: for CLIP models, what to return of the hidden states: `patch` drops the class token, `cls_patch`
+            keeps it, `same` changes nothing. SigLIP and SAM towers always use `same`.
+        select_layer: the layer whose output is used, counted as in `create_siglip_vit`; an index into
+            `hidden_states` for CLIP models. SAM has necks of its own and takes no notice.
+        select_layers: kept as an attribute, as in the reference, which does not use it.
+        ckpt_path: optional weights file for this tower alone.
+        pixel_mean, pixel_std: per channel; pixels are normalised only if both are given.
+        output_dim: width of the features, which the hybrid tower reads for its layer norms.
+        overrides: fields of the table's row to replace, such as `width` or `layers`.
+
+    Raises:
+        ValueError: for an unknown model name, `select_feature` or override.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "siglip_large_patch16_384",
+        image_size: int = 336,
+        select_feature: str = "patch",
+        select_layer: int = -2,
+        select_layers: list[int] | None = None,
+        ckpt_path: str = "",
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        output_dim: int | None = None,
+        **overrides: Any,
+    ):
+        super().__init__()
+        self.model_name = model_name
+        self.select_feature = select_feature
+        self.select_layer = select_layer
+        self.select_layers = select_layers
+        self.output_dim = output_dim
+        self.pixel_mean = None if pixel_mean is None else tuple(pixel_mean)
+        self.pixel_std = None if pixel_std is None else tuple(pixel_std)
+
+        if model_name.startswith("siglip"):
+            # timm takes seconds to import, which a program that only needs the processor should not pay.
+            from deepseek_vl.models.siglip_vit import create_siglip_vit
+
+            self.select_feature = "same"
+            self.vision_tower = create_siglip_vit(
+                model_name, image_size=image_size, select_layer=select_layer, ckpt_path=ckpt_path, **overrides
+            )
+        elif model_name.startswith("sam"):
+            self.select_feature = "same"
+            self.vision_tower = create_sam_vit(model_name, image_size=image_size, ckpt_path=ckpt_path, **overrides)
+        else:
+            if overrides:
+                raise ValueError(f"Unknown key {', '.join(map(repr, overrides))} for CLIP vision tower {model_name!r}.")
+            if select_feature not in SELECT_FEATURES:
+                raise ValueError(f"Unknown select_feature {select_feature!r}; known are {', '.join(SELECT_FEATURES)}.")
+            self.vision_tower = _load_clip(model_name)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] -> [B, N, width]; a SAM tower gives its map, [B, C, h, h]."""
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            mean, std = (images.new_tensor(values)[:, None, None] for values in (self.pixel_mean, self.pixel_std))
+            images = (images - mean) / std
+        if self.model_name.startswith(("siglip", "sam")):
+            return self.vision_tower(images)
+        features = self.vision_tower(images, output_hidden_states=True).hidden_states[self.select_layer]
+        return features[:, 1:] if self.select_feature == "patch" else features
+
+
+def _load_clip(name_or_path: str) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if torch.get_default_device().type == "meta":  # inside `from_pretrained`: the model's own checkpoint has the weights
+        return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name_or_path))
+    return CLIPVisionModel.from_pretrained(name_or_path)
+
+
+class HybridVisionTower(nn.Module):
+    """SAM at high resolution beside SigLIP at low resolution (paper, section 3.1).
+
+    Args:
+        high_res_cfg, low_res_cfg: arguments of the two `CLIPVisionTower`s. The high-resolution neck is resized to four
+            times the low-resolution grid, unless `high_res_cfg` has a `neck_size`.
+        freeze_high, freeze_low: train nothing of that tower. An unfrozen high-resolution tower still trains only
+            its necks and downsampling convolutions.
+        concat_type: `tuple` gives (high, low); `feature` concatenates them along the last dimension and `sequence`
+            along the tokens, high first; `add` sums them.
+
+    Raises:
+        ValueError: for an unknown `concat_type`, and what `CLIPVisionTower` raises.
+    """
+
+    def __init__(
+        self,
+        high_res_cfg: Mapping[str, Any],
+        low_res_cfg: Mapping[str, Any],
+        freeze_high: bool = False,
+        freeze_low: bool = False,
+        concat_type: str = "tuple",
+    ):
+        super().__init__()
+        if concat_type not in CONCAT_TYPES:
+            raise ValueError(f"Unknown concat_type {concat_type!r}; known are {', '.join(CONCAT_TYPES)}.")
+        self.concat_type = concat_type
+        self.freeze_high = freeze_high
+        self.freeze_low = freeze_low
+        self.low_res_size = low_res_cfg["image_size"]
+
+        self.vision_tower_low = CLIPVisionTower(**low_res_cfg)
+        self.vision_tower_high = CLIPVisionTower(**{**self._neck_size(), **high_res_cfg})
+        # The forward pass uses neither norm; the published checkpoints have both.
+        self.high_layer_norm = nn.LayerNorm(high_res_cfg.get("output_dim", 1024))
+        self.low_layer_norm = nn.LayerNorm(low_res_cfg.get("output_dim", 1024))
+
+        if freeze_high:
+            self.vision_tower_high.requires_grad_(False).eval()
+        else:
+            for name, parameter in self.vision_tower_high.named_parameters():
+                parameter.requires_grad_("neck" in name or "downsamples" in name)
+        if freeze_low:
+            self.vision_tower_low.requires_grad_(False).eval()
+
+    def _neck_size(self) -> dict[str, int]:
+        patch_embed = getattr(self.vision_tower_low.vision_tower, "patch_embed", None)
+        return {"neck_size": 4 * patch_embed.grid_size[0]} if hasattr(patch_embed, "grid_size") else {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """[B, 3, S, S] with S the high-resolution size -> features, or a pair of them, each [B, N, width]."""
+        size = (self.low_res_size, self.low_res_size)
+        low_images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(images.dtype)
+
+        high = self.vision_tower_high(images)
+        if isinstance(self.vision_tower_high.vision_tower, SAMVisionTransformer):
+            high = high.flatten(2).transpose(1, 2)  # [B, C, h, h] -> [B, h * h, C]
+        low = self.vision_tower_low(low_images)
+
+        if self.concat_type == "tuple":
+            return high, low
+        if self.concat_type == "add":
+            return high + low
+        return torch.cat([high, low], dim=-1 if self.concat_type == "feature" else 1)

@@ -1,0 +1,162 @@
+"""PIL image -> `pixel_values`, bit for bit as the reference does it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+IMAGENET_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGENET_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
+IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """The image centred on a square of its longer side, the rest filled with `background_color`."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+class VLMImageProcessorConfig(PretrainedConfig):
+    """The image processor's settings; the key under which it is registered with `AutoImageProcessor`."""
+
+    model_type = "deepseek_vlm"
+
+    def __init__(
+        self,
+        image_size: int = 384,
+        min_size: int = 14,
+        image_mean: Sequence[float] | None = IMAGENET_MEAN,
+        image_std: Sequence[float] | None = IMAGENET_STD,
+        rescale_factor: float = 1.0 / 255.0,
+        do_normalize: bool = True,
+        **kwargs: Any,
+    ):
+        self.image_size = image_size
+        self.min_size = min_size
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        super().__init__(**kwargs)
+
+
+class VLMImageProcessor(BaseImageProcessor):
+    """Resizes an image to fit a square, centres it on the mean colour, and scales its pixels.
+
+    Args:
+        image_size: side S of the square in pixels.
+        min_size: the shorter side is never resized below this.
+        image_mean, image_std: per channel, for `do_normalize` and for the background; None for none (a background of
+            127).
+        rescale_factor: multiplies the 8-bit values.
+        do_normalize: subtract the mean and divide by the standard deviation.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        image_size: int,
+        min_size: int = 14,
+        image_mean: Sequence[float] | None = IMAGENET_MEAN,
+        image_std: Sequence[float] | None = IMAGENET_STD,
+        rescale_factor: float = 1.0 / 255.0,
+        do_normalize: bool = True,
+        **kwargs: Any,
+    ):
+        kwargs.pop("background_color", None)  # files carry it, but it follows from the mean
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.min_size = min_size
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.background_color = (127, 127, 127) if image_mean is None else tuple(int(255 * m) for m in image_mean)
+
+    @property
+    def default_shape(self) -> list[int]:
+        """Shape of one processed image: [3, S, S]."""
+        return [3, self.image_size, self.image_size]
+
+    def resize(self, pil_img: Image.Image) -> np.ndarray:
+        """Any PIL image -> uint8 [3, S, S].
+
+        Raises:
+            TypeError: if it is not a PIL image.
+            ValueError: if it has no pixels.
+        """
+        if not isinstance(pil_img, Image.Image):
+            raise TypeError(f"Images must be PIL images, got {type(pil_img).__name__}; load them with load_pil_images.")
+        width, height = pil_img.size
+        if not width or not height:
+            raise ValueError(f"The image has no pixels: {width}x{height}.")
+        # Truncation, in this order of operations, is what the published models were trained with.
+        size = [max(int(side / max(width, height) * self.image_size), self.min_size) for side in (width, height)]
+        resized = pil_img.convert("RGB").resize(tuple(size), Image.Resampling.BICUBIC)
+        square = np.asarray(expand2square(resized, self.background_color))  # [S, S, 3]
+        return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+    def preprocess(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Images -> `pixel_values`, float32 [n, 3, S, S]: a list of arrays, or one array or tensor.
+
+        Args:
+            images: PIL images of any size and mode, or one of them.
+            return_tensors: None, "np" or "pt".
+        """
+        if isinstance(images, Image.Image):
+            images = [images]
+        table = _value_table(self.rescale_factor, *self._normalisation())
+        arrays = [
+            np.stack([np.take(table[channel], plane) for channel, plane in enumerate(self.resize(image))])
+            for image in images
+        ]
+        if not arrays and return_tensors is not None:
+            arrays = np.zeros((0, *self.default_shape), dtype=np.float32)
+        elif return_tensors is not None:
+            arrays = np.stack(arrays)
+        return BatchFeature(data={"pixel_values": arrays}, tensor_type=return_tensors)
+
+    def __call__(self, images: Image.Image | Sequence[Image.Image], *args: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, *args, **kwargs)
+
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if not self.do_normalize or self.image_mean is None or self.image_std is None:
+            return (0.0,) * 3, (1.0,) * 3
+        return tuple(self.image_mean), tuple(self.image_std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as published `preprocessor_config.json` files have them."""
+        return {
+            "background_color": list(self.background_color),
+            "do_normalize": self.do_normalize,
+            "image_mean": None if self.image_mean is None else list(self.image_mean),
+            "image_processor_type": type(self).__name__,
+            "image_size": self.image_size,
+            "image_std": None if self.image_std is None else list(self.image_std),
+            "min_size": self.min_size,
+            "processor_class": "VLChatProcessor",
+            "rescale_factor": self.rescale_factor,
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def _value_table(rescale_factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """float32 [3, 256]: what each 8-bit value becomes in each channel, rounded at the same steps as the reference."""
+    values = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    return (values - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
+
+
+AutoImageProcessor.register(VLMImageProcessorConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)

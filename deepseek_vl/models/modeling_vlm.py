@@ -1,0 +1,377 @@
+"""The model: configs and `MultiModalityCausalLM`, vision towers -> projector -> Llama (paper, section 3.1)."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import cached_file
+
+from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
+from deepseek_vl.models.processing_vlm import VLChatProcessor
+from deepseek_vl.models.projector import MlpProjector
+from deepseek_vl.utils.attrdict_import import AttrDict
+
+logger = logging.getLogger(__name__)
+
+MODULES: dict[str, type[nn.Module]] = {
+    "MlpProjector": MlpProjector,
+    "CLIPVisionTower": CLIPVisionTower,
+    "HybridVisionTower": HybridVisionTower,
+}
+
+
+def model_name_to_cls(cls_name: str) -> type[nn.Module]:
+    """The module class whose name occurs in `cls_name`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name, module_class in MODULES.items():
+        if name in cls_name:
+            return module_class
+    raise ValueError(f"Unknown cls {cls_name!r} in the config; known are {', '.join(MODULES)}.")
+
+
+def _set_module(config: PretrainedConfig, cls: str | type, params: Mapping[str, Any] | None) -> None:
+    config.cls = cls if isinstance(cls, str) else cls.__name__
+    config.params = AttrDict(params or {})
+
+
+class VisionConfig(PretrainedConfig):
+    """The vision tower.
+
+    Args:
+        cls: its class, or the class's name.
+        params: the parameters it is called with, kept as an `AttrDict`: `params.x` and `params["x"]` both work.
+    """
+
+    model_type = "vision"
+
+    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        _set_module(self, cls, params)
+
+
+class AlignerConfig(PretrainedConfig):
+    """The projector; `cls` and `params` as in `VisionConfig`."""
+
+    model_type = "aligner"
+
+    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        _set_module(self, cls, params)
+
+
+class MultiModalityConfig(PretrainedConfig):
+    """The whole model's configuration, as published in `config.json`.
+
+    Args:
+        vision_config, aligner_config: dicts or config objects.
+        language_config: a dict (missing keys take `LlamaConfig`'s defaults) or a `LlamaConfig`.
+    """
+
+    model_type = "multi_modality"
+    sub_configs = {"vision_config": VisionConfig, "aligner_config": AlignerConfig, "language_config": LlamaConfig}
+
+    def __init__(
+        self,
+        vision_config: VisionConfig | Mapping[str, Any] | None = None,
+        aligner_config: AlignerConfig | Mapping[str, Any] | None = None,
+        language_config: LlamaConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        given = {"vision_config": vision_config, "aligner_config": aligner_config, "language_config": language_config}
+        for name, config in given.items():
+            config_class = self.sub_configs[name]
+            setattr(self, name, config if isinstance(config, PretrainedConfig) else config_class(**(config or {})))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The language model's config, in which transformers looks for the vocabulary and the cache's sizes."""
+        return self.language_config
+
+
+class MultiModalityPreTrainedModel(PreTrainedModel):
+    """What the model tells transformers about itself."""
+
+    config_class = MultiModalityConfig
+    base_model_prefix = "multi_modality"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "SAMBlock", "Block"]  # Block is timm's
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Parameters that stand outside the layers that transformers knows: SAM's and timm's.
+        std = self.config.get_text_config().initializer_range
+        for name in ("pos_embed", "latent"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                init.normal_(getattr(module, name), std=std)
+        for name in ("rel_pos_h", "rel_pos_w", "hd_alpha_downsamples"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                init.zeros_(getattr(module, name))
+
+
+class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
+    """DeepSeek-VL: a vision tower, a projector and a Llama language model.
+
+    Attributes:
+        vision_model: `CLIPVisionTower` or `HybridVisionTower`.
+        aligner: `MlpProjector`.
+        language_model: `LlamaForCausalLM`, which can be used on its own with `inputs_embeds` from
+            `prepare_inputs_embeds`.
+    """
+
+    def __init__(self, config: MultiModalityConfig):
+        super().__init__(config)
+        vision, aligner = config.vision_config, config.aligner_config
+        self.vision_model = model_name_to_cls(vision.cls)(**vision.params)
+        self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
+        self.language_model = LlamaForCausalLM(config.language_config)
+        self.post_init()
+        self._set_generation_tokens(_default_special_tokens(config.language_config))
+
+    # --- the language model's parts under the names that transformers asks for ---
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    # --- forward ---
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images for the language model: [n, 3, S, S] -> [n, N, D], in the model's dtype."""
+        reference = next(self.vision_model.parameters())
+        return self.aligner(self.vision_model(pixel_values.to(reference.device, reference.dtype)))
+
+    def prepare_inputs_embeds(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        images_seq_mask: torch.BoolTensor,
+        images_emb_mask: torch.BoolTensor,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        """Embed a batch from the processor, image features in their places.
+
+        Only slots with real features are encoded; without any, no vision runs.
+
+        Args:
+            input_ids: int64 [b, T]; negative ids are embedded as 0.
+            pixel_values: [b, n, 3, S, S] of any float dtype, or None without images.
+            images_seq_mask: bool [b, T], where features replace token embeddings, in order.
+            images_emb_mask: bool [b, n, N], which features are real.
+            ignored: the processor output's other fields.
+
+        Returns:
+            [b, T, D] in the model's dtype.
+
+        Raises:
+            ValueError: if the prompt is longer than the model's positions, or masks and features do not fit.
+        """
+        longest = self.config.language_config.max_position_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, more than the {longest} positions of this model; "
+                "shorten the text or use fewer images."
+            )
+        inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
+        positions, features = int(images_seq_mask.sum()), int(images_emb_mask.sum())
+        if positions != features:
+            raise ValueError(f"images_seq_mask has {positions} image positions, images_emb_mask {features} features.")
+        if not features:
+            return inputs_embeds
+        if pixel_values is None:
+            raise ValueError(f"The prompt has {positions} image positions, but pixel_values is None.")
+
+        is_real = images_emb_mask.any(dim=-1)  # [b, n]
+        image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])  # [images, N, D]
+        feature_mask = images_emb_mask[is_real].to(image_features.device)  # [images, N]
+        if feature_mask.shape != image_features.shape[:2]:
+            raise ValueError(
+                f"The vision tower gives {image_features.shape[1]} features per image, the processor reserved "
+                f"{feature_mask.shape[1]} (num_image_tokens)."
+            )
+        source = image_features[feature_mask].to(inputs_embeds.device, inputs_embeds.dtype)  # [features, D]
+        return inputs_embeds.masked_scatter(images_seq_mask.to(inputs_embeds.device)[..., None], source)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        images_seq_mask: torch.BoolTensor | None = None,
+        images_emb_mask: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        sft_format: list[str] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model on ids with or without images, or on embeddings.
+
+        Args:
+            input_ids: int64 [b, T].
+            pixel_values, images_seq_mask, images_emb_mask: as in `prepare_inputs_embeds`; all three or none.
+            attention_mask: [b, past + T], 0 on padding.
+            position_ids: int64 [b, T].
+            past_key_values: a transformers cache.
+            inputs_embeds: [b, T, D], instead of `input_ids`.
+            labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
+            use_cache: return the cache.
+            logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
+            sft_format: the processor output's prompt strings; not used.
+            kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
+
+        Returns:
+            `loss` (with labels), `logits` [b, T, vocabulary], `past_key_values`, `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for pixels without masks; and
+                what `prepare_inputs_embeds` raises.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _embed(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        images_seq_mask: torch.BoolTensor | None,
+        images_emb_mask: torch.BoolTensor | None,
+    ) -> torch.Tensor:
+        if images_seq_mask is not None and images_emb_mask is not None:
+            return self.prepare_inputs_embeds(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+        if pixel_values is not None:
+            raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
+        return self.get_input_embeddings()(input_ids.clamp(min=0))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        images_seq_mask: torch.BoolTensor | None = None,
+        images_emb_mask: torch.BoolTensor | None = None,
+        sft_format: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, straight from the processor's output: `generate(**processor(...), max_new_tokens=64)`.
+
+        Images are encoded once, before decoding starts. As transformers does, the result begins with the prompt's ids
+        if ids were given. It stops at the checkpoint's own end token.
+
+        Raises:
+            ValueError: what `prepare_inputs_embeds` raises.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is not None and kwargs.get("inputs_embeds") is None and kwargs.get("past_key_values") is None:
+            kwargs["inputs_embeds"] = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+        return super().generate(input_ids, *args, **kwargs)
+
+    # --- loading ---
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
+                `ignore_mismatched_sizes` is given).
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        problems = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
+        if any(problems.values()):
+            details = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems.items() if keys)
+            raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
+        if not model.generation_config._from_model_config:
+            return (model, info) if return_info else model
+        model._set_generation_tokens(_tokenizer_special_tokens(str(pretrained_model_name_or_path), kwargs))
+        return (model, info) if return_info else model
+
+    def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
+        """Tell `generate`, here and in the language model, which tokens begin, end and pad a text."""
+        for model in (self, self.language_model):
+            for name, token_id in token_ids.items():
+                setattr(model.generation_config, name, token_id)
+
+
+def _default_special_tokens(config: LlamaConfig) -> dict[str, int]:
+    """The language config's own ids, except for the published vocabulary, whose configs carry Llama's by oversight."""
+    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    if (bos, eos) == (1, 2) and config.vocab_size == 102400:
+        bos, eos, pad = 100000, 100001, 100001
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+
+def _tokenizer_special_tokens(name_or_path: str, kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of the special tokens that the tokenizer files beside a checkpoint name; empty without such files."""
+    hub_arguments = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+    files = [
+        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        for file in ("tokenizer_config.json", "tokenizer.json")
+    ]
+    if None in files:
+        return {}
+    tokenizer_config, tokenizer = (json.loads(open(file, encoding="utf-8").read()) for file in files)
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    ids = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = tokenizer_config.get(name)
+        content = token["content"] if isinstance(token, dict) else token
+        if content in added:
+            ids[f"{name}_id"] = added[content]
+    return ids
+
+
+AutoConfig.register("vision", VisionConfig, exist_ok=True)
+AutoConfig.register("aligner", AlignerConfig, exist_ok=True)
+AutoConfig.register("multi_modality", MultiModalityConfig, exist_ok=True)
+AutoModelForCausalLM.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
+AutoProcessor.register(MultiModalityConfig, VLChatProcessor, exist_ok=True)

@@ -1,0 +1,337 @@
+"""Conversation + images -> model inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
+
+from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
+from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class DictOutput:
+    """A dataclass that can also be read, written and unpacked (`**output`) like a dict of its fields.
+
+    `len()` is not the number of fields: each subclass says what it counts.
+    """
+
+    def keys(self) -> Any:
+        return self.__dict__.keys()
+
+    def values(self) -> Any:
+        return self.__dict__.values()
+
+    def items(self) -> Any:
+        return self.__dict__.items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.__dict__.get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.__dict__
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.__dict__[key] = value
+
+
+@dataclass
+class VLChatProcessorOutput(DictOutput):
+    """One conversation, processed. T tokens, n images.
+
+    Attributes:
+        sft_format: the prompt string.
+        input_ids: int64 [T], with `num_image_tokens` placeholder ids per image.
+        pixel_values: float32 [n, 3, S, S]; may be None if there are no images.
+        num_image_tokens: int32 [n].
+    """
+
+    sft_format: str
+    input_ids: torch.LongTensor
+    pixel_values: torch.FloatTensor | None
+    num_image_tokens: torch.IntTensor
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self.input_ids)
+
+
+@dataclass
+class BatchedVLChatProcessorOutput(DictOutput):
+    """A left-padded batch of b conversations, of T tokens and n = max(1, most images in a row).
+
+    Attributes:
+        sft_format: the b prompt strings.
+        input_ids: int64 [b, T].
+        pixel_values: float32 [b, n, 3, S, S], zeros where a row has fewer images.
+        attention_mask: int64 [b, T], 0 on padding.
+        images_seq_mask: bool [b, T], True where an image feature replaces the token's embedding.
+        images_emb_mask: bool [b, n, num_image_tokens], True for the features that are real.
+    """
+
+    sft_format: list[str]
+    input_ids: torch.LongTensor
+    pixel_values: torch.FloatTensor
+    attention_mask: torch.LongTensor
+    images_seq_mask: torch.BoolTensor
+    images_emb_mask: torch.BoolTensor
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.input_ids)
+
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+    ) -> "BatchedVLChatProcessorOutput":
+        """Move every tensor to `device`, cast the pixels (and only them) to `dtype`, and return this same object."""
+        for key, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[key] = value.to(device, dtype) if key == "pixel_values" else value.to(device)
+        return self
+
+
+class VLChatProcessor(ProcessorMixin):
+    """Renders a conversation, tokenizes it and prepares its images.
+
+    Args:
+        image_processor: PIL images -> pixels.
+        tokenizer: the checkpoint's tokenizer.
+        image_tag: the placeholder that stands for an image in the text; added to the tokenizer if it lacks it.
+        num_image_tokens: how many features an image has.
+        add_special_token: keep the tag's own token in front of each image's positions.
+        sft_format: name of the conversation template.
+        mask_prompt: in training, learn the answers only.
+        ignore_id: in training, the label of positions that are not learnt.
+    """
+
+    system_prompt = DEFAULT_SYSTEM_PROMPT
+
+    def __init__(
+        self,
+        image_processor: VLMImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        image_tag: str = "<image_placeholder>",
+        num_image_tokens: int = 576,
+        add_special_token: bool = False,
+        sft_format: str = "deepseek",
+        mask_prompt: bool = True,
+        ignore_id: int = -100,
+        chat_template: str | None = None,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_tag = image_tag
+        self.num_image_tokens = num_image_tokens
+        self.add_special_token = add_special_token
+        self.sft_format = sft_format
+        self.mask_prompt = mask_prompt
+        self.ignore_id = ignore_id
+        if self.image_id is None:
+            tokenizer.add_special_tokens({"extra_special_tokens": [image_tag]}, replace_extra_special_tokens=False)
+
+    @property
+    def image_token(self) -> str:
+        """The image tag."""
+        return self.image_tag
+
+    @property
+    def image_id(self) -> int | None:
+        """The image tag's token id."""
+        token_id = self.tokenizer.convert_tokens_to_ids(self.image_tag)
+        known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == self.image_tag
+        return token_id if known else None
+
+    @property
+    def pad_id(self) -> int:
+        """The id that pads batches: the tokenizer's padding token, or its end token if it has none."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+    def new_chat_template(self) -> Conversation:
+        """An empty conversation in this processor's format, with its system prompt."""
+        conversation = get_conv_template(self.sft_format)
+        conversation.set_system_message(self.system_prompt)
+        return conversation
+
+    def apply_sft_template_for_multi_turn_prompts(
+        self, conversations: Sequence[Mapping[str, Any]], sft_format: str = "deepseek", system_prompt: str = ""
+    ) -> str:
+        """Render messages (`{"role": ..., "content": ...}`) as a prompt; each content and the whole are stripped."""
+        conversation = get_conv_template(sft_format)
+        conversation.set_system_message(system_prompt)
+        for message in conversations:
+            conversation.append_message(message["role"], message["content"].strip())
+        return conversation.get_prompt().strip()
+
+    def add_image_token(
+        self, image_indices: Sequence[int] | torch.Tensor, input_ids: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.IntTensor]:
+        """Make room for the image features.
+
+        Args:
+            image_indices: positions of the image tag in `input_ids`, in order.
+            input_ids: int64 [t].
+
+        Returns:
+            The ids with every tag replaced by `num_image_tokens` copies of it (one more with `add_special_token`), int64
+            [T]; and the number of features of each image, int32 [n].
+        """
+        indices = torch.as_tensor(image_indices, dtype=torch.int64).flatten()
+        copies = torch.ones_like(input_ids)
+        copies[indices] = self.num_image_tokens + int(self.add_special_token)
+        counts = torch.full((len(indices),), self.num_image_tokens, dtype=torch.int32)
+        return input_ids.repeat_interleave(copies), counts
+
+    def process_one(
+        self,
+        prompt: str | None = None,
+        conversations: Sequence[Mapping[str, Any]] | None = None,
+        images: Sequence[Image.Image] | None = None,
+        **kwargs: Any,
+    ) -> VLChatProcessorOutput:
+        """Process one prompt or conversation.
+
+        Args:
+            prompt: a rendered prompt, used as it is.
+            conversations: the messages of one conversation, rendered with this processor's template and system prompt.
+            images: its PIL images, in the order of their tags.
+
+        Raises:
+            ValueError: unless exactly one of `prompt` and `conversations` is given, or if the number of images is not
+                the number of tags.
+        """
+        if (prompt is None) == (conversations is None):
+            raise ValueError("Give exactly one of `prompt` and `conversations`.")
+        if prompt is None:
+            prompt = self.apply_sft_template_for_multi_turn_prompts(
+                conversations, sft_format=self.sft_format, system_prompt=self.system_prompt
+            )
+        images = [images] if isinstance(images, Image.Image) else list(images or [])
+
+        input_ids = torch.tensor(self.tokenizer.encode(prompt), dtype=torch.int64)
+        image_indices = (input_ids == self.image_id).nonzero()
+        if len(image_indices) != len(images):
+            raise ValueError(
+                f"The prompt has {len(image_indices)} {self.image_tag} and {len(images)} images were given; "
+                "there must be one tag per image."
+            )
+        input_ids, num_image_tokens = self.add_image_token(image_indices, input_ids)
+        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return VLChatProcessorOutput(prompt, input_ids, pixel_values, num_image_tokens)
+
+    def __call__(
+        self,
+        *,
+        prompt: str | None = None,
+        conversations: Sequence[Mapping[str, Any]] | None = None,
+        images: Sequence[Image.Image] | None = None,
+        force_batchify: bool = True,
+        **kwargs: Any,
+    ) -> VLChatProcessorOutput | BatchedVLChatProcessorOutput:
+        """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one."""
+        output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
+        return self.batchify([output]) if force_batchify else output
+
+    def batchify(self, prepare_list: Sequence[VLChatProcessorOutput]) -> BatchedVLChatProcessorOutput:
+        """Left-pad processed conversations to one batch.
+
+        Raises:
+            ValueError: for an empty list, or an item whose image positions, images and feature counts disagree.
+        """
+        if not prepare_list:
+            raise ValueError("There is nothing to batch: the list is empty.")
+        rows, most_tokens = len(prepare_list), max(len(item.input_ids) for item in prepare_list)
+        most_images = max(1, *(len(item.num_image_tokens) for item in prepare_list))
+
+        batch = BatchedVLChatProcessorOutput(
+            sft_format=[item.sft_format for item in prepare_list],
+            input_ids=torch.full((rows, most_tokens), self.pad_id, dtype=torch.int64),
+            pixel_values=torch.zeros((rows, most_images, *self.image_processor.default_shape)),
+            attention_mask=torch.zeros((rows, most_tokens), dtype=torch.int64),
+            images_seq_mask=torch.zeros((rows, most_tokens), dtype=torch.bool),
+            images_emb_mask=torch.zeros((rows, most_images, self.num_image_tokens), dtype=torch.bool),
+        )
+        for row, item in enumerate(prepare_list):
+            start = most_tokens - len(item.input_ids)
+            batch.images_seq_mask[row, start:] = self._image_positions(row, item)
+            batch.input_ids[row, start:] = torch.as_tensor(item.input_ids)
+            batch.attention_mask[row, start:] = 1
+            for slot, count in enumerate(item.num_image_tokens):
+                batch.pixel_values[row, slot] = item.pixel_values[slot]
+                batch.images_emb_mask[row, slot, :count] = True
+        return batch
+
+    def _image_positions(self, row: int, item: VLChatProcessorOutput) -> torch.Tensor:
+        """Bool [T]: where image features go. With `add_special_token` an image's own tag is not such a position."""
+        counts = torch.as_tensor(item.num_image_tokens, dtype=torch.int64)
+        images = 0 if item.pixel_values is None else len(item.pixel_values)
+        if images != len(counts):
+            raise ValueError(f"Item {row} has {images} images and {len(counts)} entries in num_image_tokens.")
+        if (counts > self.num_image_tokens).any():
+            raise ValueError(
+                f"Item {row} has an image of {int(counts.max())} features; this processor's images have "
+                f"{self.num_image_tokens}."
+            )
+        is_tag = torch.as_tensor(item.input_ids) == self.image_id
+        positions = is_tag.nonzero().flatten()
+        if self.add_special_token and len(positions) == counts.sum() + images:
+            own_tags = torch.cumsum(torch.cat([counts.new_zeros(1), counts + 1]), 0)[:-1]  # first of each image's run
+            is_tag[positions[own_tags]] = False
+        elif len(positions) != counts.sum():
+            raise ValueError(
+                f"Item {row} has {len(positions)} {self.image_tag} positions, and its {images} images have "
+                f"{int(counts.sum())} features; there must be one position per feature."
+            )
+        return is_tag
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as published `processor_config.json` files have them."""
+        names = ("add_special_token", "ignore_id", "image_tag", "mask_prompt", "num_image_tokens", "sft_format")
+        return {**{name: getattr(self, name) for name in names}, "processor_class": type(self).__name__}
+
+    def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write the published layout: processor, image processor and tokenizer, each in files of its own."""
+        self.image_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """transformers' hook that loads the parts: here not through the Auto classes, because of `load_tokenizer`."""
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        return [
+            VLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
+            load_tokenizer(pretrained_model_name_or_path, **hub_arguments),
+        ]
+
+
+def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer as its `tokenizer.json` says.
+
+    Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
+    pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
+    """
+    has_file = cached_file(
+        name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments
+    )
+    if not has_file:
+        return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **hub_arguments)
+    # What LlamaTokenizerFast sets for a checkpoint that is silent about it.
+    if "padding_side" not in tokenizer.init_kwargs:
+        tokenizer.padding_side = "left"
+    if "model_input_names" not in tokenizer.init_kwargs:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer

@@ -1,0 +1,198 @@
+"""The terminal: an interactive chat, or one answer on standard output."""
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from deepseek_vl.utils.io import ImageLoadError, load_image, load_pretrained_model
+
+IMAGE_TAG = "<image_placeholder>"
+USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
+HELP = f"""\
+Write a message and press Enter. Put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
+  new    forget the conversation and start again
+  help   show this text
+  exit   leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+class _Exit(Exception):
+    """The user wants to leave."""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong argument as one line, with the exit code of every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `cli_chat.py`."""
+    parser = _OneLineParser(prog="cli_chat.py", description="Chat with a DeepSeek-VL model in the terminal.")
+    parser.add_argument(
+        "--model_path",
+        default="deepseek-ai/deepseek-vl-7b-chat",
+        help="checkpoint directory, or id on the Hugging Face Hub (default: %(default)s)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy decoding (default: %(default)s)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (default: %(default)s)")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.1, help="used when sampling (default: %(default)s)"
+    )
+    parser.add_argument("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="image for the first message; may be repeated"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this one message on standard output, and exit")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the terminal chat; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except BrokenPipeError:  # the reader of our output has gone, as in `cli_chat.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"cli_chat.py: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Everything that can be wrong with the arguments is found before the model is loaded, which takes long.
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty.")
+    images = [load_image(path) for path in args.image]
+    _be_quiet(progress=args.prompt is None and sys.stderr.isatty())
+
+    from deepseek_vl.serve.chat import ChatSession, with_image_tags
+    from deepseek_vl.serve.inference import GenerationSettings
+
+    settings = GenerationSettings(args.max_gen_len, args.temperature, args.top_p, args.repetition_penalty)
+    if args.prompt is not None:
+        with_image_tags(args.prompt, len(images), IMAGE_TAG)
+    _, processor, model = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
+    settings = GenerationSettings(
+        args.max_gen_len,
+        args.temperature,
+        args.top_p,
+        args.repetition_penalty,
+        stop=tuple(processor.new_chat_template().stop_str or ()),
+    )
+    session = ChatSession(model, processor, settings)
+    if args.prompt is not None:
+        _print_answer(session.ask(args.prompt, images))
+        return 0
+    _chat(session, images)
+    return 0
+
+
+def _be_quiet(progress: bool) -> None:
+    """Keep the libraries' warnings, and their progress bars unless wanted, off the user's terminal."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+
+
+def _chat(session: "ChatSession", images: list[Image.Image]) -> None:  # noqa: F821  imported when it is needed
+    """The interactive loop. `images` belong to the first message."""
+    with contextlib.suppress(ImportError):  # line editing and history; not on every platform
+        import readline  # noqa: F401
+    print(HELP)
+    if images:
+        print(f"{len(images)} image(s) will go with your first message.")
+    try:
+        while True:
+            text = _read(USER_PROMPT)
+            if text == "help":
+                print(HELP)
+            elif text == "new":
+                session.reset()
+                print("New conversation.")
+            elif text:
+                asked = [_read_image(i, text.count(IMAGE_TAG)) for i in range(len(images), text.count(IMAGE_TAG))]
+                _answer(session, text, images + asked)
+                images = []
+    except _Exit:
+        return
+
+
+def _read(prompt: str) -> str:
+    """One line of input, stripped; an empty one after Ctrl-C.
+
+    Raises:
+        _Exit: at `exit` and at the end of the input.
+    """
+    try:
+        text = input(prompt).strip()
+    except EOFError:
+        print()
+        raise _Exit from None
+    except KeyboardInterrupt:
+        print()
+        return ""
+    if text == "exit":
+        raise _Exit
+    return text
+
+
+def _read_image(index: int, total: int) -> Image.Image:
+    """Ask for the path of one image until there is one that can be read."""
+    while True:
+        path = _read(f"({index + 1}/{total}) Input the image file path: ")
+        if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+            path = path[1:-1].strip()
+        if not path:
+            continue
+        try:
+            return load_image(Path(path))
+        except ImageLoadError as error:
+            print(error)
+
+
+def _answer(session: "ChatSession", text: str, images: list[Image.Image]) -> None:  # noqa: F821
+    """Print the answer to one message; Ctrl-C stops it, and an error is reported, without ending the chat."""
+    print("Assistant: ", end="", flush=True)
+    try:
+        _print_answer(session.ask(text, images))
+    except KeyboardInterrupt:
+        print("\n[stopped]")
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"\nError: {_one_line(error)}")
+    if session.dropped_turns:
+        print(f"[the oldest {session.dropped_turns} turn(s) no longer fit the model's context and were left out]")
+
+
+def _print_answer(pieces) -> None:
+    """Print pieces as they come, without the space that the first begins with."""
+    clean: Callable[[str], str] = str.lstrip
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if shown := clean(piece):
+                clean = str
+                print(shown, end="", flush=True)
+    print()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

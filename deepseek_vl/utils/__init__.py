@@ -1,0 +1,1 @@
+"""Conversation templates and checkpoint and image loading."""

@@ -1,0 +1,194 @@
+"""Images and checkpoints in: the one place that opens image files and the one place that loads a model."""
+
+import base64
+import binascii
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+
+
+class ImageLoadError(OSError, ValueError):
+    """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""
+
+
+def load_image(source: Any) -> Image.Image:
+    """One RGB image, turned upright as its EXIF orientation says if it is read from a file.
+
+    Args:
+        source: a path (`str` or `Path`, `~` is expanded), a `data:image/...;base64,` string, bytes, a binary file
+            object, or a PIL image.
+
+    Raises:
+        ImageLoadError: naming the source and the cause: missing, not an image, broken, truncated, or with more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if isinstance(source, Image.Image):
+        return source if source.mode == "RGB" else source.convert("RGB")
+    name, file = _open_source(source)
+    try:
+        # Pillow's decoders raise many types on broken files (OSError, SyntaxError, struct.error, ...).
+        with Image.open(file) as image:
+            _refuse_bomb(name, image)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except ImageLoadError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageLoadError(f"Cannot read image {name}: there is no such file.") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageLoadError(f"Cannot read image {name}: not an image file, or of an unknown kind.") from error
+    except Image.DecompressionBombError as error:
+        raise ImageLoadError(f"Refused image {name}: {error}") from error
+    except OSError as error:
+        raise ImageLoadError(f"Cannot read image {name}: {error.strerror or error}.") from error
+    except Exception as error:
+        raise ImageLoadError(f"Cannot read image {name}: broken file ({error}).") from error
+
+
+def _open_source(source: Any) -> tuple[str, Any]:
+    """A name for error messages, and what `Image.open` takes."""
+    if isinstance(source, str) and source.startswith("data:"):
+        header, _, payload = source.partition(",")
+        if not header.startswith("data:image/") or not header.endswith(";base64"):
+            raise ImageLoadError(f"Cannot read image data URL {header[:40]!r}: it must be 'data:image/...;base64,...'.")
+        try:
+            return "in the data URL", io.BytesIO(base64.b64decode(payload, validate=True))
+        except binascii.Error as error:
+            raise ImageLoadError(f"Cannot read image in the data URL: not base64 ({error}).") from error
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ImageLoadError(f"Cannot read image {source!r}: URLs are not fetched; download it and give its path.")
+    if isinstance(source, (str, Path)):
+        return repr(str(source)), Path(source).expanduser()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "in the given bytes", io.BytesIO(source)
+    if hasattr(source, "read"):
+        return repr(getattr(source, "name", type(source).__name__)), source
+    raise ImageLoadError(f"Cannot read an image from {type(source).__name__}; give a path, bytes, file or PIL image.")
+
+
+def _refuse_bomb(name: str, image: Image.Image) -> None:
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ImageLoadError(
+            f"Refused image {name}: {width}x{height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that are safe to "
+            "decode (PIL.Image.MAX_IMAGE_PIXELS)."
+        )
+
+
+def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    """The RGB images of a conversation's messages, in reading order.
+
+    Args:
+        conversations: messages, some with `images`: a list of anything that `load_image` takes.
+
+    Raises:
+        ImageLoadError: see `load_image`.
+    """
+    return [load_image(source) for message in conversations for source in message.get("images") or ()]
+
+
+def load_json(filepath: str | Path) -> Any:
+    """The content of a JSON file."""
+    with open(filepath, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to run on: the one asked for, or the first there is of cuda, mps and cpu.
+
+    Raises:
+        ValueError: if the device asked for is not a device, or not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if str(device) == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {str(device)!r}; try auto, cpu, cuda, cuda:1 or mps.") from error
+    if not available.get(picked.type, True):
+        raise ValueError(f"Device {str(device)!r} is not available on this machine; use --device cpu or auto.")
+    return picked
+
+
+def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs that lack it.
+
+    Raises:
+        ValueError: for a name that is no floating point dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return torch.bfloat16
+    picked = getattr(torch, dtype, None)
+    if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
+        raise ValueError(f"Unknown dtype {dtype!r}; try auto, bfloat16, float16 or float32.")
+    return picked
+
+
+def load_pretrained_model(
+    model_path: str | os.PathLike, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> tuple["PreTrainedTokenizerBase", "VLChatProcessor", "MultiModalityCausalLM"]:
+    """Load a checkpoint for inference.
+
+    Args:
+        model_path: a directory, or an id on the Hugging Face Hub.
+        device: see `pick_device`.
+        dtype: see `pick_dtype`.
+        kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
+            is not used.
+
+    Returns:
+        (tokenizer, processor, model), the model in evaluation mode.
+
+    Raises:
+        OSError: if there is no such checkpoint, or a file of it is missing.
+        ValueError: if it is not a DeepSeek-VL checkpoint, its weights do not fit its config, or the device or dtype
+            cannot be had.
+    """
+    from transformers import PretrainedConfig
+
+    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+
+    device = pick_device(device)
+    kwargs.setdefault("dtype", pick_dtype(device, dtype))
+    if device.type != "cpu":
+        kwargs.setdefault("device_map", {"": device})
+
+    path = Path(model_path).expanduser()
+    is_directory = path.is_dir()
+    if is_directory and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not a checkpoint directory: it has no config.json.")
+    source = str(path) if is_directory else str(model_path)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{source!r} is not a directory, and could not be fetched from the Hugging Face Hub: {cause}"
+        ) from error
+    if config.get("model_type") != MultiModalityCausalLM.config_class.model_type:
+        raise ValueError(
+            f"{source!r} is not a DeepSeek-VL checkpoint: its model_type is {config.get('model_type')!r}, not "
+            f"{MultiModalityCausalLM.config_class.model_type!r}."
+        )
+    processor = VLChatProcessor.from_pretrained(source)
+    model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
+    return processor.tokenizer, processor, model

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
@@ -98,6 +100,28 @@ class MultiModalityConfig(PretrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The language model's config, in which transformers looks for the vocabulary and the cache's sizes."""
         return self.language_config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: the published form, which the original's transformers can read as well."""
+        output = super().to_diff_dict()
+        output["architectures"] = self.architectures or ["MultiModalityCausalLM"]
+        for name in ("vision_config", "aligner_config"):
+            config = getattr(self, name)
+            output[name] = {"cls": config.cls, "model_type": config.model_type, "params": dict(config.params)}
+        output["language_config"] = _llama_diff(self.language_config)
+        for config in (output, output["language_config"]):
+            if dtype := config.pop("dtype", None):
+                config["torch_dtype"] = dtype
+        return output
+
+
+def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
+    """The keys without which `LlamaConfig` would be another one."""
+    full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
+    defaults = LlamaConfig().to_dict()
+    diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
+    rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
+    return {**diff, **{name: value for name, value in full.items() if rebuilt.get(name) != value}, "model_type": "llama"}
 
 
 class MultiModalityPreTrainedModel(PreTrainedModel):
@@ -333,6 +357,21 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             return (model, info) if return_info else model
         model._set_generation_tokens(_tokenizer_special_tokens(str(pretrained_model_name_or_path), kwargs))
         return (model, info) if return_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: dict | None, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+    ) -> Any:
+        """transformers' step that reads the weights, here tensor by tensor rather than through a memory map.
+
+        A mapped file stays in memory beside the weights that are converted from it, which doubles the peak.
+        """
+        on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
+        mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
+        if mapped and not on_disk and not is_deepspeed_zero3_enabled():
+            files = [safe_open(file, framework="pt", backend="pread") for file in checkpoint_files]
+            state_dict = {name: file.get_slice(name) for file in files for name in file.keys()}  # not read yet
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
         """Tell `generate`, here and in the language model, which tokens begin, end and pad a text."""

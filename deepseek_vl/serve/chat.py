@@ -1,5 +1,6 @@
 """A chat: the messages so far, and the next answer to them. Every front-end holds one per user."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,12 +22,17 @@ def with_image_tags(text: str, images: int, tag: str) -> str:
     return f"{tag}\n" * (images - tags) + text
 
 
+def _stop_words(processor: VLChatProcessor) -> tuple[str, ...]:
+    stop = processor.new_chat_template().stop_str
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
 class ChatSession:
     """One user's conversation with a model.
 
     Args:
         model, processor: as loaded; they may be shared by many sessions.
-        settings: how answers are generated.
+        settings: how answers are generated; the conversation template's stop words are added.
 
     Attributes:
         messages: `{"role", "content", "images"}`, user and assistant in turn.
@@ -36,7 +42,7 @@ class ChatSession:
     def __init__(self, model: MultiModalityCausalLM, processor: VLChatProcessor, settings: GenerationSettings):
         self.model = model
         self.processor = processor
-        self.settings = settings
+        self.settings = dataclasses.replace(settings, stop=(*settings.stop, *_stop_words(processor)))
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
 

@@ -1,17 +1,22 @@
 """The terminal: an interactive chat, or one answer on standard output."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
 from deepseek_vl.utils.io import ImageLoadError, load_image, load_pretrained_model
+
+if TYPE_CHECKING:
+    from deepseek_vl.serve.chat import ChatSession
 
 IMAGE_TAG = "<image_placeholder>"
 USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
@@ -89,13 +94,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         with_image_tags(args.prompt, len(images), IMAGE_TAG)
     _, processor, model = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
-    settings = GenerationSettings(
-        args.max_gen_len,
-        args.temperature,
-        args.top_p,
-        args.repetition_penalty,
-        stop=tuple(processor.new_chat_template().stop_str or ()),
-    )
     session = ChatSession(model, processor, settings)
     if args.prompt is not None:
         _print_answer(session.ask(args.prompt, images))
@@ -114,15 +112,15 @@ def _be_quiet(progress: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _chat(session: "ChatSession", images: list[Image.Image]) -> None:  # noqa: F821  imported when it is needed
+def _chat(session: ChatSession, images: list[Image.Image]) -> None:
     """The interactive loop. `images` belong to the first message."""
     with contextlib.suppress(ImportError):  # line editing and history; not on every platform
         import readline  # noqa: F401
     print(HELP)
     if images:
         print(f"{len(images)} image(s) will go with your first message.")
-    try:
-        while True:
+    while True:
+        try:
             text = _read(USER_PROMPT)
             if text == "help":
                 print(HELP)
@@ -133,12 +131,14 @@ def _chat(session: "ChatSession", images: list[Image.Image]) -> None:  # noqa: F
                 asked = [_read_image(i, text.count(IMAGE_TAG)) for i in range(len(images), text.count(IMAGE_TAG))]
                 _answer(session, text, images + asked)
                 images = []
-    except _Exit:
-        return
+        except KeyboardInterrupt:  # at a prompt: forget the line
+            print()
+        except _Exit:
+            return
 
 
 def _read(prompt: str) -> str:
-    """One line of input, stripped; an empty one after Ctrl-C.
+    """One line of input, stripped.
 
     Raises:
         _Exit: at `exit` and at the end of the input.
@@ -148,9 +148,6 @@ def _read(prompt: str) -> str:
     except EOFError:
         print()
         raise _Exit from None
-    except KeyboardInterrupt:
-        print()
-        return ""
     if text == "exit":
         raise _Exit
     return text
@@ -170,7 +167,7 @@ def _read_image(index: int, total: int) -> Image.Image:
             print(error)
 
 
-def _answer(session: "ChatSession", text: str, images: list[Image.Image]) -> None:  # noqa: F821
+def _answer(session: ChatSession, text: str, images: list[Image.Image]) -> None:
     """Print the answer to one message; Ctrl-C stops it, and an error is reported, without ending the chat."""
     print("Assistant: ", end="", flush=True)
     try:
@@ -183,7 +180,7 @@ def _answer(session: "ChatSession", text: str, images: list[Image.Image]) -> Non
         print(f"[the oldest {session.dropped_turns} turn(s) no longer fit the model's context and were left out]")
 
 
-def _print_answer(pieces) -> None:
+def _print_answer(pieces: Iterator[str]) -> None:
     """Print pieces as they come, without the space that the first begins with."""
     clean: Callable[[str], str] = str.lstrip
     with contextlib.closing(pieces):

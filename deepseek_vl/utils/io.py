@@ -126,7 +126,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs that lack it.
+    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs and float32 on CPUs that lack it.
 
     Raises:
         ValueError: for a name that is no floating point dtype.
@@ -136,6 +136,8 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     if dtype == "auto":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
+        if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.float32
         return torch.bfloat16
     picked = getattr(torch, dtype, None)
     if not isinstance(picked, torch.dtype) or not picked.is_floating_point:

@@ -1,0 +1,39 @@
+"""Packaging of deepseek_vl."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="deepseek_vl",
+    version=VERSION,
+    description="DeepSeek-VL on today's PyTorch and transformers: vision-language chat with the published checkpoints",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE-CODE"],
+    packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=5.0",
+        "timm>=1.0.21",  # the first to build on the meta device
+        "accelerate>=1.1",
+        "attrdict>=2.0.1",
+        "einops>=0.8",
+        "pillow>=13",  # resizes as the golden files do; older versions differ by a few levels on some sizes
+        "safetensors>=0.8",
+        "sentencepiece>=0.2",
+        "torchvision",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6", "peft>=0.18", "pexpect>=4.9", "psutil>=6", "pytest>=8", "ruff>=0.14"],
+        "gradio": [],
+        "serve": [],
+        "train": [],
+    },
+)

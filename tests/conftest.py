@@ -1,0 +1,173 @@
+"""Fixtures: real tokenizers, images and checkpoints on disk, small enough to run anywhere."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+BOS, EOS, IMAGE_TAG = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """What the reference computed: prompts, ids, hashes, greedy tokens."""
+    return json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def golden_arrays() -> dict[str, np.ndarray]:
+    """What the reference computed: sampled arrays."""
+    return dict(np.load(GOLDEN / "golden.npz"))
+
+
+@pytest.fixture(scope="session")
+def published_tokenizer_dir() -> Path:
+    """The DeepSeek-LLM tokenizer as the checkpoints ship it, which this repository does not contain."""
+    default = ROOT.parent / "shared" / "reference" / "tokenizer"
+    directory = Path(os.environ.get("DEEPSEEK_VL_TOKENIZER", default))
+    if not (directory / "tokenizer.json").is_file():
+        pytest.skip("needs the published tokenizer; set DEEPSEEK_VL_TOKENIZER to a checkpoint's directory")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer with DeepSeek's special tokens, declared as `LlamaTokenizerFast` like the published."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    corpus = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    tokenizer.train_from_iterator([*corpus, *VLChatProcessor.system_prompt.split(". ")] * 2, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, IMAGE_TAG)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 16384,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def small_config(kind: str, vocab_size: int, **language: Any) -> MultiModalityConfig:
+    """A model of exactly the published architecture, `siglip` (as the 1.3B) or `hybrid` (as the 7B), in miniature.
+
+    Both give 16 features per image.
+    """
+    siglip = {
+        "model_name": "siglip_large_patch16_384",
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 48,
+        "layers": 2,
+        "heads": 2,
+        "select_feature": "same",
+        "select_layer": -1,
+    }
+    aligner = {"projector_type": "mlp_gelu", "input_dim": 48, "n_embed": 64, "depth": 2}
+    vision: dict[str, Any] = {"cls": "CLIPVisionTower", "params": siglip}
+    if kind == "hybrid":
+        sam = {
+            "model_name": "sam_b_downsample",
+            "image_size": 64,
+            "width": 32,
+            "layers": 3,
+            "heads": 2,
+            "global_attn_indexes": [1, 2],
+            "window_size": 3,
+            "patch_size": 8,
+            "prompt_embed_dim": 16,
+            "downsample_channels": [32, 48],
+            "output_dim": 48,
+            "pixel_mean": [0.48, 0.46, 0.41],
+            "pixel_std": [0.27, 0.26, 0.28],
+        }
+        low = {**siglip, "output_dim": 48, "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}
+        params = {"high_res_cfg": sam, "low_res_cfg": low, "freeze_high": True, "freeze_low": True}
+        vision = {"cls": "HybridVisionTower", "params": {**params, "concat_type": "tuple"}}
+        aligner["projector_type"] = "low_high_hybrid_split_mlp_gelu"
+    llama = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "vocab_size": vocab_size,
+    }
+    return MultiModalityConfig(
+        vision_config=vision,
+        aligner_config={"cls": "MlpProjector", "params": aligner},
+        language_config={**llama, **language},
+    )
+
+
+@pytest.fixture(scope="session", params=["siglip", "hybrid"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in the published layout with a small random model of each kind."""
+    return request.getfixturevalue(f"{request.param}_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def siglip_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature of the 1.3B model."""
+    return write_checkpoint("siglip", small_tokenizer_dir, tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="session")
+def hybrid_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature of the 7B model."""
+    return write_checkpoint("hybrid", small_tokenizer_dir, tmp_path_factory.mktemp("hybrid"))
+
+
+def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
+    """Save a random model with its processor; the tokenizer's files as they are."""
+    from deepseek_vl.models.processing_vlm import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    if kind == "siglip":
+        image_processor = VLMImageProcessor(32, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    else:
+        image_processor = VLMImageProcessor(64, do_normalize=False)
+    VLChatProcessor(image_processor, tokenizer, num_image_tokens=16).save_pretrained(directory)
+    for file in tokenizer_dir.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    torch.manual_seed(0)
+    model = MultiModalityCausalLM(small_config(kind, len(tokenizer))).eval()
+    with torch.no_grad():  # larger weights than a fresh model's, so that answers vary with the input
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A PNG file with a gradient."""
+    return make_picture(tmp_path / "picture.png")
+
+
+def make_picture(path: Path, size: tuple[int, int] = (90, 60), seed: int = 0) -> Path:
+    """Write an image file whose content depends on the seed."""
+    noise = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path

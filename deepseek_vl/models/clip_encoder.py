@@ -88,7 +88,9 @@ class CLIPVisionTower(nn.Module):
 def _load_clip(name_or_path: str) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    if torch.get_default_device().type == "meta":  # inside `from_pretrained`: the model's own checkpoint has the weights
+    if (
+        torch.get_default_device().type == "meta"
+    ):  # inside `from_pretrained`: the model's own checkpoint has the weights
         return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name_or_path))
     return CLIPVisionModel.from_pretrained(name_or_path)
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -121,7 +128,11 @@ def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
     defaults = LlamaConfig().to_dict()
     diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
     rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
-    return {**diff, **{name: value for name, value in full.items() if rebuilt.get(name) != value}, "model_type": "llama"}
+    return {
+        **diff,
+        **{name: value for name, value in full.items() if rebuilt.get(name) != value},
+        "model_type": "llama",
+    }
 
 
 class MultiModalityPreTrainedModel(PreTrainedModel):
@@ -360,7 +371,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _load_pretrained_model(
-        model: PreTrainedModel, state_dict: dict | None, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
     ) -> Any:
         """transformers' step that reads the weights, here tensor by tensor rather than through a memory map.
 

@@ -92,9 +92,7 @@ class BatchedVLChatProcessorOutput(DictOutput):
         """The number of rows."""
         return len(self.input_ids)
 
-    def to(
-        self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
-    ) -> "BatchedVLChatProcessorOutput":
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> "BatchedVLChatProcessorOutput":
         """Move every tensor to `device`, cast the pixels (and only them) to `dtype`, and return this same object."""
         for key, value in self.items():
             if isinstance(value, torch.Tensor):
@@ -323,9 +321,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> PreTrainedTokeniz
     Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
     pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
     """
-    has_file = cached_file(
-        name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments
-    )
+    has_file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
     if not has_file:
         return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **hub_arguments)

@@ -143,7 +143,9 @@ class SAMBlock(nn.Module):
         normed = self.norm1(x)
         if self.window_size:
             B, H, W, _ = x.shape
-            attended = window_unpartition(self.attn(window_partition(normed, self.window_size)), self.window_size, B, H, W)
+            attended = window_unpartition(
+                self.attn(window_partition(normed, self.window_size)), self.window_size, B, H, W
+            )
         else:
             attended = self.attn(normed)
         x = x + attended
@@ -236,7 +238,9 @@ class SAMVisionTransformer(nn.Module):
             x = block(x)
             if i == self.first_global_block:
                 first_global = x
-        return self._to_low_grid(self.neck, x) + self._to_low_grid(self.neck_hd, first_global) * self.hd_alpha_downsamples
+        return (
+            self._to_low_grid(self.neck, x) + self._to_low_grid(self.neck_hd, first_global) * self.hd_alpha_downsamples
+        )
 
     def _to_low_grid(self, neck: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         """[B, grid, grid, width] -> [B, C, h, h]: a neck, the resize in float32, and the shared downsampling."""

@@ -55,7 +55,9 @@ def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None
     state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     own = tower.state_dict()
     if not own.keys() & state_dict.keys():
-        raise ValueError(f"No key in {path!r} belongs to {type(tower).__name__}, which has {', '.join(list(own)[:3])}...")
+        raise ValueError(
+            f"No key in {path!r} belongs to {type(tower).__name__}, which has {', '.join(list(own)[:3])}..."
+        )
     mismatched = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
     if mismatched:
         details = ", ".join(
@@ -65,4 +67,6 @@ def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None
         raise ValueError(f"{path!r} is for another size: {details}.")
     missing, unexpected = tower.load_state_dict(state_dict, strict=False)
     if missing or unexpected:
-        logger.warning("%s: %d keys missing (%s), %d unused (%s)", path, len(missing), missing, len(unexpected), unexpected)
+        logger.warning(
+            "%s: %d keys missing (%s), %d unused (%s)", path, len(missing), missing, len(unexpected), unexpected
+        )

@@ -25,7 +25,9 @@ from deepseek_vl.utils.conversation import Conversation
 from deepseek_vl.utils.io import load_pretrained_model
 
 
-def load_model(model_path: str, **kwargs: Any) -> tuple[PreTrainedTokenizerBase, MultiModalityCausalLM, VLChatProcessor]:
+def load_model(
+    model_path: str, **kwargs: Any
+) -> tuple[PreTrainedTokenizerBase, MultiModalityCausalLM, VLChatProcessor]:
     """`load_pretrained_model` with the reference's order: (tokenizer, model, processor)."""
     tokenizer, processor, model = load_pretrained_model(model_path, **kwargs)
     return tokenizer, model, processor

@@ -5,13 +5,9 @@ Importing the package is cheap: the network is imported on first use of one of i
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepseek_vl.utils import attrdict_import  # noqa: F401  makes `from attrdict import AttrDict` work on Python >= 3.10
-
-if TYPE_CHECKING:
-    from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
-    from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 __version__ = "2.0.0"
 

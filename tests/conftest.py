@@ -42,7 +42,7 @@ def published_tokenizer_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with DeepSeek's special tokens, declared as `LlamaTokenizerFast` like the published."""
+    """A byte-level BPE tokenizer with DeepSeek's special tokens, declared as `LlamaTokenizerFast` as published."""
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -171,3 +171,64 @@ def make_picture(path: Path, size: tuple[int, int] = (90, 60), seed: int = 0) ->
     noise = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
+
+
+PARROT_ANSWERS = {
+    "Greet me.": "Grüße, 世界! 🙂🎉 All good.",
+    "What do you say?": "One thing.\n\nUser: and this is not for you",
+    "Sing.": "la " * 40,  # learnt without an end: it goes on until it is stopped
+    "<image_placeholder>Colour?": {"red": "It is red.", "blue": "It is blue."},
+}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A red and a blue picture, in a directory whose name has a space."""
+    directory = tmp_path_factory.mktemp("colours") / "my pictures"
+    directory.mkdir()
+    paths = {}
+    for name in ("red", "blue"):
+        paths[name] = directory / f"{name} square.png"
+        Image.new("RGB", (50, 40), name).save(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def parrot_checkpoint(
+    small_tokenizer_dir: Path, colours: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small model that has learnt the answers of `PARROT_ANSWERS` by heart, so that tests know what it says."""
+    directory = write_checkpoint("siglip", small_tokenizer_dir, tmp_path_factory.mktemp("parrot"))
+    processor = VLChatProcessor.from_pretrained(str(directory))
+    eos = processor.tokenizer.eos_token_id
+
+    lessons = []
+    for question, answers in PARROT_ANSWERS.items():
+        for colour, answer in answers.items() if isinstance(answers, dict) else [(None, answers)]:
+            messages = [{"role": "User", "content": question}, {"role": "Assistant", "content": ""}]
+            images = [Image.open(colours[colour])] if colour else []
+            item = processor(conversations=messages, images=images, force_batchify=False)
+            ids = processor.tokenizer.encode(" " + answer, add_special_tokens=False)
+            ids += [] if question == "Sing." else [eos]
+            item.input_ids = torch.cat([item.input_ids, torch.tensor(ids)])
+            lessons.append((item, len(ids)))
+    batch = processor.batchify([item for item, _ in lessons])
+    labels = torch.full_like(batch.input_ids, -100)
+    for row, (_, length) in enumerate(lessons):
+        labels[row, -length:] = batch.input_ids[row, -length:]
+
+    torch.manual_seed(0)
+    config = small_config("siglip", len(processor.tokenizer), max_position_embeddings=16384)
+    model = MultiModalityCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    loss = torch.tensor(1.0)
+    for _ in range(400):
+        loss = model(**batch, labels=labels).loss
+        if loss < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1, f"the parrot has not learnt its answers: loss {loss:.3f}"
+    model.eval().save_pretrained(directory)
+    return directory

@@ -17,11 +17,11 @@ class CLIPVisionTower(nn.Module):
     """A vision transformer, with optional normalisation of its pixels and selection of its features.
 
     Args:
-        model_name: `siglip...` or `sam...` for a row of the towers' tables, whose output is returned as it is; any other
-            name is the id or path of a `transformers.CLIPVisionModel`.
+        model_name: `siglip...` or `sam...` for a row of the towers' tables, whose output is returned as it is; any
+            other name is the id or path of a `transformers.CLIPVisionModel`.
         image_size: side of the square input in pixels. A CLIP model keeps its own.
-        select_feature: for CLIP models, what to return of the hidden states: `patch` drops the class token, `cls_patch`
-            keeps it, `same` changes nothing. SigLIP and SAM towers always use `same`.
+        select_feature: for CLIP models, what to return of the hidden states: `patch` drops the class token,
+            `cls_patch` keeps it, `same` changes nothing. SigLIP and SAM towers always use `same`.
         select_layer: the layer whose output is used, counted as in `create_siglip_vit`; an index into
             `hidden_states` for CLIP models. SAM has necks of its own and takes no notice.
         select_layers: kept as an attribute, as in the reference, which does not use it.

@@ -2,11 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -317,7 +318,10 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         images_emb_mask: torch.BoolTensor | None,
     ) -> torch.Tensor:
         if images_seq_mask is not None and images_emb_mask is not None:
-            return self.prepare_inputs_embeds(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+            # With a cache the ids are the prompt's end, while the masks are still the whole prompt's.
+            cached, new = images_seq_mask.shape[1] - input_ids.shape[1], input_ids.shape[1]
+            whole = F.pad(input_ids, (max(cached, 0), 0))
+            return self.prepare_inputs_embeds(whole, pixel_values, images_seq_mask, images_emb_mask)[:, -new:]
         if pixel_values is not None:
             raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
         return self.get_input_embeddings()(input_ids.clamp(min=0))
@@ -333,7 +337,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         sft_format: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`, straight from the processor's output: `generate(**processor(...), max_new_tokens=64)`.
+        """transformers' `generate`, from the processor's output: `generate(**processor(...), max_new_tokens=64)`.
 
         Images are encoded once, before decoding starts. As transformers does, the result begins with the prompt's ids
         if ids were given. It stops at the checkpoint's own end token.
@@ -342,9 +346,37 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             ValueError: what `prepare_inputs_embeds` raises.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        if input_ids is not None and kwargs.get("inputs_embeds") is None and kwargs.get("past_key_values") is None:
-            kwargs["inputs_embeds"] = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+        images = {
+            "pixel_values": pixel_values,
+            "images_seq_mask": images_seq_mask,
+            "images_emb_mask": images_emb_mask,
+        }
+        if kwargs.get("past_key_values") is not None:
+            kwargs |= images  # `forward` embeds what the cache does not hold yet
+        elif input_ids is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self._embed(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' hook before each step: images belong to the first one only."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration:
+            for name in ("pixel_values", "images_seq_mask", "images_emb_mask"):
+                model_inputs.pop(name, None)
+        return model_inputs
 
     # --- loading ---
 
@@ -364,9 +396,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if any(problems.values()):
             details = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems.items() if keys)
             raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
-        if not model.generation_config._from_model_config:
-            return (model, info) if return_info else model
-        model._set_generation_tokens(_tokenizer_special_tokens(str(pretrained_model_name_or_path), kwargs))
+        model._set_generation_tokens(_checkpoint_special_tokens(model, str(pretrained_model_name_or_path), kwargs))
         return (model, info) if return_info else model
 
     @staticmethod
@@ -385,7 +415,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
         if mapped and not on_disk and not is_deepspeed_zero3_enabled():
             files = [safe_open(file, framework="pt", backend="pread") for file in checkpoint_files]
-            state_dict = {name: file.get_slice(name) for file in files for name in file.keys()}  # not read yet
+            state_dict = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  not read yet
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
@@ -404,23 +434,34 @@ def _default_special_tokens(config: LlamaConfig) -> dict[str, int]:
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
-def _tokenizer_special_tokens(name_or_path: str, kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of the special tokens that the tokenizer files beside a checkpoint name; empty without such files."""
+def _checkpoint_special_tokens(
+    model: MultiModalityCausalLM, name_or_path: str, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The special tokens' ids that a checkpoint's files name.
+
+    Those of a generation config of its own, except where it repeats the language config's, which carry Llama's by
+    oversight; else the tokenizer's.
+    """
     hub_arguments = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
-    files = [
+    generation_config, tokenizer_config, tokenizer = (
         cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for file in ("tokenizer_config.json", "tokenizer.json")
-    ]
-    if None in files:
-        return {}
-    tokenizer_config, tokenizer = (json.loads(open(file, encoding="utf-8").read()) for file in files)
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ids = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = tokenizer_config.get(name)
-        content = token["content"] if isinstance(token, dict) else token
-        if content in added:
-            ids[f"{name}_id"] = added[content]
+        for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
+    )
+    ids = _default_special_tokens(model.config.language_config)
+    if tokenizer_config is not None and tokenizer is not None:
+        added_tokens = json.loads(Path(tokenizer).read_text(encoding="utf-8")).get("added_tokens", [])
+        added = {token["content"]: token["id"] for token in added_tokens}
+        declared = json.loads(Path(tokenizer_config).read_text(encoding="utf-8"))
+        for name in ("bos_token", "eos_token", "pad_token"):
+            token = declared.get(name)
+            content = token["content"] if isinstance(token, dict) else token
+            if content in added:
+                ids[f"{name}_id"] = added[content]
+    if generation_config is not None:
+        for name in ids:
+            own = getattr(model.generation_config, name)
+            if own is not None and own != getattr(model.config.language_config, name):
+                ids[name] = own
     return ids
 
 

@@ -182,8 +182,8 @@ class VLChatProcessor(ProcessorMixin):
             input_ids: int64 [t].
 
         Returns:
-            The ids with every tag replaced by `num_image_tokens` copies of it (one more with `add_special_token`), int64
-            [T]; and the number of features of each image, int32 [n].
+            The ids with every tag replaced by `num_image_tokens` copies of it (one more with `add_special_token`),
+            int64 [T]; and the number of features of each image, int32 [n].
         """
         indices = torch.as_tensor(image_indices, dtype=torch.int64).flatten()
         copies = torch.ones_like(input_ids)

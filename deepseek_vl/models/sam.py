@@ -6,6 +6,7 @@ it to that grid with two stride-2 convolutions. The output of the first global b
 of its own and is added, scaled by a learnt factor.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +195,7 @@ class SAMVisionTransformer(nn.Module):
         global_blocks = [i for i in range(variant.layers) if i in variant.global_attn_indexes]
         if not global_blocks:
             raise ValueError(
-                f"None of global_attn_indexes {tuple(variant.global_attn_indexes)} is among the {variant.layers} layers."
+                f"None of global_attn_indexes {tuple(variant.global_attn_indexes)} is one of {variant.layers} layers."
             )
         self.first_global_block = global_blocks[0]
 
@@ -215,7 +216,7 @@ class SAMVisionTransformer(nn.Module):
         self.downsamples = nn.Sequential(
             *(
                 nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False)
-                for c_in, c_out in zip(channels, channels[1:], strict=False)
+                for c_in, c_out in itertools.pairwise(channels)
             )
         )
         self.neck_hd = make_neck(variant.width, variant.prompt_embed_dim)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,8 @@ def select_variant(table: dict[str, Row], model_name: str, **overrides: Any) -> 
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
         raise ValueError(
-            f"Unknown key {', '.join(map(repr, unknown))} for vision tower {model_name!r}; it takes {', '.join(fields)}."
+            f"Unknown key {', '.join(map(repr, unknown))} for vision tower {model_name!r}; "
+            f"it takes {', '.join(fields)}."
         )
     return dataclasses.replace(row, **overrides)
 
@@ -34,9 +35,9 @@ def select_variant(table: dict[str, Row], model_name: str, **overrides: Any) -> 
 def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None:
     """Fill a tower from a weights file of its own (`ckpt_path` in the config), a `.safetensors` or a torch file.
 
-    Keys in the file may carry `prefix`. The file may hold other parts or lack some (a plain SAM file has no second
-    neck): these are logged. Nothing is read while transformers builds the model on the meta device, because then the
-    model's own checkpoint follows.
+    Keys in the file may carry `prefix`. The file may hold other parts or lack some, as a plain SAM file lacks the
+    second neck: these are logged. Nothing is read while transformers builds the model on the meta device, because then
+    the model's own checkpoint follows.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -44,7 +45,7 @@ def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None
     """
     if not path or any(parameter.is_meta for parameter in tower.parameters()):
         return
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise FileNotFoundError(f"No tower weights at {path!r} (ckpt_path).")
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
@@ -69,8 +75,16 @@ class GenerationSettings:
     def generate_arguments(self) -> dict[str, Any]:
         """The arguments for transformers' `generate`; each is given, so that no checkpoint default takes its place."""
         if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 50}
-            return {**sampling, "repetition_penalty": self.repetition_penalty}
+            # As an argument, `repetition_penalty` would draw a warning that it leaves the prompt alone, as it should.
+            penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            return {
+                "do_sample": True,
+                "temperature": float(self.temperature),
+                "top_p": self.top_p,
+                "top_k": 50,
+                "repetition_penalty": 1.0,
+                "logits_processor": LogitsProcessorList([penalty]),
+            }
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
 
 

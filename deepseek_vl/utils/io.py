@@ -99,8 +99,7 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[Image.Im
 
 def load_json(filepath: str | Path) -> Any:
     """The content of a JSON file."""
-    with open(filepath, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path(filepath).read_text(encoding="utf-8"))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

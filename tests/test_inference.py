@@ -1,0 +1,419 @@
+"""The engine: streaming, stopping, stop words, errors, sampling."""
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PARROT_ANSWERS
+from PIL import Image
+from transformers import StoppingCriteriaList
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.serve.chat import ChatSession, with_image_tags
+from deepseek_vl.serve.inference import (
+    AnswerStream,
+    GenerationSettings,
+    StoppingCriteriaSub,
+    StopWordFilter,
+    convert_conversation_to_prompts,
+    deepseek_generate,
+    generate,
+    load_model,
+    stream_answer,
+)
+from deepseek_vl.utils.conversation import get_conv_template
+from deepseek_vl.utils.io import load_image
+
+Loaded = tuple[Any, MultiModalityCausalLM, VLChatProcessor]
+LONG = GenerationSettings(max_new_tokens=4000)
+
+
+@pytest.fixture(scope="module")
+def parrot(parrot_checkpoint: Path) -> Loaded:
+    """(tokenizer, model, processor) of the model that knows its answers by heart."""
+    return load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
+
+
+def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
+    """A conversation of one question."""
+    question_message = {"role": "User", "content": question, "images": list(images)}
+    return [question_message, {"role": "Assistant", "content": ""}]
+
+
+def ask(parrot: Loaded, question: str, *images: Image.Image, **settings: Any) -> AnswerStream:
+    """A stream of the parrot's answer."""
+    _, model, processor = parrot
+    return stream_answer(model, processor, messages_of(question, *images), GenerationSettings(**settings))
+
+
+def generating_threads() -> list[threading.Thread]:
+    """The engine's threads that still run."""
+    return [thread for thread in threading.enumerate() if thread.name == "deepseek_vl-generate"]
+
+
+def wait_until_idle(seconds: float = 5.0) -> None:
+    """Fail unless no generation runs any more within some seconds."""
+    deadline = time.monotonic() + seconds
+    while generating_threads():
+        assert time.monotonic() < deadline, "the generation still runs"
+        time.sleep(0.01)
+
+
+def test_load_model_has_the_references_order(parrot: Loaded) -> None:
+    tokenizer, model, processor = parrot
+    assert isinstance(model, MultiModalityCausalLM)
+    assert isinstance(processor, VLChatProcessor)
+    assert tokenizer is processor.tokenizer
+
+
+def test_multi_byte_characters_arrive_whole(parrot: Loaded) -> None:
+    """The small tokenizer splits every one of these characters over several tokens."""
+    pieces = list(ask(parrot, "Greet me."))
+    assert "".join(pieces) == " " + PARROT_ANSWERS["Greet me."]
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_answers_are_about_the_picture(parrot: Loaded, colours: dict[str, Path]) -> None:
+    for name, path in colours.items():
+        assert "".join(ask(parrot, "<image_placeholder>Colour?", load_image(path))) == f" It is {name}."
+
+
+def test_pieces_joined_are_the_models_greedy_answer(checkpoint: Path, picture: Path) -> None:
+    tokenizer, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+    messages = messages_of("<image_placeholder>Describe it.", load_image(picture))
+    inputs = processor(conversations=messages, images=messages[0]["images"])
+    ids = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    stream = stream_answer(model, processor, messages, GenerationSettings(max_new_tokens=60))
+    assert "".join(stream) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert stream.completion_tokens == len(ids)
+    assert stream.prompt_tokens == inputs.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("stop", [["User:"], ["\n\nUser:"], ["zzz", "\n\nU"], ["not there", "User: and"]])
+def test_stop_words_are_matched_on_the_text(parrot: Loaded, stop: list[str]) -> None:
+    answer = " " + PARROT_ANSWERS["What do you say?"]
+    stream = ask(parrot, "What do you say?", stop=tuple(stop))
+    pieces = list(stream)
+    assert "".join(pieces) == answer[: min(answer.find(word) for word in stop if word in answer)]
+    assert stream.finish_reason == "stop"
+    wait_until_idle(0.5)
+
+
+def test_without_its_stop_word_the_answer_goes_on(parrot: Loaded) -> None:
+    assert "".join(ask(parrot, "What do you say?", stop=("Nobody:",))) == " " + PARROT_ANSWERS["What do you say?"]
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_stop_word_across_pieces_is_never_shown_in_part(cut: int) -> None:
+    text, word = "Answer. User: rest", "User:"
+    stop = StopWordFilter([word, "Uther"])
+    shown, met = "", False
+    for start in range(0, len(text), cut):
+        piece, met = stop.feed(text[start : start + cut])
+        shown += piece
+        assert not any(shown.endswith(word[:n]) for n in range(1, len(word)))
+        if met:
+            break
+    assert met
+    assert shown == "Answer. "
+
+
+def test_what_only_looks_like_a_stop_word_is_shown_in_the_end() -> None:
+    stop = StopWordFilter(["User:"])
+    assert stop.feed("I am a Us") == ("I am a ", False)
+    assert stop.feed("e") == ("", False)
+    assert stop.feed("ful Use") == ("Useful ", False)
+    assert stop.flush() == "Use"
+
+
+def test_finish_reasons(parrot: Loaded) -> None:
+    whole = ask(parrot, "Greet me.")
+    assert whole.finish_reason is None
+    list(whole)
+    cut = ask(parrot, "Sing.", max_new_tokens=7)
+    list(cut)
+    assert (whole.finish_reason, cut.finish_reason, cut.completion_tokens) == ("stop", "length", 7)
+
+
+def test_stop_from_another_thread_ends_within_one_token(parrot: Loaded) -> None:
+    _, model, processor = parrot
+    stream = stream_answer(model, processor, messages_of("Sing."), LONG)
+    next(stream)
+    threading.Thread(target=stream.stop).start()
+    list(stream)
+    assert stream.finish_reason == "cancelled"
+    tokens_at_stop = stream.completion_tokens
+    wait_until_idle()
+    assert stream.completion_tokens == tokens_at_stop < 4000
+
+
+@pytest.mark.parametrize("how", ["with", "close the generator", "drop"])
+def test_a_reader_that_leaves_ends_the_generation(parrot: Loaded, how: str) -> None:
+    tokenizer, model, processor = parrot
+    if how == "with":
+        with stream_answer(model, processor, messages_of("Sing."), LONG) as stream:
+            next(stream)
+    elif how == "close the generator":
+        inputs = processor(conversations=messages_of("Sing."), images=None)
+        pieces: Iterator[str] = generate(model, tokenizer, inputs, max_gen_len=4000)
+        next(pieces)
+        pieces.close()
+    else:
+        stream = stream_answer(model, processor, messages_of("Sing."), LONG)
+        next(stream)
+        del stream
+        gc.collect()
+    wait_until_idle()
+
+
+def test_stopping_before_it_begins_generates_nothing(parrot: Loaded) -> None:
+    stream = ask(parrot, "Sing.")
+    stream.close()
+    assert list(stream) == []
+    assert not generating_threads()
+
+
+def test_an_error_in_the_generation_reaches_the_reader(parrot: Loaded) -> None:
+    _, model, processor = parrot
+    hook = model.language_model.model.layers[1].register_forward_hook(fail_on_third_call())
+    try:
+        stream = stream_answer(model, processor, messages_of("Greet me."), LONG)
+        with pytest.raises(ArithmeticError, match="a layer failed"):
+            list(stream)
+    finally:
+        hook.remove()
+    wait_until_idle()
+    assert list(stream) == []
+
+
+def fail_on_third_call() -> Any:
+    """A forward hook that raises when it is called the third time."""
+    calls = []
+
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ArithmeticError("a layer failed")
+
+    return hook
+
+
+def test_two_streams_at_once_do_not_mix(parrot: Loaded, colours: dict[str, Path]) -> None:
+    streams = {
+        name: ask(parrot, "<image_placeholder>Colour?", load_image(path)) for name, path in list(colours.items()) * 1
+    }
+    answers = dict.fromkeys(streams, "")
+    for _ in range(20):
+        for name, stream in streams.items():
+            answers[name] += next(stream, "")
+    assert answers == {name: f" It is {name}." for name in colours}
+
+
+def test_sampling_follows_the_seed(checkpoint: Path) -> None:
+    _, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+
+    def sample(seed: int, **settings: Any) -> str:
+        stream_settings = GenerationSettings(max_new_tokens=30, seed=seed, **settings)
+        return "".join(stream_answer(model, processor, messages_of("Hello?"), stream_settings))
+
+    assert sample(1, temperature=1.0) == sample(1, temperature=1.0)
+    assert sample(1, temperature=1.0) != sample(2, temperature=1.0)
+    # So small a nucleus, and greedy decoding, leave no choice.
+    assert sample(1, temperature=1.0, top_p=0.0, repetition_penalty=1.0) == sample(2, temperature=0.0)
+
+
+def test_greedy_takes_no_notice_of_top_p_and_repetition_penalty(checkpoint: Path) -> None:
+    _, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+    answers = {
+        "".join(
+            stream_answer(
+                model,
+                processor,
+                messages_of("Hello?"),
+                GenerationSettings(40, temperature=0, top_p=top_p, repetition_penalty=penalty),
+            )
+        )
+        for top_p, penalty in ((0.95, 1.1), (0.1, 5.0))
+    }
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
+        ({"top_p": 1.5}, "top_p must be between 0 and 1, got 1.5"),
+        ({"temperature": 1.0, "repetition_penalty": 0}, "repetition_penalty must be positive, got 0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**settings)
+
+
+def test_a_prompt_without_room_for_an_answer(checkpoint: Path) -> None:
+    _, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match=r"The prompt has \d{4,} tokens and the model 1024 positions"):
+        stream_answer(model, processor, messages_of("word " * 1000), LONG)
+
+
+def test_the_answer_ends_where_the_positions_end(checkpoint: Path) -> None:
+    _, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+    room = 1024 - len(processor(conversations=messages_of("a" * 900), images=None).input_ids[0])
+    stream = stream_answer(model, processor, messages_of("a" * 900), LONG)
+    list(stream)
+    assert stream.completion_tokens <= room
+
+
+def test_a_batch_is_refused(parrot: Loaded) -> None:
+    tokenizer, model, processor = parrot
+    item = processor(conversations=messages_of("Greet me."), images=None, force_batchify=False)
+    with pytest.raises(ValueError, match="one conversation, got a batch of 2"):
+        AnswerStream(model, tokenizer, processor.batchify([item, item]), LONG)
+
+
+def test_generate_and_deepseek_generate_have_the_references_signatures(
+    parrot: Loaded, colours: dict[str, Path]
+) -> None:
+    tokenizer, model, processor = parrot
+    prompts = messages_of("<image_placeholder>Colour?", load_image(colours["red"]))
+    inputs = processor(conversations=prompts, images=prompts[0]["images"])
+    direct = generate(
+        vl_gpt=model,
+        tokenizer=tokenizer,
+        prepare_inputs=inputs,
+        max_gen_len=256,
+        temperature=0,
+        repetition_penalty=1.1,
+        top_p=0.95,
+        stop_words=["User:"],
+    )
+    chat = deepseek_generate(
+        prompts=prompts,
+        vl_gpt=model,
+        vl_chat_processor=processor,
+        tokenizer=tokenizer,
+        stop_words=["red"],
+        max_length=256,
+        temperature=0,
+        top_p=1.0,
+        repetition_penalty=1.1,
+    )
+    assert "".join(direct) == " It is red."
+    assert "".join(chat) == " It is "
+
+
+def test_convert_conversation_to_prompts(colours: dict[str, Path]) -> None:
+    image = load_image(colours["red"])
+    conversation = get_conv_template("deepseek")
+    conversation.append_message("User", ("<image_placeholder>Colour?", image))
+    conversation.append_message("Assistant", "It is red.")
+    conversation.append_message("User", "Sure?")
+    conversation.append_message("Assistant", None)
+    assert convert_conversation_to_prompts(conversation) == [
+        {"role": "User", "content": "<image_placeholder>Colour?", "images": [image]},
+        {"role": "Assistant", "content": "It is red."},
+        {"role": "User", "content": "Sure?", "images": []},
+        {"role": "Assistant", "content": ""},
+    ]
+
+
+def test_stopping_criteria_sub(parrot: Loaded) -> None:
+    tokenizer, model, _ = parrot
+    rows = torch.tensor([[1, 5, 6], [5, 6, 7], [5, 6, 6]])
+    assert StoppingCriteriaSub([torch.tensor([5, 6])])(rows, None).tolist() == [True, False, False]
+    assert StoppingCriteriaSub([torch.tensor([6]), torch.tensor([7])])(rows, None).tolist() == [True, True, True]
+    assert StoppingCriteriaSub([torch.tensor(6)], encounters=2)(rows, None).tolist() == [False, False, True]
+    assert StoppingCriteriaSub()(rows, None).tolist() == [False, False, False]
+    assert StoppingCriteriaSub([torch.arange(9)])(rows, None).tolist() == [False, False, False]
+
+    prompt = torch.tensor([tokenizer.encode("la la")])
+    free = model.language_model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0]
+    criteria = StoppingCriteriaList([StoppingCriteriaSub([free[-4:-2]])])
+    stopped = model.language_model.generate(
+        input_ids=prompt, max_new_tokens=8, do_sample=False, stopping_criteria=criteria
+    )[0]
+    assert stopped[-2:].tolist() == free[-4:-2].tolist()
+
+
+# --- ChatSession ---
+
+
+@pytest.fixture
+def session(parrot: Loaded) -> ChatSession:
+    """A fresh chat with the parrot."""
+    _, model, processor = parrot
+    return ChatSession(model, processor, GenerationSettings(max_new_tokens=200))
+
+
+def test_a_session_remembers_turns_and_images(session: ChatSession, colours: dict[str, Path]) -> None:
+    image = load_image(colours["blue"])
+    assert "".join(session.ask("<image_placeholder>Colour?", [image])).strip() == "It is blue."
+    list(session.ask("Greet me."))
+    assert [(m["role"], m["content"]) for m in session.messages[:3]] == [
+        ("User", "<image_placeholder>Colour?"),
+        ("Assistant", "It is blue."),
+        ("User", "Greet me."),
+    ]
+    assert session.messages[0]["images"] == [image]
+    session.reset()
+    assert session.messages == []
+
+
+def test_a_session_stops_at_the_templates_stop_words(session: ChatSession) -> None:
+    list(session.ask("What do you say?"))
+    assert session.messages[-1]["content"] == "One thing."
+
+
+def test_a_stopped_answer_stays_as_far_as_it_got(session: ChatSession) -> None:
+    pieces = session.ask("Sing.")
+    shown = next(pieces) + next(pieces)
+    pieces.close()
+    assert session.messages[-1]["content"].startswith(shown.strip())
+    wait_until_idle()
+
+
+def test_a_failed_message_leaves_the_session_as_it_was(session: ChatSession, parrot: Loaded) -> None:
+    list(session.ask("Greet me."))
+    before = list(session.messages)
+    with pytest.raises(ValueError, match="2 <image_placeholder> and 0 images"):
+        list(session.ask("<image_placeholder><image_placeholder>"))
+    hook = parrot[1].language_model.model.layers[0].register_forward_hook(fail_on_third_call())
+    with pytest.raises(ArithmeticError):
+        list(session.ask("Sing."))
+    hook.remove()
+    assert session.messages == before
+
+
+def test_images_without_a_tag_are_put_in_front() -> None:
+    assert with_image_tags("Compare.", 2, "<image>") == "<image>\n<image>\nCompare."
+    assert with_image_tags("A <image> here", 1, "<image>") == "A <image> here"
+    assert with_image_tags("A <image> here", 2, "<image>") == "<image>\nA <image> here"
+    with pytest.raises(ValueError, match="1 <image> and 0 images"):
+        with_image_tags("<image>", 0, "<image>")
+
+
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(siglip_checkpoint: Path, picture: Path) -> None:
+    """A context of 1024 positions: turns of about 170 tokens and an image each."""
+    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    session = ChatSession(model, processor, GenerationSettings(max_new_tokens=4))
+    for turn in range(8):
+        list(session.ask(f"Turn {turn}: <image_placeholder>" + "x" * 150, [load_image(picture)]))
+        assert session.count_tokens([]) < session.count_tokens(session.messages)
+    assert session.dropped_turns >= 2
+    assert len(session.messages) == 16, "the history itself keeps every turn"
+    with pytest.raises(ValueError, match="no room for an answer"):
+        list(session.ask("y" * 1500))
+
+
+def test_count_tokens_is_the_processors_length(session: ChatSession, colours: dict[str, Path]) -> None:
+    messages = messages_of("<image_placeholder>Colour?", load_image(colours["red"]))
+    inputs = session.processor(conversations=messages, images=messages[0]["images"])
+    assert session.count_tokens(messages) == inputs.input_ids.shape[1]

@@ -320,9 +320,17 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> PreTrainedTokeniz
 
     Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
     pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
+
+    Raises:
+        OSError: if there are no tokenizer files.
     """
-    has_file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if not has_file:
+    files = {
+        file: cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        for file in ("tokenizer.json", "tokenizer.model")
+    }
+    if files["tokenizer.json"] is None:
+        if files["tokenizer.model"] is None:
+            raise OSError(f"{str(name_or_path)!r} has no tokenizer.json.")
         return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **hub_arguments)
     # What LlamaTokenizerFast sets for a checkpoint that is silent about it.

@@ -1,7 +1,6 @@
 """Images and checkpoints in: the one place that opens image files and the one place that loads a model."""
 
 import base64
-import binascii
 import io
 import json
 import os
@@ -34,10 +33,14 @@ def load_image(source: Any) -> Image.Image:
             than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
-    name, file = _open_source(source)
+        name = repr(getattr(source, "filename", "")) if getattr(source, "filename", "") else "given as a PIL image"
+    else:
+        name, file = _open_source(source)
     try:
         # Pillow's decoders raise many types on broken files (OSError, SyntaxError, struct.error, ...).
+        if isinstance(source, Image.Image):
+            source.load()
+            return source if source.mode == "RGB" else source.convert("RGB")
         with Image.open(file) as image:
             _refuse_bomb(name, image)
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -62,13 +65,14 @@ def _open_source(source: Any) -> tuple[str, Any]:
         if not header.startswith("data:image/") or not header.endswith(";base64"):
             raise ImageLoadError(f"Cannot read image data URL {header[:40]!r}: it must be 'data:image/...;base64,...'.")
         try:
-            return "in the data URL", io.BytesIO(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
+            data = base64.b64decode("".join(payload.split()), validate=True)
+        except ValueError as error:  # also what is not ASCII
             raise ImageLoadError(f"Cannot read image in the data URL: not base64 ({error}).") from error
+        return "in the data URL", io.BytesIO(data)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ImageLoadError(f"Cannot read image {source!r}: URLs are not fetched; download it and give its path.")
     if isinstance(source, (str, Path)):
-        return repr(str(source)), Path(source).expanduser()
+        return repr(str(source)), os.path.expanduser(source)  # noqa: PTH111  Path's raises for unknown users
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "in the given bytes", io.BytesIO(source)
     if hasattr(source, "read"):
@@ -119,7 +123,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"Unknown device {str(device)!r}; try auto, cpu, cuda, cuda:1 or mps.") from error
-    if not available.get(picked.type, True):
+    devices = torch.cuda.device_count() if picked.type == "cuda" else 1
+    if not available.get(picked.type, True) or (picked.index or 0) >= devices:
         raise ValueError(f"Device {str(device)!r} is not available on this machine; use --device cpu or auto.")
     return picked
 
@@ -173,7 +178,7 @@ def load_pretrained_model(
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
 
-    path = Path(model_path).expanduser()
+    path = Path(os.path.expanduser(model_path))  # noqa: PTH111  Path's raises for unknown users
     is_directory = path.is_dir()
     if is_directory and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a checkpoint directory: it has no config.json.")
@@ -182,9 +187,8 @@ def load_pretrained_model(
         config, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"{source!r} is not a directory, and could not be fetched from the Hugging Face Hub: {cause}"
-        ) from error
+        problem = "cannot be read" if is_directory else "is not a directory, and could not be fetched from the Hub"
+        raise OSError(f"{source!r} {problem}: {cause}") from error
     if config.get("model_type") != MultiModalityCausalLM.config_class.model_type:
         raise ValueError(
             f"{source!r} is not a DeepSeek-VL checkpoint: its model_type is {config.get('model_type')!r}, not "

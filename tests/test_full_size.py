@@ -1,0 +1,83 @@
+"""The 1.3B layout at full size, with random weights: loading, memory, a picture, a chat in a terminal.
+
+Takes minutes, 4 GB of disk and 8 GB of memory, and the published tokenizer.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import psutil
+import pytest
+from conftest import ROOT, make_picture
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(published_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint written by the documented command."""
+    if psutil.virtual_memory().available < 8e9:
+        pytest.skip("needs 8 GB of free memory")
+    directory = tmp_path_factory.mktemp("full") / "1.3b"
+    command = [sys.executable, "-m", "deepseek_vl.utils.random_checkpoint", "--size", "1.3b"]
+    command += ["--tokenizer", str(published_tokenizer_dir), "--output", str(directory)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=900)
+    return directory
+
+
+def test_it_is_the_published_layout(full_checkpoint: Path) -> None:
+    files = {path.name for path in full_checkpoint.iterdir()}
+    assert {"config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"} <= files
+    assert "model-00001-of-00002.safetensors" in files
+
+
+def test_loading_needs_hardly_more_memory_than_the_weights(full_checkpoint: Path) -> None:
+    code = f"""
+import resource, torch
+from deepseek_vl.utils.io import load_pretrained_model
+_, _, model = load_pretrained_model({str(full_checkpoint)!r}, device="cpu", dtype="bfloat16")
+assert {{parameter.dtype for parameter in model.parameters()}} == {{torch.bfloat16}}
+weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+print(weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=600)
+    weights, peak = map(int, result.stdout.split())
+    assert weights == 3_950_471_168
+    assert peak <= 1.15 * weights + 1e9
+
+
+def test_inference_on_a_picture(full_checkpoint: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "inference.py"),
+        "--model_path",
+        str(full_checkpoint),
+        "--max_new_tokens",
+        "8",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=900)
+    prompt, answer = result.stdout.split("\n\nAssistant:")
+    assert prompt.endswith("User: <image_placeholder>Describe each stage of this image.")
+    assert answer.strip()
+
+
+def test_two_turns_with_an_image_each_in_a_terminal(full_checkpoint: Path, tmp_path: Path) -> None:
+    user = re.escape("User [<image_placeholder> indicates an image]: ")
+    arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(full_checkpoint), "--max_gen_len", "8"]
+    child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=600, cwd=str(ROOT))
+    child.expect(user)
+    for picture in (ROOT / "images" / "training_pipelines.png", make_picture(tmp_path / "second.png")):
+        child.sendline("<image_placeholder>Describe this image.")
+        child.expect(re.escape("(1/1) Input the image file path: "))
+        child.sendline(str(picture))
+        child.expect("Assistant: ")
+        child.expect(user)
+        assert child.before.strip()
+    child.sendline("exit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0

@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",  # transformers reads `.bin` weights from this version on
         "transformers>=5.0",
         "timm>=1.0.21",  # the first to build on the meta device
         "accelerate>=1.1",

@@ -335,6 +335,14 @@ def test_padding_does_not_change_a_row(model, make_batch):
 
 
 @torch.no_grad()
+def test_position_ids_reach_the_language_model(model, batch):
+    positions = 3 * torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    logits = model(**batch, position_ids=positions).logits
+    assert torch.equal(logits, model.language_model(**embedded(model, batch), position_ids=positions).logits)
+    assert (logits - model(**batch).logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
 def test_loss_is_the_shifted_cross_entropy_of_the_labels(model, batch):
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100).masked_fill(batch.images_seq_mask, -100)
     output = model(**batch, labels=labels)

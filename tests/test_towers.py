@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
@@ -382,14 +383,31 @@ def test_sam_resizes_the_neck_bilinearly_to_neck_size_before_downsampling(neck_s
     torch.testing.assert_close(resized[0], matrix @ necks[0] @ matrix.T, rtol=0, atol=1e-5)
 
 
+class ResizeDtypes(TorchDispatchMode):
+    """Records in which dtype bilinear resizes run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "upsample_bilinear2d" in str(function):
+            self.seen.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
-def test_sam_resizes_in_float32_when_it_runs_in_bfloat16():
-    tower = small_sam().bfloat16()
+def test_sam_resizes_in_float32_in_whatever_dtype_it_runs(dtype):
+    tower = small_sam().to(dtype)
     necks, resized = [], []
     tower.neck.register_forward_hook(lambda module, args, output: necks.append(output))
     tower.downsamples.register_forward_hook(lambda module, args, output: resized.append(args[0]))
-    assert tower(images(64).bfloat16()).dtype == torch.bfloat16
-    expected = F.interpolate(necks[0].float(), size=(16, 16), mode="bilinear", align_corners=False).bfloat16()
+    with ResizeDtypes() as dtypes:
+        output = tower(images(64).to(dtype))
+    assert output.dtype == dtype
+    assert dtypes.seen == [torch.float32, torch.float32]
+    expected = F.interpolate(necks[0].float(), size=(16, 16), mode="bilinear", align_corners=False).to(dtype)
     assert torch.equal(resized[0], expected)
 
 

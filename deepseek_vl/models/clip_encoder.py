@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepseek_vl.models.sam import SAMVisionTransformer, create_sam_vit
+from deepseek_vl.models.variants import load_tower_checkpoint
 
 SELECT_FEATURES = ("patch", "cls_patch", "same")
 CONCAT_TYPES = ("feature", "sequence", "add", "tuple")
@@ -49,6 +50,7 @@ class CLIPVisionTower(nn.Module):
     ):
         super().__init__()
         self.model_name = model_name
+        self.image_size = image_size
         self.select_feature = select_feature
         self.select_layer = select_layer
         self.select_layers = select_layers
@@ -73,6 +75,7 @@ class CLIPVisionTower(nn.Module):
             if select_feature not in SELECT_FEATURES:
                 raise ValueError(f"Unknown select_feature {select_feature!r}; known are {', '.join(SELECT_FEATURES)}.")
             self.vision_tower = _load_clip(model_name)
+            load_tower_checkpoint(self.vision_tower, ckpt_path)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, S, S] -> [B, N, width]; a SAM tower gives its map, [B, C, h, h]."""
@@ -124,20 +127,24 @@ class HybridVisionTower(nn.Module):
         self.concat_type = concat_type
         self.freeze_high = freeze_high
         self.freeze_low = freeze_low
-        self.low_res_size = low_res_cfg["image_size"]
 
         self.vision_tower_low = CLIPVisionTower(**low_res_cfg)
+        self.low_res_size = self.vision_tower_low.image_size
         self.vision_tower_high = CLIPVisionTower(**{**self._neck_size(), **high_res_cfg})
         # The forward pass uses neither norm; the published checkpoints have both.
-        self.high_layer_norm = nn.LayerNorm(high_res_cfg.get("output_dim", 1024))
-        self.low_layer_norm = nn.LayerNorm(low_res_cfg.get("output_dim", 1024))
+        self.high_layer_norm = nn.LayerNorm(self.vision_tower_high.output_dim or 1024)
+        self.low_layer_norm = nn.LayerNorm(self.vision_tower_low.output_dim or 1024)
 
-        if freeze_high:
+        self.freeze_towers()
+
+    def freeze_towers(self) -> None:
+        """Set what is trained as `freeze_high` and `freeze_low` say."""
+        if self.freeze_high:
             self.vision_tower_high.requires_grad_(False).eval()
         else:
             for name, parameter in self.vision_tower_high.named_parameters():
                 parameter.requires_grad_("neck" in name or "downsamples" in name)
-        if freeze_low:
+        if self.freeze_low:
             self.vision_tower_low.requires_grad_(False).eval()
 
     def _neck_size(self) -> dict[str, int]:

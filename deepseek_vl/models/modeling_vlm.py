@@ -231,20 +231,23 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the prompt is longer than the model's positions, or masks and features do not fit.
         """
-        longest = self.config.language_config.max_position_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, more than the {longest} positions of this model; "
-                "shorten the text or use fewer images."
-            )
+        self._check_length(input_ids)
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
-        positions, features = int(images_seq_mask.sum()), int(images_emb_mask.sum())
-        if positions != features:
-            raise ValueError(f"images_seq_mask has {positions} image positions, images_emb_mask {features} features.")
-        if not features:
+        positions, features = images_seq_mask.sum(dim=1), images_emb_mask.sum(dim=(1, 2)).to(images_seq_mask.device)
+        if not torch.equal(positions, features):
+            raise ValueError(
+                f"images_seq_mask has {positions.tolist()} image positions in its rows, images_emb_mask "
+                f"{features.tolist()} features."
+            )
+        if not features.any():
             return inputs_embeds
         if pixel_values is None:
-            raise ValueError(f"The prompt has {positions} image positions, but pixel_values is None.")
+            raise ValueError(f"The prompt has {int(positions.sum())} image positions, but pixel_values is None.")
+        if pixel_values.shape[:2] != images_emb_mask.shape[:2]:
+            raise ValueError(
+                f"pixel_values has {tuple(pixel_values.shape[:2])} rows and images, images_emb_mask "
+                f"{tuple(images_emb_mask.shape[:2])}."
+            )
 
         is_real = images_emb_mask.any(dim=-1)  # [b, n]
         image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])  # [images, N, D]
@@ -256,6 +259,14 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             )
         source = image_features[feature_mask].to(inputs_embeds.device, inputs_embeds.dtype)  # [features, D]
         return inputs_embeds.masked_scatter(images_seq_mask.to(inputs_embeds.device)[..., None], source)
+
+    def _check_length(self, input_ids: torch.LongTensor) -> None:
+        longest = self.config.language_config.max_position_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, more than the {longest} positions of this model; "
+                "shorten the text or use fewer images."
+            )
 
     def forward(
         self,
@@ -324,6 +335,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             return self.prepare_inputs_embeds(whole, pixel_values, images_seq_mask, images_emb_mask)[:, -new:]
         if pixel_values is not None:
             raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
+        self._check_length(input_ids)
         return self.get_input_embeddings()(input_ids.clamp(min=0))
 
     @torch.no_grad()
@@ -389,13 +401,21 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
                 `ignore_mismatched_sizes` is given).
         """
         return_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **kwargs,
         )
-        problems = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
+        checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
+        problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
         if any(problems.values()):
-            details = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems.items() if keys)
+            details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
             raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
+        if isinstance(model.vision_model, HybridVisionTower):
+            model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
         model._set_generation_tokens(_checkpoint_special_tokens(model, str(pretrained_model_name_or_path), kwargs))
         return (model, info) if return_info else model
 
@@ -439,15 +459,15 @@ def _checkpoint_special_tokens(
 ) -> dict[str, Any]:
     """The special tokens' ids that a checkpoint's files name.
 
-    Those of a generation config of its own, except where it repeats the language config's, which carry Llama's by
-    oversight; else the tokenizer's.
+    Those of a generation config of its own, except where it only repeats the defaults; else the tokenizer's.
     """
     hub_arguments = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
     generation_config, tokenizer_config, tokenizer = (
         cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
     )
-    ids = _default_special_tokens(model.config.language_config)
+    defaults = _default_special_tokens(model.config.language_config)
+    ids = dict(defaults)
     if tokenizer_config is not None and tokenizer is not None:
         added_tokens = json.loads(Path(tokenizer).read_text(encoding="utf-8")).get("added_tokens", [])
         added = {token["content"]: token["id"] for token in added_tokens}
@@ -460,7 +480,7 @@ def _checkpoint_special_tokens(
     if generation_config is not None:
         for name in ids:
             own = getattr(model.generation_config, name)
-            if own is not None and own != getattr(model.config.language_config, name):
+            if own is not None and own != defaults.get(name):
                 ids[name] = own
     return ids
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deepseek_vl.models.variants import load_tower_checkpoint, select_variant
 
@@ -221,6 +222,7 @@ class SAMVisionTransformer(nn.Module):
         )
         self.neck_hd = make_neck(variant.width, variant.prompt_embed_dim)
         self.hd_alpha_downsamples = nn.Parameter(torch.zeros(1))
+        self.gradient_checkpointing = False  # set by transformers
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, S, S] with S = image_size -> [B, C, h, h].
@@ -236,7 +238,10 @@ class SAMVisionTransformer(nn.Module):
             )
         x = self.patch_embed(images) + self.pos_embed  # [B, grid, grid, width]
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
             if i == self.first_global_block:
                 first_global = x
         return (

@@ -55,6 +55,15 @@ class SigLIPVisionTransformer(VisionTransformer):
         )
         self.ignore_head = ignore_head
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """timm's switch under the name by which transformers sets it."""
+        return self.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.set_grad_checkpointing(enable)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`images` [B, 3, S, S] -> [B, N, width], or [B, width] with the pooling head. N = (S // patch_size) ** 2."""
         return self.forward_features(images) if self.ignore_head else super().forward(images)

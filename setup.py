@@ -22,7 +22,7 @@ setup(
         "torch>=2.6",  # transformers reads `.bin` weights from this version on
         "transformers>=5.0",
         "timm>=1.0.21",  # the first to build on the meta device
-        "accelerate>=1.1",
+        "accelerate>=1.2",
         "attrdict>=2.0.1",
         "einops>=0.8",
         "pillow>=13",  # resizes as the golden files do; older versions differ by a few levels on some sizes

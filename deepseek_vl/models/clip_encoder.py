@@ -91,9 +91,7 @@ class CLIPVisionTower(nn.Module):
 def _load_clip(name_or_path: str) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    if (
-        torch.get_default_device().type == "meta"
-    ):  # inside `from_pretrained`: the model's own checkpoint has the weights
+    if torch.empty(0).is_meta:  # inside `from_pretrained`: the weights are in the model's own checkpoint
         return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name_or_path))
     return CLIPVisionModel.from_pretrained(name_or_path)
 

@@ -6,6 +6,7 @@ Everything it calls is public; copy it to start a program of your own.
 """
 
 import argparse
+from pathlib import Path
 
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
@@ -14,20 +15,20 @@ def main() -> None:
     """Ask the question and print the prompt and the answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", default="deepseek-ai/deepseek-vl-7b-chat")
-    parser.add_argument("--image", default="images/training_pipelines.png")
+    parser.add_argument("--image", default=str(Path(__file__).parent / "images" / "training_pipelines.png"))
     parser.add_argument("--question", default="<image_placeholder>Describe each stage of this image.")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     args = parser.parse_args()
-
-    tokenizer, vl_chat_processor, vl_gpt = load_pretrained_model(args.model_path)
 
     conversation = [
         {"role": "User", "content": args.question, "images": [args.image]},
         {"role": "Assistant", "content": ""},
     ]
 
-    # load images and prepare the inputs
     pil_images = load_pil_images(conversation)
+    tokenizer, vl_chat_processor, vl_gpt = load_pretrained_model(args.model_path)
+
+    # prepare the inputs
     prepare_inputs = vl_chat_processor(conversations=conversation, images=pil_images, force_batchify=True).to(
         vl_gpt.device
     )

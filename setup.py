@@ -17,6 +17,7 @@ setup(
     license="MIT",
     license_files=["LICENSE-CODE"],
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
+    entry_points={"console_scripts": ["deepseek-vl-chat=deepseek_vl.serve.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",  # transformers reads `.bin` weights from this version on

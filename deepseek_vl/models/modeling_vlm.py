@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -434,8 +434,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
         mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
         if mapped and not on_disk and not is_deepspeed_zero3_enabled():
-            files = [safe_open(file, framework="pt", backend="pread") for file in checkpoint_files]
-            state_dict = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  not read yet
+            state_dict = {name: tensor for file in checkpoint_files for name, tensor in _unread_tensors(file)}
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
@@ -443,6 +442,15 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         for model in (self, self.language_model):
             for name, token_id in token_ids.items():
                 setattr(model.generation_config, name, token_id)
+
+
+def _unread_tensors(file: str) -> list[tuple[str, Any]]:
+    """The names and tensors of a safetensors file, each to be read when it is indexed."""
+    try:
+        opened = safe_open(file, framework="pt", backend="pread")
+    except SafetensorError as error:
+        raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
+    return [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
 
 
 def _default_special_tokens(config: LlamaConfig) -> dict[str, int]:

@@ -86,8 +86,7 @@ class Attention(nn.Module):
     """Multi-head attention on a `side` x `side` grid with decomposed relative positions.
 
     A query at (y, x) adds q.R_h[y - y'] + q.R_w[x - x'] to its logit for the key at (y', x'), with q unscaled. The two
-    terms are computed once per query and key row or column, and enter the attention as additional columns of the query
-    against one-hot columns of the key. The logits are those of adding a bias, without a [N, N] bias in memory.
+    terms are computed once per query and key row or column; no [N, N] bias for all heads is ever in memory.
     """
 
     def __init__(self, width: int, heads: int, side: int):
@@ -103,30 +102,68 @@ class Attention(nn.Module):
         """[B, side, side, width] -> the same shape."""
         B, H, W, C = x.shape
         N, heads, head_dim = H * W, self.heads, self.head_dim
-        scale = head_dim**-0.5
 
         q, k, v = self.qkv(x).reshape(B, N, 3, heads, head_dim).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
 
         coords = torch.arange(self.side, device=x.device)
         offsets = coords[:, None] - coords[None, :] + self.side - 1  # [query, key] -> row of the position tables
         grid_q = q.reshape(B, heads, H, W, head_dim)
-        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid_q, self.rel_pos_h[offsets])  # [B, heads, H, W, H]
-        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid_q, self.rel_pos_w[offsets])  # [B, heads, H, W, W]
-        rel = torch.cat([rel_h, rel_w], dim=-1).reshape(B, heads, N, H + W)
+        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid_q, self.rel_pos_h[offsets]).reshape(B, heads, N, H)
+        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid_q, self.rel_pos_w[offsets]).reshape(B, heads, N, W)
 
-        identity = torch.eye(self.side, dtype=x.dtype, device=x.device)
-        key_rows = identity.repeat_interleave(W, dim=0)  # [N, H]: which row a key is in
-        key_columns = identity.repeat(H, 1)  # [N, W]: which column a key is in
-        one_hot = torch.cat([key_rows, key_columns], dim=-1).expand(B, heads, N, H + W)
-
-        out = F.scaled_dot_product_attention(
-            torch.cat([q, rel / scale], dim=-1),
-            torch.cat([k, one_hot], dim=-1),
-            # The fused kernels want values as wide as the keys.
-            F.pad(v, (0, H + W)),
-            scale=scale,
-        )[..., :head_dim]
+        attend = attend_with_bias if x.device.type == "cpu" and not rel_h.requires_grad else attend_widened
+        out = attend(q, k, v, rel_h, rel_w)  # [B, heads, N, head_dim]
         return self.proj(out.transpose(1, 2).reshape(B, H, W, C))
+
+
+def attend_widened(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> torch.Tensor:
+    """Attention with the relative positions as additional columns of the query, against one-hot columns of the key.
+
+    Runs in the fused kernels of GPUs, and is differentiable without [N, N] tensors.
+
+    Args:
+        q, k, v: [B, heads, N, head_dim], N = H * W.
+        rel_h, rel_w: [B, heads, N, H] and [B, heads, N, W], what each query adds for each row and column of keys.
+
+    Returns:
+        [B, heads, N, head_dim].
+    """
+    *_, N, head_dim = q.shape
+    H, W = rel_h.shape[-1], rel_w.shape[-1]
+    scale = head_dim**-0.5
+    key_rows = torch.eye(H, dtype=q.dtype, device=q.device).repeat_interleave(W, dim=0)  # [N, H]
+    key_columns = torch.eye(W, dtype=q.dtype, device=q.device).repeat(H, 1)  # [N, W]
+    one_hot = torch.cat([key_rows, key_columns], dim=-1).expand(*q.shape[:2], N, H + W)
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, rel_h / scale, rel_w / scale], dim=-1),
+        torch.cat([k, one_hot], dim=-1),
+        F.pad(v, (0, H + W)),  # the fused kernels want values as wide as the keys
+        scale=scale,
+    )
+    return out[..., :head_dim]
+
+
+# Elements of bias that `attend_with_bias` has in memory at a time: one head of a 64 x 64 grid.
+MAX_BIAS_ELEMENTS = 2**24
+
+
+def attend_with_bias(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> torch.Tensor:
+    """Attention with the relative positions as a bias, for some heads at a time.
+
+    The arguments and the result are those of `attend_widened`. CPUs spend less on the bias than on wider queries.
+    """
+    B, heads, N, _ = q.shape
+    heads_at_once = max(1, MAX_BIAS_ELEMENTS // (B * N * N))
+    parts = []
+    for start in range(0, heads, heads_at_once):
+        part = slice(start, start + heads_at_once)
+        bias = (rel_h[:, part, :, :, None] + rel_w[:, part, :, None, :]).reshape(B, -1, N, N)
+        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias))
+    return torch.cat(parts, dim=1)
 
 
 class SAMBlock(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.inference import GenerationSettings, stream_answer
+from deepseek_vl.serve.inference import stream_answer
+from deepseek_vl.serve.settings import GenerationSettings
 
 
 def with_image_tags(text: str, images: int, tag: str) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from PIL import Image
-
-from deepseek_vl.utils.io import ImageLoadError, load_image, load_pretrained_model
+from deepseek_vl.serve.settings import GenerationSettings
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from deepseek_vl.serve.chat import ChatSession
 
 IMAGE_TAG = "<image_placeholder>"
@@ -25,7 +27,7 @@ Write a message and press Enter. Put {IMAGE_TAG} where an image belongs; you are
   new    forget the conversation and start again
   help   show this text
   exit   leave (so does Ctrl-D)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer, or forgets the message you are writing."""
 
 
 class _Exit(Exception):
@@ -58,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
     )
     parser.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="image for the first message; may be repeated"
+        "--image", nargs="+", action="extend", default=[], metavar="PATH", help="images for the first message"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one message on standard output, and exit")
     return parser
@@ -81,50 +83,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Everything that can be wrong with the arguments is found before the model is loaded, which takes long.
-    if args.prompt is not None and not args.prompt.strip():
-        raise ValueError("--prompt is empty.")
-    images = [load_image(path) for path in args.image]
-    _be_quiet(progress=args.prompt is None and sys.stderr.isatty())
-
-    from deepseek_vl.serve.chat import ChatSession, with_image_tags
-    from deepseek_vl.serve.inference import GenerationSettings
-
+    # Everything that can be wrong with the arguments is found before the libraries and the model are loaded.
     settings = GenerationSettings(args.max_gen_len, args.temperature, args.top_p, args.repetition_penalty)
-    if args.prompt is not None:
-        with_image_tags(args.prompt, len(images), IMAGE_TAG)
-    _, processor, model = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
+    one_shot = args.prompt is not None
+    if one_shot and not args.prompt.strip():
+        raise ValueError("--prompt is empty.")
+    if one_shot and args.prompt.count(IMAGE_TAG) > len(args.image):
+        raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG} and {len(args.image)} images.")
+    if not one_shot:
+        print(f"Loading {args.model_path} ...", flush=True)
+    with _import_interruptible():
+        from deepseek_vl.utils.io import load_image, load_pretrained_model, pick_device, pick_dtype
+
+        device = pick_device(args.device)
+        dtype = pick_dtype(device, args.dtype)
+        images = [load_image(path) for path in args.image]
+        _be_quiet(progress=not one_shot and sys.stderr.isatty())
+        from deepseek_vl.serve.chat import ChatSession
+
+    _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype)
     session = ChatSession(model, processor, settings)
-    if args.prompt is not None:
+    if one_shot:
         _print_answer(session.ask(args.prompt, images))
-        return 0
-    _chat(session, images)
+    else:
+        print(f"It runs on {device} in {str(dtype).removeprefix('torch.')}.\n\n{HELP}")
+        _chat(session, images)
     return 0
+
+
+@contextlib.contextmanager
+def _import_interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the process at once. Inside an import, `KeyboardInterrupt` may be caught and become another error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _be_quiet(progress: bool) -> None:
     """Keep the libraries' warnings, and their progress bars unless wanted, off the user's terminal."""
-    from transformers.utils import logging
+    import huggingface_hub.utils.logging
+    import transformers.utils.logging
 
     warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     if not progress:
-        logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _chat(session: ChatSession, images: list[Image.Image]) -> None:
     """The interactive loop. `images` belong to the first message."""
     with contextlib.suppress(ImportError):  # line editing and history; not on every platform
         import readline  # noqa: F401
-    print(HELP)
     if images:
         print(f"{len(images)} image(s) will go with your first message.")
     while True:
         try:
             text = _read(USER_PROMPT)
-            if text == "help":
+            if text.lower() == "help":
                 print(HELP)
-            elif text == "new":
+            elif text.lower() == "new":
                 session.reset()
                 print("New conversation.")
             elif text:
@@ -148,13 +171,15 @@ def _read(prompt: str) -> str:
     except EOFError:
         print()
         raise _Exit from None
-    if text == "exit":
+    if text.lower() == "exit":
         raise _Exit
     return text
 
 
 def _read_image(index: int, total: int) -> Image.Image:
     """Ask for the path of one image until there is one that can be read."""
+    from deepseek_vl.utils.io import ImageLoadError, load_image
+
     while True:
         path = _read(f"({index + 1}/{total}) Input the image file path: ")
         if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
@@ -193,3 +218,7 @@ def _print_answer(pieces: Iterator[str]) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

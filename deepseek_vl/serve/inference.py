@@ -9,7 +9,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
+from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.conversation import Conversation
 from deepseek_vl.utils.io import load_pretrained_model
 
@@ -39,53 +39,20 @@ def load_model(
     return tokenizer, model, processor
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is generated.
-
-    Attributes:
-        max_new_tokens: the answer ends after so many tokens.
-        temperature: 0 for greedy decoding, which takes no notice of the next two.
-        top_p: sample from the smallest set of tokens with this total probability.
-        repetition_penalty: divides the scores of tokens already generated.
-        stop: the answer ends before the first of these texts.
-        seed: for sampling; None leaves torch's random state as it is.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 0.95
-    repetition_penalty: float = 1.1
-    stop: Sequence[str] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
-        if self.temperature > 0 and self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}.")
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """The arguments for transformers' `generate`; each is given, so that no checkpoint default takes its place."""
-        if self.temperature > 0:
-            # As an argument, `repetition_penalty` would draw a warning that it leaves the prompt alone, as it should.
-            penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
-            return {
-                "do_sample": True,
-                "temperature": float(self.temperature),
-                "top_p": self.top_p,
-                "top_k": 50,
-                "repetition_penalty": 1.0,
-                "logits_processor": LogitsProcessorList([penalty]),
-            }
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+def sampling_arguments(settings: GenerationSettings) -> dict[str, Any]:
+    """The settings for transformers' `generate`; each is given, so that no checkpoint default takes its place."""
+    if settings.temperature > 0:
+        # As an argument, `repetition_penalty` would draw a warning that it leaves the prompt alone, as it should.
+        penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+        return {
+            "do_sample": True,
+            "temperature": float(settings.temperature),
+            "top_p": settings.top_p,
+            "top_k": 50,  # transformers' default, and so the reference's
+            "repetition_penalty": 1.0,
+            "logits_processor": LogitsProcessorList([penalty]),
+        }
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
 
 
 class StopWordFilter:
@@ -168,7 +135,7 @@ class _Generation(BaseStreamer, StoppingCriteria):
             use_cache=True,
             streamer=self,
             stopping_criteria=StoppingCriteriaList([self]),
-            **self._settings.generate_arguments(),
+            **sampling_arguments(self._settings),
         )
 
     def put(self, value: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,10 +170,6 @@ def load_pretrained_model(
         ValueError: if it is not a DeepSeek-VL checkpoint, its weights do not fit its config, or the device or dtype
             cannot be had.
     """
-    from transformers import PretrainedConfig
-
-    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-
     device = pick_device(device)
     kwargs.setdefault("dtype", pick_dtype(device, dtype))
     if device.type != "cpu":
@@ -182,7 +179,14 @@ def load_pretrained_model(
     is_directory = path.is_dir()
     if is_directory and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a checkpoint directory: it has no config.json.")
+    if not is_directory and (path.exists() or not _HUB_ID.fullmatch(str(model_path))):
+        raise FileNotFoundError(f"There is no checkpoint directory {str(model_path)!r}.")
     source = str(path) if is_directory else str(model_path)
+
+    from transformers import PretrainedConfig
+
+    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+
     try:
         config, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
@@ -194,6 +198,22 @@ def load_pretrained_model(
             f"{source!r} is not a DeepSeek-VL checkpoint: its model_type is {config.get('model_type')!r}, not "
             f"{MultiModalityCausalLM.config_class.model_type!r}."
         )
-    processor = VLChatProcessor.from_pretrained(source)
-    model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
+    try:
+        processor = VLChatProcessor.from_pretrained(source)
+        model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
+    except json.JSONDecodeError as error:
+        raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
     return processor.tokenizer, processor, model
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _broken_json(directory: Path) -> str:
+    """The name of the file in a checkpoint directory that is not JSON."""
+    for file in sorted(directory.glob("*.json")):
+        try:
+            load_json(file)
+        except ValueError:
+            return file.name
+    return "in the download cache"

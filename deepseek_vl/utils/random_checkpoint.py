@@ -122,10 +122,13 @@ def write_random_checkpoint(
 
     Raises:
         FileExistsError: if `output` already has a config.
+        FileNotFoundError: if `tokenizer` has no tokenizer.
     """
     directory = Path(output)
     if (directory / "config.json").exists():
         raise FileExistsError(f"{output!r} already holds a checkpoint.")
+    if not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{tokenizer!r} has no tokenizer.json.")
     directory.mkdir(parents=True, exist_ok=True)
 
     config = MultiModalityConfig(**PUBLISHED_CONFIGS[size], architectures=["MultiModalityCausalLM"])
@@ -168,7 +171,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_random_checkpoint(args.size, args.tokenizer, args.output, getattr(torch, args.dtype))
+    try:
+        write_random_checkpoint(args.size, args.tokenizer, args.output, getattr(torch, args.dtype))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

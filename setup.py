@@ -26,10 +26,9 @@ setup(
         "accelerate>=1.2",
         "attrdict>=2.0.1",
         "einops>=0.8",
-        "pillow>=13",  # resizes as the golden files do; older versions differ by a few levels on some sizes
+        "pillow>=10.4",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
-        "torchvision",
     ],
     extras_require={
         "test": ["hypothesis>=6", "peft>=0.18", "pexpect>=4.9", "psutil>=6", "pytest>=8", "ruff>=0.14"],

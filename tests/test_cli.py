@@ -1,5 +1,6 @@
 """`cli_chat.py` and `inference.py` as a user runs them: processes, a real terminal, exit codes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -76,11 +77,11 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model_path", "no/such/dir/", "--prompt", "Hi"], "'no/such/dir/' is not a directory"),
+        (["--model_path", "no/such/dir/", "--prompt", "Hi"], "There is no checkpoint directory 'no/such/dir/'"),
         (["--model_path", "{empty}", "--prompt", "Hi"], "has no config.json"),
         (["--prompt", "Hi", "--image", "no such picture.png"], "'no such picture.png': there is no such file"),
         (["--prompt", "Hi", "--image", "{text}"], "not an image file"),
-        (["--prompt", "<image_placeholder>Hi"], "1 <image_placeholder> and 0 images"),
+        (["--prompt", "<image_placeholder>Hi"], "1 <image_placeholder> and 0 images."),
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "Hi", "--temperature", "-1"], "temperature must be"),
         (["--prompt", "Hi", "--max_gen_len", "0"], "max_new_tokens must be at least 1"),
@@ -111,6 +112,14 @@ def test_a_reader_that_goes_away_is_no_traceback(parrot_checkpoint: Path) -> Non
     command += "--dtype float32 --max_gen_len 600 --prompt Sing. | head -c 5"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=180, check=False)
     assert (result.stdout, result.stderr) == ("la la", "")
+
+
+def test_an_encoding_without_these_characters_is_no_error(parrot_checkpoint: Path) -> None:
+    command = [sys.executable, str(ROOT / "cli_chat.py"), "--model_path", str(parrot_checkpoint)]
+    command += ["--temperature", "0", "--dtype", "float32", "--prompt", "Greet me."]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (0, "Gr??e, ??! ?? All good.\n")
 
 
 def test_help_is_quick_and_names_every_flag() -> None:

@@ -383,3 +383,12 @@ def test_registering_a_taken_name_is_an_assertion_error_and_changes_nothing(regi
 def test_a_taken_name_can_be_overridden(registry):
     register_conv_template(Conversation(name="deepseek", system_message="new"), override=True)
     assert get_conv_template("deepseek").system_message == "new"
+
+
+@pytest.mark.parametrize("system", ["", None])
+@pytest.mark.parametrize("name", ["deepseek", "llama-2"])
+def test_no_system_message_is_no_text(name, system):
+    conversation = get_conv_template(name)
+    conversation.set_system_message(system)
+    conversation.append_message(conversation.roles[0], "Hi")
+    assert conversation.get_prompt() == {"deepseek": "User: Hi\n\n", "llama-2": "[INST] Hi "}[name]

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import make_picture
@@ -50,6 +51,12 @@ PUBLISHED = {
         "rescale_factor": 0.00392156862745098,
     },
 }
+
+
+oracle_is_pillow_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13,
+    reason="older versions of Pillow resize the axes in another order themselves",
+)
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -163,6 +170,7 @@ def test_min_size_is_the_least_height_or_width(min_size, rows):
     assert top == (32 - rows) // 2
 
 
+@oracle_is_pillow_13
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     width=st.integers(1, 160),
@@ -179,6 +187,7 @@ def test_resize_is_bit_for_bit_the_plain_computation(width, height, image_size, 
     np.testing.assert_array_equal(square, plain_square(image, image_size, min_size, background))
 
 
+@oracle_is_pillow_13
 @pytest.mark.parametrize("name", ["1.3b", "7b"])
 @pytest.mark.parametrize("size", [(640, 427), (333, 1000), (50, 37)])
 def test_resize_is_bit_for_bit_the_plain_computation_with_the_published_settings(name, size):

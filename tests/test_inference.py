@@ -1,6 +1,8 @@
 """The engine: streaming, stopping, stop words, errors, sampling."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PARROT_ANSWERS
+from conftest import PARROT_ANSWERS, ROOT
 from PIL import Image
 from transformers import StoppingCriteriaList
 
@@ -249,7 +251,7 @@ def test_greedy_takes_no_notice_of_top_p_and_repetition_penalty(checkpoint: Path
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
-        ({"top_p": 1.5}, "top_p must be between 0 and 1, got 1.5"),
+        ({"top_p": 1.5, "temperature": 1.0}, "top_p must be between 0 and 1, got 1.5"),
         ({"temperature": 1.0, "repetition_penalty": 0}, "repetition_penalty must be positive, got 0"),
     ],
 )
@@ -270,6 +272,30 @@ def test_the_answer_ends_where_the_positions_end(checkpoint: Path) -> None:
     stream = stream_answer(model, processor, messages_of("a" * 900), LONG)
     list(stream)
     assert stream.completion_tokens <= room
+
+
+def test_greedy_decoding_minds_no_sampling_setting(parrot: Loaded) -> None:
+    assert "".join(ask(parrot, "Greet me.", top_p=7, repetition_penalty=-1)) == " " + PARROT_ANSWERS["Greet me."]
+
+
+@pytest.mark.parametrize("stop_words", [None, "One", ["One"]])
+def test_stop_words_may_be_none_one_or_several(parrot: Loaded, stop_words: Any) -> None:
+    tokenizer, model, processor = parrot
+    inputs = processor(conversations=messages_of("What do you say?"), images=None)
+    answer = "".join(generate(model, tokenizer, inputs, stop_words=stop_words))
+    assert answer == (" " + PARROT_ANSWERS["What do you say?"] if stop_words is None else " ")
+
+
+def test_a_program_may_end_with_an_unfinished_stream(parrot_checkpoint: Path) -> None:
+    code = f"""
+from deepseek_vl.serve.inference import GenerationSettings, load_model, stream_answer
+_, model, processor = load_model({str(parrot_checkpoint)!r}, device="cpu", dtype="float32")
+messages = [{{"role": "User", "content": "Sing."}}, {{"role": "Assistant", "content": ""}}]
+stream = stream_answer(model, processor, messages, GenerationSettings(max_new_tokens=8000))
+print(next(stream))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, "l")
 
 
 def test_a_batch_is_refused(parrot: Loaded) -> None:
@@ -390,6 +416,21 @@ def test_a_failed_message_leaves_the_session_as_it_was(session: ChatSession, par
         list(session.ask("Sing."))
     hook.remove()
     assert session.messages == before
+
+
+def test_a_message_without_an_answer_leaves_no_trace(session: ChatSession) -> None:
+    session.settings = GenerationSettings(stop=(" Gr",))
+    assert list(session.ask("Greet me.")) == []
+    assert session.messages == []
+
+
+def test_an_answer_that_spells_the_image_tag_does_not_ask_for_an_image(session: ChatSession) -> None:
+    pieces = session.ask("Greet me.")
+    next(pieces)
+    session.processor.image_tag, tag = "All", session.processor.image_tag  # a word of the answer
+    list(pieces)
+    session.processor.image_tag = tag
+    assert session.messages[-1]["content"] == "Grüße, 世界! 🙂🎉  good."
 
 
 def test_images_without_a_tag_are_put_in_front() -> None:

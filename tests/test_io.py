@@ -380,8 +380,16 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+@pytest.mark.parametrize("name", ["{tmp}/missing", "./missing", "~/missing", "one/two/three", "missing/", ""])
+def test_what_can_only_be_a_directory_is_not_asked_of_the_hub(tmp_path, name):
+    name = name.format(tmp=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint directory|no config\.json") as caught:
+        load_pretrained_model(name, device="cpu")
+    assert name in str(caught.value)
+
+
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["{tmp}/missing", "./missing", "no-such-owner-here/no-such-model", "no-such-model"])
+@pytest.mark.parametrize("name", ["no-such-owner-here/no-such-model", "no-such-model"])
 def test_a_checkpoint_that_is_neither_here_nor_on_the_hub_is_an_os_error_that_names_it(tmp_path, name):
     name = name.format(tmp=tmp_path)
     with pytest.raises(OSError, match="not a directory") as caught:
@@ -426,3 +434,46 @@ def test_a_checkpoint_that_lacks_a_file_is_an_os_error_that_names_it(siglip_chec
 def test_an_unknown_device_or_dtype_is_said_before_anything_is_loaded(tmp_path, options):
     with pytest.raises(ValueError, match="Unknown"):
         load_pretrained_model(tmp_path, **options)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "processor_config.json", "preprocessor_config.json"])
+def test_a_broken_json_file_of_a_checkpoint_is_named(siglip_checkpoint, tmp_path, file):
+    for path in siglip_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).write_text("{")
+    with pytest.raises(OSError, match=file) as caught:
+        load_pretrained_model(tmp_path, device="cpu")
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1000])
+def test_truncated_weights_are_an_error_that_names_the_file(siglip_checkpoint, tmp_path, length):
+    for path in siglip_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(OSError, match=r"model\.safetensors.*(broken|truncated)"):
+        load_pretrained_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_may_have_either_name(siglip_checkpoint, name):
+    _, _, model = load_pretrained_model(siglip_checkpoint, device="cpu", **{name: torch.float16})
+    assert model.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", "{}"), ("model.safetensors", "garbage"), ("config.json", '{"model_type": "multi_modality"}')],
+)
+def test_a_checkpoint_of_broken_files_is_an_error_that_names_it(siglip_checkpoint, tmp_path, file, content):
+    for path in siglip_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).write_text(content)
+    with pytest.raises((OSError, ValueError)) as caught:
+        load_pretrained_model(tmp_path, device="cpu")
+    assert str(caught.value)
+
+
+def test_the_images_of_a_message_may_be_a_single_one(picture):
+    assert len(load_pil_images([{"role": "User", "content": "", "images": str(picture)}])) == 1

@@ -867,3 +867,85 @@ def test_a_fresh_model_on_a_clip_tower_keeps_the_clip_weights(tmp_path):
     config.aligner_config.params["input_dim"] = 32
     model = MultiModalityCausalLM(config)
     assert_weights_are(model.vision_model.vision_tower, clip.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["siglip", "hybrid"])
+def test_gradient_checkpointing_reaches_the_towers(kind):
+    """Every block is run a second time in the backward pass, with the same gradients."""
+    torch.manual_seed(0)
+    model = MultiModalityCausalLM(small_config(kind, 100)).train()
+    model.vision_model.requires_grad_(True)
+    size = 32 if kind == "siglip" else 64
+    pixels = torch.rand(1, 3, size, size)
+    blocks = [module for module in model.vision_model.modules() if type(module).__name__ in ("Block", "SAMBlock")]
+    runs = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        model.zero_grad()
+        runs.clear()
+        model.get_image_features(pixels).square().sum().backward()
+        return [None if p.grad is None else p.grad.clone() for p in model.parameters()], len(runs)
+
+    plain, plain_runs = gradients()
+    model.gradient_checkpointing_enable()
+    checkpointed, checkpointed_runs = gradients()
+    assert (plain_runs, checkpointed_runs) == (len(blocks), 2 * len(blocks))
+    for expected, actual in zip(plain, checkpointed, strict=True):
+        assert (expected is None) == (actual is None)
+        assert expected is None or torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "hybrid"])
+def test_an_offloaded_vision_tower_encodes(kind, request, picture, tmp_path):
+    """accelerate keeps such parameters on the meta device and brings their values when they are needed."""
+    directory = request.getfixturevalue(f"{kind}_checkpoint")
+    processor = VLChatProcessor.from_pretrained(directory)
+    pixels = processor.image_processor(Image.open(picture))["pixel_values"]
+    expected = MultiModalityCausalLM.from_pretrained(directory).get_image_features(pixels)
+    device_map = {"vision_model": "disk", "aligner": "cpu", "language_model": "cpu"}
+    offloaded = MultiModalityCausalLM.from_pretrained(directory, device_map=device_map, offload_folder=tmp_path)
+    assert torch.equal(offloaded.get_image_features(pixels), expected)
+
+
+@torch.no_grad()
+def test_a_half_precision_clip_checkpoint_makes_a_float32_model(tmp_path):
+    clip_config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    CLIPVisionModel(clip_config).half().save_pretrained(tmp_path)
+    config = small_config("siglip", 100)
+    config.vision_config.params = {"model_name": str(tmp_path), "image_size": 16}
+    config.aligner_config.params["input_dim"] = 32
+    model = MultiModalityCausalLM(config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.get_image_features(torch.rand(1, 3, 16, 16)).shape == (1, 4, 64)
+    model.vision_model.bfloat16()  # parts may also be given dtypes of their own
+    assert model.get_image_features(torch.rand(1, 3, 16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("assistance", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted_decoding_is_right_for_text_and_refused_with_images(siglip_checkpoint, picture, assistance):
+    processor = VLChatProcessor.from_pretrained(siglip_checkpoint)
+    model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint)
+    helper = {
+        "assistant_model": MultiModalityCausalLM.from_pretrained(siglip_checkpoint),
+        "prompt_lookup_num_tokens": 3,
+    }
+    arguments = {assistance: helper[assistance], "max_new_tokens": 12, "do_sample": False}
+
+    text = processor(prompt="User: one two one two one\n\nAssistant:")
+    expected = model.generate(**text, max_new_tokens=12, do_sample=False)
+    assert model.generate(**text, **arguments).tolist() == expected.tolist()
+
+    inputs = processor(prompt="<image_placeholder>?", images=[Image.open(picture)])
+    with pytest.raises(ValueError, match="without images"):
+        model.generate(**inputs, **arguments)
+
+
+def test_negative_ids_with_a_repetition_penalty(siglip_checkpoint):
+    model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint)
+    ids = torch.tensor([[5, -1, 7]])
+    assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, repetition_penalty=1.1).shape == (1, 5)
+    assert ids.tolist() == [[5, -1, 7]]

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small_config
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from deepseek_vl.models import sam
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.sam import create_sam_vit
 from deepseek_vl.models.siglip_vit import create_siglip_vit
@@ -734,3 +736,33 @@ def test_gradients_reach_the_pixels_that_an_output_depends_on(kind):
     assert x.grad[0].isfinite().all()
     assert (x.grad[0] != 0).float().mean() > 0.99
     assert (x.grad[1] == 0).all()  # the images of a batch do not mix
+
+
+@pytest.mark.parametrize(("grid", "batch"), [((6, 6), 2), ((3, 5), 1)])
+def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, batch, monkeypatch):
+    """As a bias, all heads at once or one at a time, and as widened queries and keys."""
+    height, width = grid
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, batch, 4, height * width, 8).unbind()
+    rel_h = torch.randn(batch, 4, height * width, height)
+    rel_w = torch.randn(batch, 4, height * width, width)
+    widened = sam.attend_widened(q, k, v, rel_h, rel_w)
+    torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+    monkeypatch.setattr(sam, "MAX_BIAS_ELEMENTS", 1)
+    torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+
+
+@pytest.mark.parametrize(
+    ("concat_type", "shape"), [("feature", (1, 16, 96)), ("sequence", (1, 32, 48)), ("add", (1, 16, 48))]
+)
+def test_hybrid_of_two_siglip_towers(concat_type, shape):
+    """The high tower need not be SAM."""
+    low = dict(small_config("siglip", 100).vision_config.params)
+    hybrid = HybridVisionTower({**low, "image_size": 64, "patch_size": 16}, low, concat_type=concat_type)
+    assert hybrid(torch.rand(1, 3, 64, 64)).shape == shape
+
+
+def test_an_unknown_key_of_the_hybrid_tower_is_an_error():
+    low = dict(small_config("siglip", 100).vision_config.params)
+    with pytest.raises(ValueError, match="'freeze_hihg'"):
+        HybridVisionTower(low, low, freeze_hihg=True)

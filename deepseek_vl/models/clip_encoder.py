@@ -93,7 +93,7 @@ def _load_clip(name_or_path: str) -> nn.Module:
 
     if torch.empty(0).is_meta:  # inside `from_pretrained`: the weights are in the model's own checkpoint
         return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name_or_path))
-    return CLIPVisionModel.from_pretrained(name_or_path)
+    return CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.get_default_dtype())
 
 
 class HybridVisionTower(nn.Module):
@@ -108,7 +108,7 @@ class HybridVisionTower(nn.Module):
             along the tokens, high first; `add` sums them.
 
     Raises:
-        ValueError: for an unknown `concat_type`, and what `CLIPVisionTower` raises.
+        ValueError: for an unknown `concat_type` or key, and what `CLIPVisionTower` raises.
     """
 
     def __init__(
@@ -118,8 +118,11 @@ class HybridVisionTower(nn.Module):
         freeze_high: bool = False,
         freeze_low: bool = False,
         concat_type: str = "tuple",
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} for HybridVisionTower.")
         if concat_type not in CONCAT_TYPES:
             raise ValueError(f"Unknown concat_type {concat_type!r}; known are {', '.join(CONCAT_TYPES)}.")
         self.concat_type = concat_type
@@ -128,7 +131,7 @@ class HybridVisionTower(nn.Module):
 
         self.vision_tower_low = CLIPVisionTower(**low_res_cfg)
         self.low_res_size = self.vision_tower_low.image_size
-        self.vision_tower_high = CLIPVisionTower(**{**self._neck_size(), **high_res_cfg})
+        self.vision_tower_high = CLIPVisionTower(**{**self._neck_size(high_res_cfg), **high_res_cfg})
         # The forward pass uses neither norm; the published checkpoints have both.
         self.high_layer_norm = nn.LayerNorm(self.vision_tower_high.output_dim or 1024)
         self.low_layer_norm = nn.LayerNorm(self.vision_tower_low.output_dim or 1024)
@@ -145,7 +148,9 @@ class HybridVisionTower(nn.Module):
         if self.freeze_low:
             self.vision_tower_low.requires_grad_(False).eval()
 
-    def _neck_size(self) -> dict[str, int]:
+    def _neck_size(self, high_res_cfg: Mapping[str, Any]) -> dict[str, int]:
+        if not high_res_cfg.get("model_name", "").startswith("sam"):
+            return {}
         patch_embed = getattr(self.vision_tower_low.vision_tower, "patch_embed", None)
         return {"neck_size": 4 * patch_embed.grid_size[0]} if hasattr(patch_embed, "grid_size") else {}
 

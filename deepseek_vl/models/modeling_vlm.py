@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
-from deepseek_vl.models.processing_vlm import VLChatProcessor
+from deepseek_vl.models.processing_vlm import HUB_ARGUMENTS, VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 from deepseek_vl.utils.attrdict_import import AttrDict
 
@@ -117,9 +117,12 @@ class MultiModalityConfig(PretrainedConfig):
             config = getattr(self, name)
             output[name] = {"cls": config.cls, "model_type": config.model_type, "params": dict(config.params)}
         output["language_config"] = _llama_diff(self.language_config)
-        for config in (output, output["language_config"]):
-            if dtype := config.pop("dtype", None):
-                config["torch_dtype"] = dtype
+        dtype = output.pop("dtype", None)
+        llama_dtype = output["language_config"].pop("dtype", None)
+        if dtype is not None:
+            output["torch_dtype"] = dtype
+        if dtype is not None or llama_dtype is not None:
+            output["language_config"]["torch_dtype"] = dtype or llama_dtype
         return output
 
 
@@ -203,8 +206,10 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode images for the language model: [n, 3, S, S] -> [n, N, D], in the model's dtype."""
-        reference = next(self.vision_model.parameters())
-        return self.aligner(self.vision_model(pixel_values.to(reference.device, reference.dtype)))
+        features = self.vision_model(_like_parameters(pixel_values, self.vision_model))
+        if isinstance(features, tuple):
+            return self.aligner(tuple(_like_parameters(feature, self.aligner) for feature in features))
+        return self.aligner(_like_parameters(features, self.aligner))
 
     def prepare_inputs_embeds(
         self,
@@ -355,9 +360,13 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if ids were given. It stops at the checkpoint's own end token.
 
         Raises:
-            ValueError: what `prepare_inputs_embeds` raises.
+            ValueError: what `prepare_inputs_embeds` raises; and for assisted decoding of a prompt with images, which
+                transformers would decode without them.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is not None:
+            self._check_length(input_ids)
+            input_ids = input_ids.clamp(min=0)
         images = {
             "pixel_values": pixel_values,
             "images_seq_mask": images_seq_mask,
@@ -365,7 +374,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         }
         if kwargs.get("past_key_values") is not None:
             kwargs |= images  # `forward` embeds what the cache does not hold yet
-        elif input_ids is not None and kwargs.get("inputs_embeds") is None:
+        elif input_ids is not None and kwargs.get("inputs_embeds") is None and _has_images(**images):
+            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+                raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
             kwargs["inputs_embeds"] = self._embed(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)
 
@@ -416,7 +427,8 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
         if isinstance(model.vision_model, HybridVisionTower):
             model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
-        model._set_generation_tokens(_checkpoint_special_tokens(model, str(pretrained_model_name_or_path), kwargs))
+        if pretrained_model_name_or_path is not None:
+            model._set_generation_tokens(_checkpoint_special_tokens(model, str(pretrained_model_name_or_path), kwargs))
         return (model, info) if return_info else model
 
     @staticmethod
@@ -444,6 +456,27 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
                 setattr(model.generation_config, name, token_id)
 
 
+def _like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`tensor` on the device and in the dtype of a module's parameters, as far as these say: offloaded parameters have
+    no device, and quantised ones no floating point dtype."""
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        return tensor
+    device = tensor.device if parameter.is_meta else parameter.device
+    return tensor.to(device, parameter.dtype if parameter.is_floating_point() else tensor.dtype)
+
+
+def _has_images(
+    pixel_values: torch.Tensor | None,
+    images_seq_mask: torch.BoolTensor | None,
+    images_emb_mask: torch.BoolTensor | None,
+) -> bool:
+    """Whether anything says so, so that what does not fit together is noticed later."""
+    if images_seq_mask is None or images_emb_mask is None:
+        return pixel_values is not None
+    return bool(images_seq_mask.any() or images_emb_mask.any())
+
+
 def _unread_tensors(file: str) -> list[tuple[str, Any]]:
     """The names and tensors of a safetensors file, each to be read when it is indexed."""
     try:
@@ -469,7 +502,7 @@ def _checkpoint_special_tokens(
 
     Those of a generation config of its own, except where it only repeats the defaults; else the tokenizer's.
     """
-    hub_arguments = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     generation_config, tokenizer_config, tokenizer = (
         cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -13,7 +13,8 @@ from transformers.utils import cached_file
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
 from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# The arguments of `from_pretrained` that say where files come from.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class DictOutput:
@@ -276,6 +277,11 @@ class VLChatProcessor(ProcessorMixin):
         images = 0 if item.pixel_values is None else len(item.pixel_values)
         if images != len(counts):
             raise ValueError(f"Item {row} has {images} images and {len(counts)} entries in num_image_tokens.")
+        if images and list(item.pixel_values.shape[1:]) != self.image_processor.default_shape:
+            raise ValueError(
+                f"Item {row} has images of shape {list(item.pixel_values.shape[1:])}, this processor's have "
+                f"{self.image_processor.default_shape}."
+            )
         if (counts > self.num_image_tokens).any():
             raise ValueError(
                 f"Item {row} has an image of {int(counts.max())} features; this processor's images have "
@@ -308,7 +314,7 @@ class VLChatProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
         """transformers' hook that loads the parts: here not through the Auto classes, because of `load_tokenizer`."""
-        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         return [
             VLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
             load_tokenizer(pretrained_model_name_or_path, **hub_arguments),

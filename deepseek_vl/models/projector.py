@@ -25,7 +25,7 @@ class MlpProjector(nn.Module):
     def __init__(self, cfg: Any):
         super().__init__()
         self.cfg = cfg
-        projector_type, depth = cfg.projector_type, cfg.get("depth", 1)
+        projector_type, depth = cfg.get("projector_type"), cfg.get("depth", 1)
 
         if projector_type == "identity":
             self.layers = nn.Identity()

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.inference import stream_answer
+from deepseek_vl.serve.inference import as_stop_words, stream_answer
 from deepseek_vl.serve.settings import GenerationSettings
 
 
@@ -21,11 +21,6 @@ def with_image_tags(text: str, images: int, tag: str) -> str:
     if tags > images:
         raise ValueError(f"The message has {tags} {tag} and {images} images; there must be one tag per image.")
     return f"{tag}\n" * (images - tags) + text
-
-
-def _stop_words(processor: VLChatProcessor) -> tuple[str, ...]:
-    stop = processor.new_chat_template().stop_str
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 class ChatSession:
@@ -43,7 +38,8 @@ class ChatSession:
     def __init__(self, model: MultiModalityCausalLM, processor: VLChatProcessor, settings: GenerationSettings):
         self.model = model
         self.processor = processor
-        self.settings = dataclasses.replace(settings, stop=(*settings.stop, *_stop_words(processor)))
+        stop_words = as_stop_words(processor.new_chat_template().stop_str)
+        self.settings = dataclasses.replace(settings, stop=(*settings.stop, *stop_words))
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
 
@@ -56,7 +52,7 @@ class ChatSession:
         """The answer to one more message, piece by piece.
 
         An answer that is stopped half-way (by closing the iterator or by an interrupt) stays in the conversation as far
-        as it got; a message that fails leaves the conversation as it was.
+        as it got; a message that fails, or has no answer, leaves the conversation as it was.
 
         Args:
             text: the message, with an image tag where each image belongs; missing tags are put in front.
@@ -66,8 +62,8 @@ class ChatSession:
             ValueError: for more tags than images, or a message too long for the model.
         """
         user, assistant = self.processor.new_chat_template().roles
-        content = with_image_tags(text, len(images), self.processor.image_tag)
-        question = {"role": user, "content": content, "images": list(images)}
+        tagged = with_image_tags(text, len(images), self.processor.image_tag)
+        question = {"role": user, "content": tagged, "images": list(images)}
         answer = {"role": assistant, "content": ""}
         messages = self._fit([*self.messages, question, answer])
         pieces: list[str] = []
@@ -82,8 +78,10 @@ class ChatSession:
             failed = False
             raise
         finally:
-            if not failed:
-                self.messages += [question, {**answer, "content": "".join(pieces).strip()}]
+            # The model can spell the image tag, which would ask for an image in the next prompt.
+            content = "".join(pieces).replace(self.processor.image_tag, "").strip()
+            if content and not failed:
+                self.messages += [question, {**answer, "content": content}]
 
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Drop the oldest turns until the prompt leaves room for an answer; the newest turn always stays."""

@@ -69,12 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the terminal chat; returns the exit code."""
     args = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
     try:
         return _run(args)
     except BrokenPipeError:  # the reader of our output has gone, as in `cli_chat.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, a script gets one line
         print(f"cli_chat.py: error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -113,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _import_interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once. Inside an import, `KeyboardInterrupt` may be caught and become another error."""
+    """Let Ctrl-C end the process at once: inside an import, `KeyboardInterrupt` may be caught and misreported."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -152,8 +154,8 @@ def _chat(session: ChatSession, images: list[Image.Image]) -> None:
                 print("New conversation.")
             elif text:
                 asked = [_read_image(i, text.count(IMAGE_TAG)) for i in range(len(images), text.count(IMAGE_TAG))]
-                _answer(session, text, images + asked)
-                images = []
+                if _answer(session, text, images + asked):
+                    images = []
         except KeyboardInterrupt:  # at a prompt: forget the line
             print()
         except _Exit:
@@ -192,17 +194,22 @@ def _read_image(index: int, total: int) -> Image.Image:
             print(error)
 
 
-def _answer(session: ChatSession, text: str, images: list[Image.Image]) -> None:
-    """Print the answer to one message; Ctrl-C stops it, and an error is reported, without ending the chat."""
+def _answer(session: ChatSession, text: str, images: list[Image.Image]) -> bool:
+    """Print the answer to one message; Ctrl-C stops it, and an error is reported, without ending the chat.
+
+    Returns whether there was no error.
+    """
     print("Assistant: ", end="", flush=True)
     try:
         _print_answer(session.ask(text, images))
     except KeyboardInterrupt:
         print("\n[stopped]")
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         print(f"\nError: {_one_line(error)}")
+        return False
     if session.dropped_turns:
         print(f"[the oldest {session.dropped_turns} turn(s) no longer fit the model's context and were left out]")
+    return True
 
 
 def _print_answer(pieces: Iterator[str]) -> None:

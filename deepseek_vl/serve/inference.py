@@ -5,6 +5,7 @@ its own, can be stopped from any thread, and raises the generation's errors wher
 `deepseek_generate` are the reference's names for it.
 """
 
+import atexit
 import queue
 import threading
 import weakref
@@ -55,6 +56,11 @@ def sampling_arguments(settings: GenerationSettings) -> dict[str, Any]:
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
 
 
+def as_stop_words(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop words as templates and callers give them: none, one or several."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
 class StopWordFilter:
     """Lets text through up to the first stop word, holding back what may still become one."""
 
@@ -86,6 +92,15 @@ class StopWordFilter:
 
 
 _END = object()
+_running: dict["_Generation", threading.Thread] = {}
+
+
+@atexit.register
+def _stop_running() -> None:
+    """The interpreter must not end below a thread that computes."""
+    for generation, thread in list(_running.items()):
+        generation.cancelled.set()
+        thread.join()
 
 
 class _Generation(BaseStreamer, StoppingCriteria):
@@ -116,10 +131,13 @@ class _Generation(BaseStreamer, StoppingCriteria):
         except BaseException as error:  # raised again in the reader, by AnswerStream.__next__
             self.queue.put(error)
         finally:
+            _running.pop(self, None)
             self.queue.put(_END)
 
     @torch.inference_mode()
     def _generate(self, model: MultiModalityCausalLM, inputs: BatchedVLChatProcessorOutput) -> None:
+        if self.cancelled.is_set():
+            return
         inputs_embeds = model.prepare_inputs_embeds(**inputs)
         if self.cancelled.is_set():
             return
@@ -243,6 +261,7 @@ class AnswerStream(Iterator[str]):
         if self._ended:
             raise StopIteration
         if self._thread.ident is None:
+            _running[self._generation] = self._thread
             self._thread.start()
         item = self._generation.queue.get()
         if isinstance(item, str):
@@ -335,7 +354,7 @@ def generate(
 
     Closing the iterator ends the generation.
     """
-    settings = GenerationSettings(max_gen_len, temperature, top_p, repetition_penalty, tuple(stop_words))
+    settings = GenerationSettings(max_gen_len, temperature, top_p, repetition_penalty, as_stop_words(stop_words))
     with AnswerStream(vl_gpt, tokenizer, prepare_inputs, settings) as stream:
         yield from stream
 

@@ -32,7 +32,7 @@ class GenerationSettings:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
-        if not 0 <= self.top_p <= 1:
+        if self.temperature > 0 and not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
         if self.temperature > 0 and not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}.")

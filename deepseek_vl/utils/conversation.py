@@ -79,7 +79,7 @@ class Conversation:
         """
         separators = (self.sep, self.sep2)
         if self.sep_style == SeparatorStyle.DeepSeek:
-            system = self.system_template.format(system_message=self.system_message)
+            system = self.system_template.format(system_message=self.system_message or "")
             prompt = system + self.sep if system else ""
             for i, (role, text) in enumerate(self.messages):
                 prompt += f"{role}: {text}{separators[i % 2]}" if text else f"{role}:"
@@ -157,8 +157,13 @@ class Conversation:
         return messages
 
     def copy(self) -> "Conversation":
-        """A copy whose messages can be changed without changing this conversation's."""
-        return dataclasses.replace(self, messages=[list(message) for message in self.messages])
+        """A copy that can be changed without changing this conversation; what messages hold besides text is shared."""
+        return dataclasses.replace(
+            self,
+            messages=[list(message) for message in self.messages],
+            stop_str=copy.copy(self.stop_str),
+            stop_token_ids=copy.copy(self.stop_token_ids),
+        )
 
     def dict(self) -> dict[str, Any]:
         """The parts that describe this conversation rather than its template."""

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ def load_image(source: Any) -> Image.Image:
     try:
         # Pillow's decoders raise many types on broken files (OSError, SyntaxError, struct.error, ...).
         if isinstance(source, Image.Image):
+            _refuse_bomb(name, source)
             source.load()
             return source if source.mode == "RGB" else source.convert("RGB")
         with Image.open(file) as image:
@@ -99,7 +101,10 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[Image.Im
     Raises:
         ImageLoadError: see `load_image`.
     """
-    return [load_image(source) for message in conversations for source in message.get("images") or ()]
+    images = (message.get("images") or () for message in conversations)
+    return [
+        load_image(source) for group in images for source in (group if isinstance(group, list | tuple) else [group])
+    ]
 
 
 def load_json(filepath: str | Path) -> Any:
@@ -141,7 +146,9 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     if dtype == "auto":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
-        if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if device.type == "cpu" and not (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             return torch.float32
         return torch.bfloat16
     picked = getattr(torch, dtype, None)
@@ -171,7 +178,7 @@ def load_pretrained_model(
             cannot be had.
     """
     device = pick_device(device)
-    kwargs.setdefault("dtype", pick_dtype(device, dtype))
+    kwargs["dtype"] = pick_dtype(device, kwargs.pop("torch_dtype", dtype))
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
 
@@ -203,6 +210,8 @@ def load_pretrained_model(
         model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
     except json.JSONDecodeError as error:
         raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
+    except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
+        raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
     return processor.tokenizer, processor, model
 
 

@@ -55,7 +55,7 @@ PUBLISHED = {
 
 oracle_is_pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13,
-    reason="older versions of Pillow resize the axes in another order themselves",
+    reason="older versions of Pillow resize the axes in another order",
 )
 
 

@@ -50,7 +50,7 @@ def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    corpus = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    corpus = (ROOT / "LICENSE-CODE").read_text(encoding="utf-8").splitlines()
     tokenizer.train_from_iterator([*corpus, *VLChatProcessor.system_prompt.split(". ")] * 2, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, IMAGE_TAG)])
     tokenizer.post_processor = processors.TemplateProcessing(

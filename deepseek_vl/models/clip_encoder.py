@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deepseek_vl.models.checkpoint import load_tower_checkpoint
 from deepseek_vl.models.sam import SAMVisionTransformer, create_sam_vit
-from deepseek_vl.models.variants import load_tower_checkpoint
 
 SELECT_FEATURES = ("patch", "cls_patch", "same")
 CONCAT_TYPES = ("feature", "sequence", "add", "tuple")

@@ -1,36 +1,32 @@
-"""The model: configs and `MultiModalityCausalLM`, vision towers -> projector -> Llama (paper, section 3.1)."""
+"""The model: vision towers -> projector -> Llama (paper, section 3.1)."""
 
-import json
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-)
+from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import cached_file
 
+from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
-from deepseek_vl.models.processing_vlm import HUB_ARGUMENTS, VLChatProcessor
+from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
+from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
-from deepseek_vl.utils.attrdict_import import AttrDict
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "AlignerConfig",
+    "MultiModalityCausalLM",
+    "MultiModalityConfig",
+    "MultiModalityPreTrainedModel",
+    "VisionConfig",
+    "model_name_to_cls",
+]
 
 MODULES: dict[str, type[nn.Module]] = {
     "MlpProjector": MlpProjector,
@@ -49,94 +45,6 @@ def model_name_to_cls(cls_name: str) -> type[nn.Module]:
         if name in cls_name:
             return module_class
     raise ValueError(f"Unknown cls {cls_name!r} in the config; known are {', '.join(MODULES)}.")
-
-
-def _set_module(config: PretrainedConfig, cls: str | type, params: Mapping[str, Any] | None) -> None:
-    config.cls = cls if isinstance(cls, str) else cls.__name__
-    config.params = AttrDict(params or {})
-
-
-class VisionConfig(PretrainedConfig):
-    """The vision tower.
-
-    Args:
-        cls: its class, or the class's name.
-        params: the parameters it is called with, kept as an `AttrDict`: `params.x` and `params["x"]` both work.
-    """
-
-    model_type = "vision"
-
-    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        _set_module(self, cls, params)
-
-
-class AlignerConfig(PretrainedConfig):
-    """The projector; `cls` and `params` as in `VisionConfig`."""
-
-    model_type = "aligner"
-
-    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        _set_module(self, cls, params)
-
-
-class MultiModalityConfig(PretrainedConfig):
-    """The whole model's configuration, as published in `config.json`.
-
-    Args:
-        vision_config, aligner_config: dicts or config objects.
-        language_config: a dict (missing keys take `LlamaConfig`'s defaults) or a `LlamaConfig`.
-    """
-
-    model_type = "multi_modality"
-    sub_configs = {"vision_config": VisionConfig, "aligner_config": AlignerConfig, "language_config": LlamaConfig}
-
-    def __init__(
-        self,
-        vision_config: VisionConfig | Mapping[str, Any] | None = None,
-        aligner_config: AlignerConfig | Mapping[str, Any] | None = None,
-        language_config: LlamaConfig | Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        given = {"vision_config": vision_config, "aligner_config": aligner_config, "language_config": language_config}
-        for name, config in given.items():
-            config_class = self.sub_configs[name]
-            setattr(self, name, config if isinstance(config, PretrainedConfig) else config_class(**(config or {})))
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """The language model's config, in which transformers looks for the vocabulary and the cache's sizes."""
-        return self.language_config
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the published form, which the original's transformers can read as well."""
-        output = super().to_diff_dict()
-        output["architectures"] = self.architectures or ["MultiModalityCausalLM"]
-        for name in ("vision_config", "aligner_config"):
-            config = getattr(self, name)
-            output[name] = {"cls": config.cls, "model_type": config.model_type, "params": dict(config.params)}
-        output["language_config"] = _llama_diff(self.language_config)
-        dtype = output.pop("dtype", None)
-        llama_dtype = output["language_config"].pop("dtype", None)
-        if dtype is not None:
-            output["torch_dtype"] = dtype
-        if dtype is not None or llama_dtype is not None:
-            output["language_config"]["torch_dtype"] = dtype or llama_dtype
-        return output
-
-
-def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
-    """The keys without which `LlamaConfig` would be another one."""
-    full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
-    defaults = LlamaConfig().to_dict()
-    diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
-    rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
-    return {
-        **diff,
-        **{name: value for name, value in full.items() if rebuilt.get(name) != value},
-        "model_type": "llama",
-    }
 
 
 class MultiModalityPreTrainedModel(PreTrainedModel):
@@ -183,7 +91,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
         self.language_model = LlamaForCausalLM(config.language_config)
         self.post_init()
-        self._set_generation_tokens(_default_special_tokens(config.language_config))
+        self._set_generation_tokens(default_special_tokens(config.language_config))
 
     # --- the language model's parts under the names that transformers asks for ---
 
@@ -428,7 +336,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if isinstance(model.vision_model, HybridVisionTower):
             model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
         if pretrained_model_name_or_path is not None:
-            model._set_generation_tokens(_checkpoint_special_tokens(model, str(pretrained_model_name_or_path), kwargs))
+            model._set_generation_tokens(
+                checkpoint_special_tokens(
+                    model.config.language_config, model.generation_config, str(pretrained_model_name_or_path), kwargs
+                )
+            )
         return (model, info) if return_info else model
 
     @staticmethod
@@ -446,7 +358,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
         mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
         if mapped and not on_disk and not is_deepspeed_zero3_enabled():
-            state_dict = {name: tensor for file in checkpoint_files for name, tensor in _unread_tensors(file)}
+            state_dict = {name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)}
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
@@ -477,57 +389,5 @@ def _has_images(
     return bool(images_seq_mask.any() or images_emb_mask.any())
 
 
-def _unread_tensors(file: str) -> list[tuple[str, Any]]:
-    """The names and tensors of a safetensors file, each to be read when it is indexed."""
-    try:
-        opened = safe_open(file, framework="pt", backend="pread")
-    except SafetensorError as error:
-        raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
-    return [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
-
-
-def _default_special_tokens(config: LlamaConfig) -> dict[str, int]:
-    """The language config's own ids, except for the published vocabulary, whose configs carry Llama's by oversight."""
-    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
-    if (bos, eos) == (1, 2) and config.vocab_size == 102400:
-        bos, eos, pad = 100000, 100001, 100001
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
-
-
-def _checkpoint_special_tokens(
-    model: MultiModalityCausalLM, name_or_path: str, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The special tokens' ids that a checkpoint's files name.
-
-    Those of a generation config of its own, except where it only repeats the defaults; else the tokenizer's.
-    """
-    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    generation_config, tokenizer_config, tokenizer = (
-        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
-    )
-    defaults = _default_special_tokens(model.config.language_config)
-    ids = dict(defaults)
-    if tokenizer_config is not None and tokenizer is not None:
-        added_tokens = json.loads(Path(tokenizer).read_text(encoding="utf-8")).get("added_tokens", [])
-        added = {token["content"]: token["id"] for token in added_tokens}
-        declared = json.loads(Path(tokenizer_config).read_text(encoding="utf-8"))
-        for name in ("bos_token", "eos_token", "pad_token"):
-            token = declared.get(name)
-            content = token["content"] if isinstance(token, dict) else token
-            if content in added:
-                ids[f"{name}_id"] = added[content]
-    if generation_config is not None:
-        for name in ids:
-            own = getattr(model.generation_config, name)
-            if own is not None and own != defaults.get(name):
-                ids[name] = own
-    return ids
-
-
-AutoConfig.register("vision", VisionConfig, exist_ok=True)
-AutoConfig.register("aligner", AlignerConfig, exist_ok=True)
-AutoConfig.register("multi_modality", MultiModalityConfig, exist_ok=True)
 AutoModelForCausalLM.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
 AutoProcessor.register(MultiModalityConfig, VLChatProcessor, exist_ok=True)

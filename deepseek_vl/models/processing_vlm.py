@@ -10,11 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
+from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
 from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
-
-# The arguments of `from_pretrained` that say where files come from.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class DictOutput:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_vl.models.variants import load_tower_checkpoint, select_variant
+from deepseek_vl.models.checkpoint import load_tower_checkpoint
+from deepseek_vl.models.variants import select_variant
 
 
 @dataclass(frozen=True)

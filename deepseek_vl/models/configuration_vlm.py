@@ -1,0 +1,101 @@
+"""The model's configuration, as published in `config.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from deepseek_vl.utils.attrdict_import import AttrDict
+
+
+def _set_module(config: PretrainedConfig, cls: str | type, params: Mapping[str, Any] | None) -> None:
+    config.cls = cls if isinstance(cls, str) else cls.__name__
+    config.params = AttrDict(params or {})
+
+
+class VisionConfig(PretrainedConfig):
+    """The vision tower.
+
+    Args:
+        cls: its class, or the class's name.
+        params: the parameters it is called with, kept as an `AttrDict`: `params.x` and `params["x"]` both work.
+    """
+
+    model_type = "vision"
+
+    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        _set_module(self, cls, params)
+
+
+class AlignerConfig(PretrainedConfig):
+    """The projector; `cls` and `params` as in `VisionConfig`."""
+
+    model_type = "aligner"
+
+    def __init__(self, cls: str | type = "", params: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        _set_module(self, cls, params)
+
+
+class MultiModalityConfig(PretrainedConfig):
+    """The whole model's configuration, as published in `config.json`.
+
+    Args:
+        vision_config, aligner_config: dicts or config objects.
+        language_config: a dict (missing keys take `LlamaConfig`'s defaults) or a `LlamaConfig`.
+    """
+
+    model_type = "multi_modality"
+    sub_configs = {"vision_config": VisionConfig, "aligner_config": AlignerConfig, "language_config": LlamaConfig}
+
+    def __init__(
+        self,
+        vision_config: VisionConfig | Mapping[str, Any] | None = None,
+        aligner_config: AlignerConfig | Mapping[str, Any] | None = None,
+        language_config: LlamaConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        given = {"vision_config": vision_config, "aligner_config": aligner_config, "language_config": language_config}
+        for name, config in given.items():
+            config_class = self.sub_configs[name]
+            setattr(self, name, config if isinstance(config, PretrainedConfig) else config_class(**(config or {})))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The language model's config, in which transformers looks for the vocabulary and the cache's sizes."""
+        return self.language_config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: the published form, which the original's transformers can read as well."""
+        output = super().to_diff_dict()
+        output["architectures"] = self.architectures or ["MultiModalityCausalLM"]
+        for name in ("vision_config", "aligner_config"):
+            config = getattr(self, name)
+            output[name] = {"cls": config.cls, "model_type": config.model_type, "params": dict(config.params)}
+        output["language_config"] = _llama_diff(self.language_config)
+        dtype = output.pop("dtype", None)
+        llama_dtype = output["language_config"].pop("dtype", None)
+        if dtype is not None:
+            output["torch_dtype"] = dtype
+        if dtype is not None or llama_dtype is not None:
+            output["language_config"]["torch_dtype"] = dtype or llama_dtype
+        return output
+
+
+def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
+    """The keys without which `LlamaConfig` would be another one."""
+    full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
+    defaults = LlamaConfig().to_dict()
+    diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
+    rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
+    return {
+        **diff,
+        **{name: value for name, value in full.items() if rebuilt.get(name) != value},
+        "model_type": "llama",
+    }
+
+
+AutoConfig.register("vision", VisionConfig, exist_ok=True)
+AutoConfig.register("aligner", AlignerConfig, exist_ok=True)
+AutoConfig.register("multi_modality", MultiModalityConfig, exist_ok=True)

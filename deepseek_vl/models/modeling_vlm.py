@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
@@ -125,6 +126,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         images_seq_mask: torch.BoolTensor,
         images_emb_mask: torch.BoolTensor,
+        position_ids: torch.LongTensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
@@ -136,6 +138,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             pixel_values: [b, n, 3, S, S] of any float dtype, or None without images.
             images_seq_mask: bool [b, T], where features replace token embeddings, in order.
             images_emb_mask: bool [b, n, N], which features are real.
+            position_ids: int64 [b, T], if they do not count from 0 to T - 1; only to check that the model has them.
             ignored: the processor output's other fields.
 
         Returns:
@@ -144,7 +147,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the prompt is longer than the model's positions, or masks and features do not fit.
         """
-        self._check_length(input_ids)
+        self._check_length(input_ids, position_ids)
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
         positions, features = images_seq_mask.sum(dim=1), images_emb_mask.sum(dim=(1, 2)).to(images_seq_mask.device)
         if not torch.equal(positions, features):
@@ -173,11 +176,13 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         source = image_features[feature_mask].to(inputs_embeds.device, inputs_embeds.dtype)  # [features, D]
         return inputs_embeds.masked_scatter(images_seq_mask.to(inputs_embeds.device)[..., None], source)
 
-    def _check_length(self, input_ids: torch.LongTensor) -> None:
+    def _check_length(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
-        if input_ids.shape[1] > longest:
+        # In a row of several packed conversations the positions start anew with each.
+        length = input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
+        if length > longest:
             raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, more than the {longest} positions of this model; "
+                f"The prompt has {length} tokens, more than the {longest} positions of this model; "
                 "shorten the text or use fewer images."
             )
 
@@ -222,7 +227,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+            inputs_embeds = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask, position_ids)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -240,15 +245,19 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         images_seq_mask: torch.BoolTensor | None,
         images_emb_mask: torch.BoolTensor | None,
+        position_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         if images_seq_mask is not None and images_emb_mask is not None:
             # With a cache the ids are the prompt's end, while the masks are still the whole prompt's.
             cached, new = images_seq_mask.shape[1] - input_ids.shape[1], input_ids.shape[1]
             whole = F.pad(input_ids, (max(cached, 0), 0))
-            return self.prepare_inputs_embeds(whole, pixel_values, images_seq_mask, images_emb_mask)[:, -new:]
+            embeds = self.prepare_inputs_embeds(
+                whole, pixel_values, images_seq_mask, images_emb_mask, position_ids=position_ids
+            )
+            return embeds[:, -new:]
         if pixel_values is not None:
             raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
-        self._check_length(input_ids)
+        self._check_length(input_ids, position_ids)
         return self.get_input_embeddings()(input_ids.clamp(min=0))
 
     @torch.no_grad()
@@ -315,10 +324,15 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
 
+        Also takes the name of a bundled model.
+
         Raises:
             ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
                 `ignore_mismatched_sizes` is given).
         """
+        name_or_path = pretrained_model_name_or_path
+        if name_or_path is not None:
+            pretrained_model_name_or_path = bundled_or_same(name_or_path)
         return_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -336,6 +350,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if isinstance(model.vision_model, HybridVisionTower):
             model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
         if pretrained_model_name_or_path is not None:
+            model.config.name_or_path = str(name_or_path)  # what an adapter notes as its base
             model._set_generation_tokens(
                 checkpoint_special_tokens(
                     model.config.language_config, model.generation_config, str(pretrained_model_name_or_path), kwargs

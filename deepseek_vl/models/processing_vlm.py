@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
+from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
 from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
@@ -69,7 +70,7 @@ class VLChatProcessorOutput(DictOutput):
 
 @dataclass
 class BatchedVLChatProcessorOutput(DictOutput):
-    """A left-padded batch of b conversations, of T tokens and n = max(1, most images in a row).
+    """A padded batch of b conversations, of T tokens and n = max(1, most images in a row).
 
     Attributes:
         sft_format: the b prompt strings.
@@ -240,14 +241,19 @@ class VLChatProcessor(ProcessorMixin):
         output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
 
-    def batchify(self, prepare_list: Sequence[VLChatProcessorOutput]) -> BatchedVLChatProcessorOutput:
-        """Left-pad processed conversations to one batch.
+    def batchify(
+        self, prepare_list: Sequence[VLChatProcessorOutput], padding_side: str = "left"
+    ) -> BatchedVLChatProcessorOutput:
+        """Pad processed conversations to one batch, on the left for generation, on the right for training.
 
         Raises:
-            ValueError: for an empty list, or an item whose image positions, images and feature counts disagree.
+            ValueError: for an empty list, an item whose image positions, images and feature counts disagree, or a
+                side that is neither left nor right.
         """
         if not prepare_list:
             raise ValueError("There is nothing to batch: the list is empty.")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         rows, most_tokens = len(prepare_list), max(len(item.input_ids) for item in prepare_list)
         most_images = max(1, *(len(item.num_image_tokens) for item in prepare_list))
 
@@ -260,10 +266,11 @@ class VLChatProcessor(ProcessorMixin):
             images_emb_mask=torch.zeros((rows, most_images, self.num_image_tokens), dtype=torch.bool),
         )
         for row, item in enumerate(prepare_list):
-            start = most_tokens - len(item.input_ids)
-            batch.images_seq_mask[row, start:] = self._image_positions(row, item)
-            batch.input_ids[row, start:] = torch.as_tensor(item.input_ids)
-            batch.attention_mask[row, start:] = 1
+            start = most_tokens - len(item.input_ids) if padding_side == "left" else 0
+            span = slice(start, start + len(item.input_ids))
+            batch.images_seq_mask[row, span] = self._image_positions(row, item)
+            batch.input_ids[row, span] = torch.as_tensor(item.input_ids)
+            batch.attention_mask[row, span] = 1
             for slot, count in enumerate(item.num_image_tokens):
                 batch.pixel_values[row, slot] = item.pixel_values[slot]
                 batch.images_emb_mask[row, slot, :count] = True
@@ -306,6 +313,11 @@ class VLChatProcessor(ProcessorMixin):
         """Write the published layout: processor, image processor and tokenizer, each in files of its own."""
         self.image_processor.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "VLChatProcessor":
+        """Load from a directory, the Hub, or by the name of a bundled model; keyword arguments override settings."""
+        return super().from_pretrained(bundled_or_same(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(

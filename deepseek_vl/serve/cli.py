@@ -11,9 +11,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.utils.command import OneLineParser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,16 +35,9 @@ class _Exit(Exception):
     """The user wants to leave."""
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, with the exit code of every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `cli_chat.py`."""
-    parser = _OneLineParser(prog="cli_chat.py", description="Chat with a DeepSeek-VL model in the terminal.")
+    parser = OneLineParser(prog="cli_chat.py", description="Chat with a DeepSeek-VL model in the terminal.")
     parser.add_argument(
         "--model_path",
         default="deepseek-ai/deepseek-vl-7b-chat",

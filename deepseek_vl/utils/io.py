@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageOps
 
+from deepseek_vl.bundled import bundled_or_same
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -163,7 +165,7 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a directory, or an id on the Hugging Face Hub.
+        model_path: a directory, an id on the Hugging Face Hub, or the name of a model that comes with the package.
         device: see `pick_device`.
         dtype: see `pick_dtype`.
         kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
@@ -182,20 +184,22 @@ def load_pretrained_model(
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
 
-    path = Path(os.path.expanduser(model_path))  # noqa: PTH111  Path's raises for unknown users
+    name = bundled_or_same(model_path)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's raises for unknown users
     is_directory = path.is_dir()
     if is_directory and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a checkpoint directory: it has no config.json.")
     if not is_directory and (path.exists() or not _HUB_ID.fullmatch(str(model_path))):
         raise FileNotFoundError(f"There is no checkpoint directory {str(model_path)!r}.")
-    source = str(path) if is_directory else str(model_path)
+    # A bundled model keeps its name, so that what is made from it (an adapter) says so on any machine.
+    source = str(path) if is_directory and name == os.fspath(model_path) else str(model_path)
 
     from transformers import PretrainedConfig
 
     from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(source)
+        config, _ = PretrainedConfig.get_config_dict(str(path) if is_directory else source)
     except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
         problem = "cannot be read" if is_directory else "is not a directory, and could not be fetched from the Hub"
@@ -213,6 +217,19 @@ def load_pretrained_model(
     except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
         raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
     return processor.tokenizer, processor, model
+
+
+def checkpoint_dtype(model_path: str | os.PathLike) -> torch.dtype:
+    """The dtype that a checkpoint's config says its weights are stored in; float32 if it says nothing.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(os.path.expanduser(bundled_or_same(model_path)))  # noqa: PTH111
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

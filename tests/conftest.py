@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pexpect
 import pytest
 import torch
 from PIL import Image
@@ -158,6 +159,15 @@ def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
+
+
+def interrupt(process: pexpect.spawn, expected: str) -> None:
+    """Press Ctrl-C until what it brings about is there: Python misses one in the instant before it waits for input."""
+    for _ in range(12):
+        process.sendintr()
+        if process.expect([expected, pexpect.TIMEOUT], timeout=10) == 0:
+            return
+    pytest.fail(f"Ctrl-C did not lead to {expected!r}: {process.before!r}")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interrupt
 
 USER = re.escape("User [<image_placeholder> indicates an image]: ")
 
@@ -53,15 +53,6 @@ def ask(chat: pexpect.spawn, text: str) -> str:
     chat.expect("Assistant: ")
     chat.expect(USER)
     return chat.before.replace("\r\n", "\n").strip()
-
-
-def interrupt(chat: pexpect.spawn, expected: str) -> None:
-    """Press Ctrl-C until what it brings about is there: Python misses one in the instant before it waits for input."""
-    for _ in range(12):
-        chat.sendintr()
-        if chat.expect([expected, pexpect.TIMEOUT], timeout=10) == 0:
-            return
-    pytest.fail(f"Ctrl-C did not lead to {expected!r}: {chat.before!r}")
 
 
 # --- one-shot ---

@@ -413,3 +413,14 @@ def test_a_row_made_in_python_is_checked_the_same_way(folder, processor):
         check_row(replace(row, messages=[user(TAG), answer()]), processor)
     with pytest.raises(DataError, match="there is no such file"):
         check_row(replace(row, messages=[user(TAG, "nowhere.png"), answer()]), processor)
+
+
+def test_truncation_needs_an_answer_that_begins(processor: VLChatProcessor, tmp_path: Path) -> None:
+    """A longer row is good then, unless there would be nothing to learn."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps([user("Hi"), answer("yes " * 200)]) + "\n", encoding="utf-8")
+    rows, _ = load_data(path, processor)
+    asked = len(processor(conversations=[user("Hi"), answer("")], force_batchify=False))
+    assert load_data(path, processor, asked + 1, truncate=True) == (rows, [])
+    with pytest.raises(DataError, match=f"the first answer begins after {asked} tokens, --max_length is {asked}"):
+        load_data(path, processor, asked, truncate=True)

@@ -1,0 +1,255 @@
+"""The command `python -m deepseek_vl.train`: fine-tune a model on conversations about images."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from deepseek_vl.train.collator import TrainingCollator
+from deepseek_vl.train.data import ConversationDataset, check_data, load_data
+from deepseek_vl.train.lora import add_lora
+from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
+from deepseek_vl.train.trainer import VLTrainer, train
+from deepseek_vl.utils.command import OneLineParser, positive, run_command
+from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model, pick_device, pick_dtype
+
+logger = logging.getLogger(__name__)
+
+LORA_LEARNING_RATE = 2e-4
+LORA_PARTS = ("projector", "language")
+"""Of a stage's parts, those that get adapters unless `--train` says otherwise."""
+RESUMABLE = ("model_path", "data", "stage", "train", "lora", "lora_rank", "batch_size", "gradient_accumulation", "seed")
+"""Arguments that a run cannot change on its way."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="python -m deepseek_vl.train", description="Fine-tune a DeepSeek-VL model.")
+    add = parser.add_argument
+    add("--model_path", required=True, help="checkpoint to start from: a directory or a Hub id")
+    add("--data", nargs="+", required=True, metavar="FILE", help="conversations, .jsonl or .json")
+    add("--output", type=Path, help="directory for the result; run the same command again to resume")
+    add("--check", action="store_true", help="read all data, name every bad row, and exit")
+    add("--skip-bad", action="store_true", help="train without the bad rows")
+    add("--eval_data", nargs="+", metavar="FILE", help="conversations whose loss is reported along the way")
+
+    what = parser.add_argument_group("what learns")
+    what.add_argument(
+        "--stage",
+        choices=STAGES,
+        default="sft",
+        help="the paper's stages: adaptor (projector), pretrain (projector and language model), sft (all but SAM) "
+        "(default: %(default)s)",
+    )
+    what.add_argument("--train", nargs="+", choices=PARTS, metavar="PART", help=f"other parts: {', '.join(PARTS)}")
+    what.add_argument("--learning_rate", type=float, help="(default: the stage's; 2e-4 with --lora)")
+    what.add_argument(
+        "--part_rate", nargs="+", type=_part_rate, default=[], metavar="PART=RATE", help="other rates for some parts"
+    )
+    what.add_argument("--lora", action="store_true", help="train adapters on the parts instead of their weights")
+    what.add_argument("--lora_rank", type=positive, default=16, help="(default: %(default)s)")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
+    how.add_argument("--max_steps", type=int, default=-1, help="optimizer steps, instead of --epochs")
+    how.add_argument("--batch_size", type=positive, default=4, help="conversations per device (default: %(default)s)")
+    how.add_argument(
+        "--gradient_accumulation", type=positive, default=1, help="batches per step (default: %(default)s)"
+    )
+    how.add_argument("--warmup_steps", type=int, help="(default: the stage's, at most a tenth of all)")
+    how.add_argument("--schedule", default="cosine", help="of the learning rate (default: %(default)s)")
+    how.add_argument("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
+    how.add_argument("--max_length", type=int, help="most tokens per conversation (default: the model's positions)")
+    how.add_argument("--truncate", action="store_true", help="cut longer conversations instead of refusing them")
+    how.add_argument(
+        "--pack", action=argparse.BooleanOptionalAction, help="batches without padding (default: the stage's)"
+    )
+    how.add_argument("--dtype", default="auto", help="to compute in: bfloat16, float16, float32 (default: %(default)s)")
+    how.add_argument("--device", default="auto", help="auto, or cpu to leave a GPU alone (default: %(default)s)")
+    how.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third more time")
+    how.add_argument(
+        "--save_steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)"
+    )
+    how.add_argument(
+        "--eval_steps", type=positive, default=100, help="steps between evaluations (default: %(default)s)"
+    )
+    how.add_argument(
+        "--logging_steps", type=positive, default=10, help="steps between log lines (default: %(default)s)"
+    )
+    how.add_argument("--workers", type=int, default=1, help="processes that prepare data (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+def _part_rate(text: str) -> tuple[str, float]:
+    part, _, rate = text.partition("=")
+    if part not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PART=RATE with a PART of {', '.join(PARTS)}")
+    try:
+        return part, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rate!r} in {text!r} is not a number") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the data, or train; returns the exit code."""
+    return run_command(build_parser(), _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> int | None:
+    if args.check:
+        return _check(args)
+    if args.output is None:
+        raise ValueError("Give --output, the directory for the result.")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that `accelerate launch` starts
+        _keep_to_the_run(args)
+    set_seed(args.seed)
+    dtype = _pick_dtype(args)
+    # What learns is kept in float32; behind adapters the weights only have to be read.
+    loaded_in = dtype if args.lora else torch.float32
+    _, processor, model = load_pretrained_model(args.model_path, device="cpu", dtype=loaded_in)
+    max_length = _max_length(args, model.config)
+    rows, eval_rows = (
+        load_data(files, processor, max_length, args.skip_bad, args.truncate)[0] if files else None
+        for files in (args.data, args.eval_data)
+    )
+    model = _choose_what_learns(model, args)
+    trainer = VLTrainer(
+        model,
+        _training_arguments(args, dtype, len(rows), evaluate=eval_rows is not None),
+        processor,
+        TrainingCollator(processor, max_length, _pick(args.pack, STAGES[args.stage].pack)),
+        ConversationDataset(rows),
+        ConversationDataset(eval_rows) if eval_rows else None,
+        dict(args.part_rate),
+        callbacks=[_tensorboard(args.output)],
+    )
+    train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
+    if args.lora:
+        logger.info("Merge: python -m deepseek_vl.train.lora --adapter %s --output DIR", args.output)
+    else:
+        logger.info("Chat with it: python cli_chat.py --model_path %s", args.output)
+
+
+def _pick(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check(args: argparse.Namespace) -> int:
+    processor = VLChatProcessor.from_pretrained(args.model_path)
+    max_length = _max_length(args, MultiModalityConfig.from_pretrained(bundled_or_same(args.model_path)))
+    report = check_data([*args.data, *(args.eval_data or ())], processor, max_length, args.truncate)
+    for bad in report.bad:
+        print(bad)
+    print(report.summary())
+    return int(bool(report.bad))
+
+
+def _keep_to_the_run(args: argparse.Namespace) -> None:
+    """Note the arguments in the output directory, or compare them with those of the run that is to be resumed.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    chosen = {name: getattr(args, name) for name in RESUMABLE}
+    path = args.output / "run.json"
+    if path.is_file():
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{name} was {noted.get(name)!r}" for name in RESUMABLE if noted.get(name) != chosen[name]]
+        if not changed:
+            return
+        if any(args.output.glob("checkpoint-*")) or (args.output / "log.jsonl").exists():
+            raise ValueError(
+                f"{str(args.output)!r} holds a run with other arguments ({', '.join(changed)}); repeat them to resume "
+                "it, or choose another --output."
+            )
+    elif args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{str(args.output)!r} is not empty and holds no run; choose another --output.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(chosen, indent=2), encoding="utf-8")
+
+
+def _pick_dtype(args: argparse.Namespace) -> torch.dtype:
+    device = pick_device(args.device)
+    dtype = pick_dtype(device, "float32" if args.dtype == "auto" and device.type == "mps" else args.dtype)
+    if dtype is torch.float16 and device.type != "cuda":
+        raise ValueError("Training in float16 needs a CUDA device; use --dtype bfloat16 or float32.")
+    return dtype
+
+
+def _max_length(args: argparse.Namespace, config: MultiModalityConfig) -> int:
+    positions = config.language_config.max_position_embeddings
+    if args.max_length is not None and not 0 < args.max_length <= positions:
+        raise ValueError(f"--max_length must be from 1 to the model's {positions} positions, not {args.max_length}.")
+    return args.max_length or positions
+
+
+def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) -> torch.nn.Module:
+    parts = args.train or STAGES[args.stage].parts
+    if args.lora and not args.train:
+        parts = [part for part in parts if part in LORA_PARTS]
+    if idle := [part for part, _ in args.part_rate if part not in parts]:
+        raise ValueError(f"--part_rate names {idle[0]}, which does not learn; what learns is {', '.join(parts)}.")
+    if args.lora:
+        return add_lora(model, parts, args.lora_rank, 2 * args.lora_rank)
+    set_trainable(model, parts)
+    return model
+
+
+def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int, evaluate: bool) -> TrainingArguments:
+    stage = STAGES[args.stage]
+    steps = args.max_steps
+    if steps < 0:
+        steps = max(1, math.ceil(rows * args.epochs / (args.batch_size * args.gradient_accumulation)))
+    rate = LORA_LEARNING_RATE if args.lora else stage.learning_rate
+    return TrainingArguments(
+        output_dir=str(args.output),
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        learning_rate=_pick(args.learning_rate, rate),
+        warmup_steps=_pick(args.warmup_steps, min(stage.warmup_steps, steps // 10)),
+        lr_scheduler_type=args.schedule,
+        weight_decay=args.weight_decay,
+        adam_beta2=0.95,  # the paper's
+        max_grad_norm=1.0,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=pick_device(args.device).type == "cpu",
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=args.eval_steps,
+        prediction_loss_only=True,
+        logging_steps=args.logging_steps,
+        dataloader_num_workers=args.workers,
+        remove_unused_columns=False,
+        use_cache=True,  # the result's config says so; while training, `VLTrainer.compute_loss` does without
+        report_to="none",
+        seed=args.seed,
+    )
+
+
+def _tensorboard(output: Path) -> TensorBoardCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

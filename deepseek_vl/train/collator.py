@@ -1,0 +1,141 @@
+"""From conversations to what the model learns: tokens, pixels, and labels on the assistant's answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from deepseek_vl.models.processing_vlm import VLChatProcessor, VLChatProcessorOutput
+from deepseek_vl.train.data import DataError, TrainingRow, render
+from deepseek_vl.utils.io import load_pil_images
+
+NOT_LEARNT = -100
+"""The label that torch's and transformers' losses leave out."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One conversation, ready to learn from. T tokens.
+
+    Attributes:
+        item: what the processor makes of the conversation.
+        labels: int64 [T]; `processor.ignore_id` where nothing is learnt.
+    """
+
+    item: VLChatProcessorOutput
+    labels: torch.LongTensor
+
+
+def answer_spans(row: TrainingRow, processor: VLChatProcessor) -> list[tuple[int, int]]:
+    """The [start, end) characters of each answer, with its end token, in `render(row, processor)`."""
+    spans = []
+    for i, message in enumerate(row.messages):
+        if message["role"] == "Assistant":
+            asked = replace(row, messages=[*row.messages[:i], {**message, "content": ""}])
+            answered = replace(row, messages=row.messages[: i + 1])
+            spans.append((len(render(asked, processor)), len(render(answered, processor))))
+    return spans
+
+
+def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | None = None) -> EncodedRow:
+    """Tokens, pixels and labels of one conversation.
+
+    Learnt are the answers and their end tokens; with `processor.mask_prompt` false, all text.
+
+    Args:
+        max_length: cut what is behind so many tokens. An image that does not fit whole is left out with all that
+            follows it.
+
+    Raises:
+        DataError: if nothing is left to learn, or the tokenizer cannot tell where its tokens are (a slow one).
+        ImageLoadError: if an image cannot be read.
+        ValueError: if the images are not as many as their tags.
+    """
+    if not processor.tokenizer.is_fast:
+        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
+    prompt, spans = render(row, processor), answer_spans(row, processor)
+    item = processor.process_one(prompt=prompt, images=load_pil_images(row.messages))
+    tokens = processor.tokenizer(prompt, return_offsets_mapping=True)
+    if processor.mask_prompt:
+        learnt = [any(start < last and end > first for first, last in spans) for start, end in tokens["offset_mapping"]]
+    else:
+        learnt = [end > start for start, end in tokens["offset_mapping"]]
+
+    is_tag = torch.tensor(tokens["input_ids"]) == processor.image_id
+    copies = torch.where(is_tag, processor.num_image_tokens + int(processor.add_special_token), 1)
+    is_learnt = (torch.tensor(learnt) & ~is_tag).repeat_interleave(copies)
+    labels = torch.where(is_learnt, item.input_ids, processor.ignore_id)
+    encoded = EncodedRow(item, labels)
+    if max_length is not None and len(labels) > max_length:
+        encoded = _cut(encoded, processor, max_length)
+    if (encoded.labels == processor.ignore_id).all():
+        raise DataError(f"{row.origin}: nothing to learn: no answer begins within {max_length} tokens.")
+    return encoded
+
+
+def _cut(encoded: EncodedRow, processor: VLChatProcessor, max_length: int) -> EncodedRow:
+    """The first `max_length` tokens, or fewer if that would cut an image."""
+    item = encoded.item
+    run = processor.num_image_tokens + int(processor.add_special_token)
+    positions = (item.input_ids == processor.image_id).nonzero().flatten().tolist()
+    starts = positions[::run]
+    whole = [start for start in starts if start + run <= max_length]
+    if len(whole) < len(starts):
+        max_length = min(max_length, starts[len(whole)])
+    kept = VLChatProcessorOutput(
+        sft_format=item.sft_format,
+        input_ids=item.input_ids[:max_length],
+        pixel_values=item.pixel_values[: len(whole)] if whole else None,
+        num_image_tokens=item.num_image_tokens[: len(whole)],
+    )
+    return EncodedRow(kept, encoded.labels[:max_length])
+
+
+class TrainingCollator:
+    """Makes batches for `MultiModalityCausalLM.forward`: `{"input_ids", "pixel_values", ..., "labels"}`.
+
+    Args:
+        processor: of the model that is trained.
+        max_length: see `encode_row`.
+        pack: put all conversations of a batch into one row without padding. Their positions start anew, and none sees
+            another, so the loss is that of the padded batch.
+    """
+
+    def __init__(self, processor: VLChatProcessor, max_length: int | None = None, pack: bool = False):
+        self.processor = processor
+        self.max_length = max_length
+        self.pack = pack
+
+    def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
+        """
+        Raises:
+            what `encode_row` raises.
+        """
+        encoded = [encode_row(row, self.processor, self.max_length) for row in rows]
+        # transformers' losses know one label for what is not learnt, whatever the processor's `ignore_id` is.
+        labels = [row.labels.masked_fill(row.labels == self.processor.ignore_id, NOT_LEARNT) for row in encoded]
+        items = [row.item for row in encoded]
+        if self.pack:
+            for row in labels:
+                row[0] = NOT_LEARNT  # not learnt from the end of the row in front of it
+            batch = dict(self.processor.batchify([_join(items)]))
+            batch["labels"] = torch.cat(labels)[None]
+            batch["position_ids"] = torch.cat([torch.arange(len(item.input_ids)) for item in items])[None]
+            del batch["attention_mask"]  # the positions say it: transformers finds the borders where they restart
+        else:
+            batch = dict(self.processor.batchify(items, padding_side="right"))
+            batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNT)
+        del batch["sft_format"]
+        return batch
+
+
+def _join(items: Sequence[VLChatProcessorOutput]) -> VLChatProcessorOutput:
+    """Conversations behind each other."""
+    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    return VLChatProcessorOutput(
+        sft_format="".join(item.sft_format for item in items),
+        input_ids=torch.cat([item.input_ids for item in items]),
+        pixel_values=torch.cat(pixels) if pixels else None,
+        num_image_tokens=torch.cat([item.num_image_tokens for item in items]),
+    )

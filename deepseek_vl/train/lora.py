@@ -1,0 +1,96 @@
+"""LoRA: which layers get adapters, and merging them into the weights for export."""
+
+import argparse
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.train.stages import PARTS, parts_of
+from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model
+
+logger = logging.getLogger(__name__)
+
+LAYERS: dict[str, str] = {
+    "sam": r"vision_tower\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])",
+    "siglip": r"(vision_tower\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+    "projector": r"((high_up_proj|low_up_proj)|layers(\.\d+)?)",
+    "language": r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+}
+"""The linear layers of each part that get an adapter, behind the part's own prefix."""
+
+
+def add_lora(
+    model: MultiModalityCausalLM, parts: Iterable[str], rank: int = 16, alpha: int = 32, dropout: float = 0.05
+) -> PeftModel:
+    """Freeze the model and put adapters on the linear layers of some parts.
+
+    Args:
+        parts: of `PARTS`.
+        rank, alpha, dropout: LoRA's (arXiv 2106.09685); an adapter's output is scaled by alpha / rank.
+
+    Raises:
+        ValueError: for a part that the model does not have.
+    """
+    parts = tuple(parts)
+    for part in parts:
+        if part not in parts_of(model):
+            raise ValueError(f"There is no part {part!r} to adapt; this model has {', '.join(parts_of(model))}.")
+    patterns = [re.escape(prefix) + LAYERS[part] for part in parts for prefix in PARTS[part]]
+    targets = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(re.fullmatch(pattern, name) for pattern in patterns)
+    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
+    """Write the checkpoint that an adapter and the model it was trained on make together.
+
+    Args:
+        adapter: directory that training with LoRA wrote.
+        output: where the checkpoint goes, in the published layout and the base model's dtype.
+        model_path: the base model, if it is no longer where the adapter says.
+
+    Raises:
+        OSError: if the adapter or the base model is not there.
+        ValueError: if they do not fit together.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{str(adapter)!r} is no LoRA adapter: it has no adapter_config.json.")
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{str(output)!r} is not empty; choose a new directory.")
+    model_path = model_path or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    _, _, model = load_pretrained_model(model_path, device="cpu", dtype="float32")
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"The adapter {str(adapter)!r} does not fit {model_path!r}: {cause}") from error
+    adapted.merge_and_unload(safe_merge=True).to(checkpoint_dtype(model_path)).save_pretrained(output)
+    VLChatProcessor.from_pretrained(str(adapter)).save_pretrained(str(output))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m deepseek_vl.train.lora`; returns the exit code."""
+    parser = OneLineParser(prog="python -m deepseek_vl.train.lora", description="Merge a LoRA adapter for export.")
+    parser.add_argument("--adapter", type=Path, required=True, help="directory that training with --lora wrote")
+    parser.add_argument("--output", type=Path, required=True, help="new directory for the checkpoint")
+    parser.add_argument("--model_path", help="the base model (default: where the adapter says it was)")
+
+    def run(args: argparse.Namespace) -> None:
+        merge(args.adapter, args.output, args.model_path)
+        logger.info("Chat with it: python cli_chat.py --model_path %s", args.output)
+
+    return run_command(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

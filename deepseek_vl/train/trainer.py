@@ -1,0 +1,147 @@
+"""Training on transformers' `Trainer`: rates per part, checkpoints in the published layout, resuming, a loss plot."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from deepseek_vl.models.processing_vlm import VLChatProcessor
+from deepseek_vl.train.collator import TrainingCollator
+from deepseek_vl.train.stages import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class VLTrainer(Trainer):
+    """`Trainer` for `MultiModalityCausalLM`, or one wrapped by peft.
+
+    Args:
+        processor: saved beside every checkpoint, so that each can be opened by the chat.
+        collator: makes the batches.
+        part_rates: learning rates that differ from `args.learning_rate`, by part.
+        shuffle: whether the conversations come in a random order, a new one in each epoch.
+        kwargs: `Trainer`'s.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        processor: VLChatProcessor,
+        collator: TrainingCollator,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        part_rates: Mapping[str, float] | None = None,
+        shuffle: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            **kwargs,
+        )
+        self.part_rates = part_rates or {}
+        self.shuffle = shuffle
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, or what `args.optim` says, with one group per part."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate = options.pop("lr")
+            groups = parameter_groups(model, rate, self.part_rates, self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, lr=rate, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.shuffle else SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # With a cache transformers would not look for the borders of packed rows in their positions.
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; later ones, cut off by a kill, are deleted.
+
+    `Trainer` writes `trainer_state.json` last.
+    """
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        except (OSError, ValueError, TypeError):
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning("%s was not written to its end; it is deleted.", checkpoint)
+                shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def plot_loss(history: list[dict[str, float]], path: Path) -> None:
+    """Draw the training and evaluation loss and the learning rate over the steps.
+
+    Args:
+        history: `trainer.state.log_history`.
+        path: a PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rate_axes = axes.twinx()
+    for key, label, where in (
+        ("loss", "training", axes),
+        ("eval_loss", "evaluation", axes),
+        ("learning_rate", "learning rate", rate_axes),
+    ):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            style = (
+                {"color": "lightgrey", "zorder": 0} if where is rate_axes else {"marker": "." if key[0] == "e" else ""}
+            )
+            where.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    rate_axes.set_ylabel("learning rate")
+    axes.set_zorder(rate_axes.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def train(trainer: VLTrainer, stored_in: torch.dtype | None = None) -> None:
+    """Train, going on from the run's last checkpoint if there is one; then write model, log and plot to its directory.
+
+    Args:
+        stored_in: dtype of the weights that are written at the end; None leaves it (as FSDP does).
+
+    Raises:
+        what reading the data raises.
+    """
+    output = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None:
+        logger.warning("Going on from %s.", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stored_in is not None and not trainer.is_fsdp_enabled:
+        trainer.model.to(stored_in)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        history = trainer.state.log_history
+        (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+        plot_loss(history, output / "loss.png")

@@ -1,0 +1,287 @@
+"""What is learnt of a conversation, token for token, and batches that give the same loss however they are made."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BOS, EOS, IMAGE_TAG, make_picture
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
+from deepseek_vl.models.processing_vlm import load_tokenizer
+from deepseek_vl.train.collator import NOT_LEARNT, EncodedRow, TrainingCollator, encode_row
+from deepseek_vl.train.data import DataError, TrainingRow
+from deepseek_vl.train.stages import parts_of, set_trainable
+from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
+
+FEATURES = 16
+"""Positions of an image, in every model of the tests."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Three image files of different shapes."""
+    directory = tmp_path_factory.mktemp("pictures")
+    sizes = ((40, 30), (30, 40), (64, 64))
+    return [make_picture(directory / f"{i}.png", size, seed=i) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module", params=["small", "published"])
+def processor(request) -> VLChatProcessor:
+    """A processor with a tokenizer of bytes and short words, and one with the published tokenizer."""
+    tokenizer = load_tokenizer(str(request.getfixturevalue(f"{request.param}_tokenizer_dir")))
+    return VLChatProcessor(VLMImageProcessor(32), tokenizer, num_image_tokens=FEATURES)
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint) -> tuple[VLChatProcessor, MultiModalityCausalLM]:
+    """The processor and the float32 model of each kind, all of whose parts learn."""
+    _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
+    set_trainable(model, parts_of(model))
+    return processor, model.train()
+
+
+def conversation(pictures: list[Path], *turns: tuple[str, str], system: str | None = None) -> TrainingRow:
+    """A row of (question, answer); the pictures are given to the tags one after the other."""
+    remaining = iter(pictures * 3)
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        images = [next(remaining) for _ in range(question.count(IMAGE_TAG))]
+        messages += [
+            {"role": "User", "content": question, "images": images},
+            {"role": "Assistant", "content": answer},
+        ]
+    return TrainingRow(messages, system, origin="here:1")
+
+
+CONVERSATIONS: dict[str, list[tuple[str, str]]] = {
+    "one turn": [("Hello.", "Good day to you.")],
+    "one word": [("Yes or no?", "no")],
+    "several turns": [("One?", "1"), ("Two?", "2, I think."), ("Three?", "3")],
+    "image": [(f"{IMAGE_TAG}What is it?", "A picture.")],
+    "images in later turns": [("Look.", "At what?"), (f"This {IMAGE_TAG}, or {IMAGE_TAG}?", "Both."),
+                              ("So?", "Show more."), (f"Here:\n{IMAGE_TAG}", "Nice.")],
+    "bytes": [("Wave.", "👋🏽 Ça va, Жук, 世界! 🙂🎉"), ("Again 🙂?", "🙂")],
+    "the template's words": [("Say User:", "User: Assistant: User:"), ("Assistant: yes", "Assistant:\n\nUser: no")],
+    "the question's words": [("Yes.", "Yes."), ("Yes.", "Yes.")],
+    "spaces and lines": [("  a \n", "\n  two  spaces,\n\n\nthree lines \n"), ("b", ":) ... 12345 +1 {x: [1]}")],
+}  # fmt: skip
+
+
+def pieces(row: TrainingRow, processor: VLChatProcessor) -> list[tuple[str, bool]]:
+    """(text, whether it is learnt), as the paper's template has them."""
+    system = processor.system_prompt if row.system is None else row.system
+    result = [(BOS, False)]
+    between = f"{system}\n\n" if system else ""
+    for question, answer in zip(row.messages[::2], row.messages[1::2], strict=True):
+        result.append((f"{between}User: {question['content'].strip()}\n\nAssistant:", False))
+        result.append((f" {answer['content'].strip()}{EOS}", True))
+        between = ""
+    return result
+
+
+def expected_tokens(row: TrainingRow, processor: VLChatProcessor) -> tuple[list[int], list[bool]]:
+    """The ids, made piece by piece, and which are learnt."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for text, is_learnt in pieces(row, processor):
+        for token in processor.tokenizer.encode(text, add_special_tokens=False):
+            copies = FEATURES + processor.add_special_token if token == processor.image_id else 1
+            ids += [token] * copies
+            learnt += [is_learnt] * copies
+    return ids, learnt
+
+
+# What is learnt
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_answers_and_their_ends_are_learnt_and_nothing_else(processor, pictures, name):
+    row = conversation(pictures, *CONVERSATIONS[name])
+    encoded = encode_row(row, processor)
+    ids, learnt = expected_tokens(row, processor)
+    assert encoded.item.input_ids.tolist() == ids
+    assert encoded.labels.tolist() == [
+        token if is_learnt else NOT_LEARNT for token, is_learnt in zip(ids, learnt, strict=True)
+    ]
+
+    text = processor.tokenizer.decode(encoded.labels[encoded.labels != NOT_LEARNT], clean_up_tokenization_spaces=False)
+    assert text == "".join(f" {answer.strip()}{EOS}" for _, answer in CONVERSATIONS[name])
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_tokens_and_pixels_are_those_of_the_chat(processor, pictures, name):
+    row = conversation(pictures, *CONVERSATIONS[name])
+    chat = processor(conversations=row.messages, images=load_pil_images(row.messages))
+    batch = TrainingCollator(processor)([row])
+    assert batch.keys() - {"labels"} == chat.keys() - {"sft_format"}
+    for key in batch.keys() - {"labels"}:
+        assert torch.equal(batch[key], chat[key]), key
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_image_positions_are_never_learnt(processor, pictures, special, monkeypatch):
+    monkeypatch.setattr(processor, "add_special_token", special)
+    row = conversation(pictures, *CONVERSATIONS["images in later turns"])
+    for mask_prompt in (True, False):
+        monkeypatch.setattr(processor, "mask_prompt", mask_prompt)
+        encoded = encode_row(row, processor)
+        is_image = encoded.item.input_ids == processor.image_id
+        assert is_image.sum() == 3 * (FEATURES + special)
+        assert (encoded.labels[is_image] == NOT_LEARNT).all()
+
+
+def test_without_masking_the_prompt_all_text_is_learnt(processor, pictures, monkeypatch):
+    monkeypatch.setattr(processor, "mask_prompt", False)
+    encoded = encode_row(conversation(pictures, *CONVERSATIONS["images in later turns"]), processor)
+    ids = encoded.item.input_ids
+    not_text = (ids == processor.image_id) | (ids == processor.tokenizer.bos_token_id)
+    assert not_text.sum() == 3 * FEATURES + 1
+    assert torch.equal(encoded.labels, ids.masked_fill(not_text, NOT_LEARNT))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_processors_ignore_id_becomes_the_losses_in_a_batch(processor, pictures, pack, monkeypatch):
+    rows = [conversation(pictures, *CONVERSATIONS[name]) for name in ("image", "several turns")]
+    usual = [encode_row(row, processor).labels for row in rows]
+    usual_batch = TrainingCollator(processor, pack=pack)(rows)
+    monkeypatch.setattr(processor, "ignore_id", -7)
+    for row, labels in zip(rows, usual, strict=True):
+        assert torch.equal(encode_row(row, processor).labels, labels.masked_fill(labels == NOT_LEARNT, -7))
+    assert torch.equal(TrainingCollator(processor, pack=pack)(rows)["labels"], usual_batch["labels"])
+
+
+@pytest.mark.parametrize("system", [None, "", "Answer in one word. 🙂"])
+def test_the_rows_system_text_replaces_the_processors(processor, pictures, system):
+    row = conversation(pictures, *CONVERSATIONS["image"], system=system)
+    encoded = encode_row(row, processor)
+    ids, learnt = expected_tokens(row, processor)
+    assert encoded.item.input_ids.tolist() == ids and (encoded.labels != NOT_LEARNT).tolist() == learnt
+    begin = {None: processor.system_prompt, "": "User:"}.get(system, system)
+    assert encoded.item.sft_format.startswith(begin)
+
+
+# Truncation
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_no_length_keeps_part_of_an_image(opened, pictures, special, monkeypatch):
+    processor, _ = opened
+    monkeypatch.setattr(processor, "add_special_token", special)
+    run = FEATURES + special
+    row = conversation(pictures, (f"{IMAGE_TAG}A{IMAGE_TAG}{IMAGE_TAG}?", "Yes."), (f"B {IMAGE_TAG}", "No."), system="")
+    whole = encode_row(row, processor)
+    is_image = (whole.item.input_ids == processor.image_id).tolist()
+    starts = [i for i, image in enumerate(is_image) if image][::run]
+    assert len(starts) == 4
+
+    for max_length in range(1, len(whole.item) + 2):
+        cut_images = [start for start in starts if start < max_length < start + run]
+        kept = min([*cut_images, max_length, len(whole.item)])
+        images = sum(start + run <= kept for start in starts)
+        if (whole.labels[:kept] == NOT_LEARNT).all():
+            with pytest.raises(DataError, match=f"^here:1: nothing to learn: .* within {max_length} tokens"):
+                encode_row(row, processor, max_length)
+            continue
+        encoded = encode_row(row, processor, max_length)
+        assert torch.equal(encoded.item.input_ids, whole.item.input_ids[:kept]), max_length
+        assert torch.equal(encoded.labels, whole.labels[:kept])
+        assert encoded.item.num_image_tokens.tolist() == [FEATURES] * images
+        assert torch.equal(encoded.item.pixel_values, whole.item.pixel_values[:images])
+        batch = TrainingCollator(processor, max_length)([row])
+        assert batch["images_seq_mask"].sum() == batch["images_emb_mask"].sum() == FEATURES * images
+        assert (batch["input_ids"] == processor.image_id).sum() == run * images
+
+
+def test_images_behind_the_cut_are_left_out(opened, pictures):
+    processor, model = opened
+    row = conversation(pictures, ("Hello.", "Good day."), (f"{IMAGE_TAG}And?", "Now."), system="")
+    length = len(encode_row(conversation(pictures, ("Hello.", "Good day."), system=""), processor).item)
+    encoded = encode_row(row, processor, length)
+    assert encoded.item.pixel_values is None and len(encoded.item) == length
+    with torch.no_grad():
+        assert model(**TrainingCollator(processor, length)([row])).loss.isfinite()
+
+
+# Batches
+
+BATCHES: dict[str, list[str]] = {
+    "0, 1 and 3 images": ["several turns", "image", "images in later turns"],
+    "3, 0, 1 and 0 images": ["images in later turns", "one word", "image", "bytes"],
+    "no images": ["one word", "several turns"],
+    "equal lengths": ["image", "image"],
+    "one row": ["images in later turns"],
+}
+
+
+def loss_and_tokens(model: MultiModalityCausalLM, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """The mean loss, and over how many tokens."""
+    return model(**batch, use_cache=False).loss, int((batch["labels"][:, 1:] != NOT_LEARNT).sum())
+
+
+def left_padded(encoded: list[EncodedRow], processor: VLChatProcessor) -> dict[str, Any]:
+    """A batch as the collator's, but padded in front."""
+    batch = dict(processor.batchify([row.item for row in encoded], padding_side="left"))
+    batch["labels"] = torch.full_like(batch["input_ids"], NOT_LEARNT)
+    for labels, row in zip(batch["labels"], encoded, strict=True):
+        labels[-len(row.labels) :] = row.labels
+    return batch
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_padding_right_or_left_or_not_at_all_gives_the_same_loss(opened, pictures, name, special, monkeypatch):
+    processor, model = opened
+    monkeypatch.setattr(processor, "add_special_token", special)
+    rows = [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
+    encoded = [encode_row(row, processor) for row in rows]
+    collator = TrainingCollator(processor)
+    with torch.no_grad():
+        loss, tokens = loss_and_tokens(model, collator(rows))
+        left, left_tokens = loss_and_tokens(model, left_padded(encoded, processor))
+        alone = [loss_and_tokens(model, collator([row])) for row in rows]
+    assert tokens == left_tokens == sum(count for _, count in alone)
+    torch.testing.assert_close(left, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sum(part * count for part, count in alone) / tokens, loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(opened, pictures, name, mask_prompt, monkeypatch):
+    processor, model = opened
+    monkeypatch.setattr(processor, "mask_prompt", mask_prompt)
+    rows = [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
+    results = []
+    for pack in (False, True):
+        batch = TrainingCollator(processor, pack=pack)(rows)
+        model.zero_grad()
+        loss, tokens = loss_and_tokens(model, batch)
+        loss.backward()
+        gradients = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+        results.append((loss.detach(), tokens, gradients))
+    assert batch["input_ids"].shape == (1, sum(len(encode_row(row, processor).item) for row in rows))
+
+    (loss, tokens, gradients), (packed_loss, packed_tokens, packed_gradients) = results
+    assert tokens == packed_tokens and gradients.keys() == packed_gradients.keys()
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=0)
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[key], gradient, rtol=1e-3, atol=1e-6 * scale, msg=key)
+
+
+def test_a_packed_batch_may_be_longer_than_the_models_positions(opened, pictures):
+    processor, model = opened
+    row = conversation(pictures, (f"{IMAGE_TAG}Talk.", "la " * 200))
+    positions = model.config.language_config.max_position_embeddings
+    rows = [row] * (1 + positions // len(encode_row(row, processor).item))
+    with torch.no_grad():
+        losses = [loss_and_tokens(model, TrainingCollator(processor, pack=pack)(rows))[0] for pack in (False, True)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def test_a_slow_tokenizer_is_refused(opened, pictures, monkeypatch):
+    processor, _ = opened
+    monkeypatch.setattr(type(processor.tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match="a fast one"):
+        encode_row(replace(conversation(pictures, ("Hello.", "Yes."))), processor)

@@ -1,0 +1,133 @@
+"""Conversations about the synthetic world, as a data set and as files."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from deepseek_vl.train.data import TrainingRow
+from deepseek_vl.train.world.draw import draw
+from deepseek_vl.train.world.questions import Turn, ask, ask_two, describe, small_talk
+from deepseek_vl.train.world.scene import Picture, sample_picture
+
+TAG = "<image_placeholder>"
+KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2}
+"""How often a conversation is about what, in percent."""
+
+
+class SyntheticWorld(Dataset):
+    """`length` conversations; number `index` depends on `seed` and `index` only.
+
+    Args:
+        length: how many.
+        seed: another seed is another world of the same kind.
+        turns: most questions in a conversation; with 1, there is one question, or one and its follow-up.
+        kinds: weights of the kinds of conversation, as `KINDS`.
+    """
+
+    def __init__(self, length: int, seed: int = 0, turns: int = 6, kinds: dict[str, float] | None = None):
+        self.length = length
+        self.seed = seed
+        self.turns = turns
+        self.kinds = kinds or KINDS
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        """
+        Raises:
+            IndexError: outside 0 to length - 1, which ends iteration.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"There is no conversation {index} in a world of {self.length}.")
+        rng = random.Random(f"{self.seed}/{index}")
+        pictures, turns = self._sample(rng)
+        messages: list[dict[str, Any]] = []
+        for i, turn in enumerate(turns):
+            content, images = turn.question, []
+            if i == 0 and pictures:
+                content = _with_tags(turn.question, len(pictures), rng)
+                images = [draw(picture) for picture in pictures]
+            messages.append({"role": "User", "content": content, "images": images})
+            messages.append({"role": "Assistant", "content": turn.answer})
+        types = tuple(turn.type for turn in turns)
+        return TrainingRow(messages=messages, types=types, origin=f"world {self.seed}:{index}")
+
+    def turns_of(self, index: int) -> list[Turn]:
+        """What is said in a conversation, without drawing its pictures."""
+        return self._sample(random.Random(f"{self.seed}/{index}"))[1]
+
+    def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
+        """The pictures and the questions of a conversation."""
+        kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+        if kind == "talk":
+            return [], [small_talk(rng) for _ in range(min(self.turns, rng.randint(1, 3)))]
+        if kind == "two":
+            kinds = [
+                rng.choice(("shapes", "shapes", "mixed")),
+                rng.choice(("shapes", "shapes", "mixed", "words", "chart")),
+            ]
+            rng.shuffle(kinds)
+            pictures = [sample_picture(rng, kind) for kind in kinds]
+            questions = ask_two(pictures, rng)
+        else:
+            pictures = [sample_picture(rng, kind)]
+            questions = ask(pictures[0], kind, rng)
+        turns: list[Turn] = []
+        for new in itertools.islice(questions, 30):
+            # What was said already would be copied rather than seen.
+            if not {turn.answer for turn in new} & {turn.answer for turn in turns}:
+                turns += new
+            if len(turns) >= self.turns:
+                break
+        return pictures, turns
+
+
+class Captions(SyntheticWorld):
+    """Pictures with their descriptions, and nothing else in the prompt.
+
+    A description names everything, so that a model without eyes learns to see from it sooner than from questions.
+    """
+
+    kinds = {"shapes": 50, "words": 40, "chart": 10}
+
+    def __init__(self, length: int, seed: int = 0):
+        super().__init__(length, seed, turns=1, kinds=self.kinds)
+
+    def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
+        picture = sample_picture(rng, rng.choices(list(self.kinds), list(self.kinds.values()))[0])
+        return [picture], [replace(describe(picture, rng), question="")]
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        return replace(super().__getitem__(index), system="")
+
+
+def _with_tags(question: str, images: int, rng: random.Random) -> str:
+    """The question with its image tags in front or behind, as people write them."""
+    tags = TAG * images
+    return rng.choice(
+        (f"{tags}{question}", f"{tags}{question}", f"{tags}\n{question}", f"{tags} {question}", f"{question}{tags}")
+    )
+
+
+def write_world(world: SyntheticWorld, directory: Path) -> Path:
+    """Write a world's conversations as `data.jsonl` with PNG files beside it; returns the JSON Lines file."""
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    path = directory / "data.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(len(world)):
+            row = world[index]
+            messages = []
+            for message in row.messages:
+                names = []
+                for i, image in enumerate(message.get("images", ())):
+                    names.append(f"images/{index:06d}-{i}.png")
+                    image.save(directory / names[-1])
+                messages.append({**message, "images": names} if names else {k: message[k] for k in ("role", "content")})
+            file.write(json.dumps({"messages": messages, "type": row.types}, ensure_ascii=False) + "\n")
+    return path

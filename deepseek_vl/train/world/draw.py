@@ -1,0 +1,155 @@
+"""Drawing a `Picture` with Pillow."""
+
+import math
+import random
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from deepseek_vl.train.world.scene import Chart, Picture, Shape, Word
+
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralBol.ttf",
+    "",
+)
+"""Fonts that come with matplotlib; the empty name is Pillow's own."""
+
+
+def draw(picture: Picture) -> Image.Image:
+    """The picture as an RGB image."""
+    image = _draw_background(picture)
+    canvas = ImageDraw.Draw(image)
+    for shape in picture.shapes:
+        _draw_shape(canvas, shape)
+    if picture.chart:
+        _draw_chart(canvas, picture.chart)
+    for word in picture.words:
+        _draw_word(image, word)
+    return image
+
+
+def _draw_background(picture: Picture) -> Image.Image:
+    width, height = picture.width, picture.height
+    first, second = (np.array(tone, dtype=np.float32) for tone in picture.background)
+    rng = random.Random(picture.seed)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    if picture.pattern == "gradient":
+        angle = rng.uniform(0, 2 * math.pi)
+        part = math.cos(angle) * x / width + math.sin(angle) * y / height
+        part = (part - part.min()) / max(float(np.ptp(part)), 1e-6)
+    elif picture.pattern == "checks":
+        cell = rng.randint(8, 40)
+        part = ((x // cell + y // cell) % 2).astype(np.float32)
+    elif picture.pattern == "stripes":
+        cell = rng.randint(6, 30)
+        part = ((rng.choice((x, y, x + y)) // cell) % 2).astype(np.float32)
+    elif picture.pattern == "noise":
+        part = np.random.default_rng(picture.seed).random((height, width), dtype=np.float32)
+    else:
+        return Image.new("RGB", (width, height), picture.background[0])
+    pixels = first + part[..., None] * (second - first)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _polygon(shape: Shape, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points in the unit circle (y down) -> turned, scaled and moved to the picture."""
+    angle = math.radians(shape.angle)
+    cos, sin = math.cos(angle) * shape.radius, math.sin(angle) * shape.radius
+    return [(shape.x + cos * x - sin * y, shape.y + sin * x + cos * y) for x, y in points]
+
+
+def _star() -> list[tuple[float, float]]:
+    radii = [1 if i % 2 == 0 else 0.42 for i in range(10)]
+    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    curve = [2 * math.pi * i / 40 for i in range(40)]
+    x = [16 * math.sin(t) ** 3 for t in curve]
+    y = [-(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in curve]
+    return [(a / 17.5, (b - 2) / 17.5) for a, b in zip(x, y, strict=True)]
+
+
+_SQUARE, _ARM = math.sqrt(0.5), 0.3
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-_SQUARE, -_SQUARE), (_SQUARE, -_SQUARE), (_SQUARE, _SQUARE), (-_SQUARE, _SQUARE)],
+    "triangle": [(0, -1), (0.87, 0.5), (-0.87, 0.5)],
+    "star": _star(),
+    "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
+    "cross": [
+        (-_ARM, -0.95), (_ARM, -0.95), (_ARM, -_ARM), (0.95, -_ARM), (0.95, _ARM), (_ARM, _ARM),
+        (_ARM, 0.95), (-_ARM, 0.95), (-_ARM, _ARM), (-0.95, _ARM), (-0.95, -_ARM), (-_ARM, -_ARM),
+    ],
+    "heart": _heart(),
+}  # fmt: skip
+
+
+def _draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
+    x, y, r = shape.x, shape.y, shape.radius
+    if shape.kind == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=shape.tone)
+    elif shape.kind == "ring":
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=shape.tone, width=max(2, round(r * 0.36)))
+    else:
+        canvas.polygon(_polygon(shape, OUTLINES[shape.kind]), fill=shape.tone)
+
+
+def _draw_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
+    left, top, right, bottom = chart.box
+    line = max(1, round((bottom - top) / 100))
+    if chart.grid:
+        for i in range(1, 5):
+            y = bottom - (bottom - top) * i / 4
+            canvas.line((left, y, right, y), fill=(150, 150, 150), width=1)
+    slot = (right - left) / len(chart.values)
+    for i, (tone, value) in enumerate(zip(chart.tones, chart.values, strict=True)):
+        x = left + slot * (i + chart.gap / 2)
+        box = (x, bottom - (bottom - top) * value, x + slot * (1 - chart.gap), bottom)
+        canvas.rectangle(box, fill=tone, outline=chart.ink if chart.frame else None)
+    canvas.line((left, bottom, right, bottom), fill=chart.ink, width=line)
+    canvas.line((left, top, left, bottom), fill=chart.ink, width=line)
+
+
+@cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    if not name:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def _draw_word(image: Image.Image, word: Word) -> None:
+    name = FONTS[word.font % len(FONTS)]
+    left, top, right, bottom = _font(name, 64).getbbox(word.text)
+    # Upper-case letters and digits set the height, so that "x" is not blown up to the size of "X".
+    _, cap_top, _, cap_bottom = _font(name, 64).getbbox("X")
+    scale = min(word.width / (right - left), word.height / max(bottom - top, cap_bottom - cap_top))
+    font = _font(name, max(8, int(64 * scale)))
+    left, top, right, bottom = font.getbbox(word.text)
+    margin = max(2, round((bottom - top) * 0.25))
+    size = (round(right - left) + 2 * margin, round(bottom - top) + 2 * margin)
+    mask = Image.new("L", size, 0)
+    ImageDraw.Draw(mask).text((margin - left, margin - top), word.text, fill=255, font=font)
+    card = Image.new("L", size, 255)
+    place = (round(word.x), round(word.y))
+    if word.card:
+        _paste(image, word.card, card, word.angle, place)
+    _paste(image, word.tone, mask, word.angle, place)
+
+
+def _paste(
+    image: Image.Image, tone: tuple[int, int, int], mask: Image.Image, angle: float, centre: tuple[int, int]
+) -> None:
+    if angle:
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    image.paste(tone, (centre[0] - mask.width // 2, centre[1] - mask.height // 2), mask)

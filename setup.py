@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
+
 setup(
     name="deepseek_vl",
     version=VERSION,
@@ -17,13 +19,14 @@ setup(
     license="MIT",
     license_files=["LICENSE-CODE"],
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
+    package_data={"deepseek_vl.bundled": ["*/*"]},
     entry_points={"console_scripts": ["deepseek-vl-chat=deepseek_vl.serve.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",  # transformers reads `.bin` weights from this version on
         "transformers>=5.0",
         "timm>=1.0.21",  # the first to build on the meta device
-        "accelerate>=1.2",
+        "accelerate>=1.7",
         "attrdict>=2.0.1",
         "einops>=0.8",
         "pillow>=10.4",
@@ -31,9 +34,9 @@ setup(
         "sentencepiece>=0.2",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "peft>=0.18", "pexpect>=4.9", "psutil>=6", "pytest>=8", "ruff>=0.14"],
+        "test": [*TRAIN, "hypothesis>=6", "pexpect>=4.9", "psutil>=6", "pytest>=8", "ruff>=0.14"],
         "gradio": [],
         "serve": [],
-        "train": [],
+        "train": TRAIN,
     },
 )

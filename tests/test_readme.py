@@ -1,4 +1,4 @@
-"""The README's Python snippets run, in order and in one session, as in a notebook."""
+"""What the README shows runs, on a small checkpoint instead of the published one."""
 
 import re
 import subprocess
@@ -7,15 +7,54 @@ from pathlib import Path
 
 from conftest import ROOT
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "deepseek-ai/deepseek-vl-1.3b-chat"
+
 
 def test_the_snippets_run(siglip_checkpoint: Path) -> None:
-    """On a small checkpoint instead of the published one."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """In order and in one session, as in a notebook."""
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) >= 4
     program = "\n".join(snippets)
-    assert "deepseek-ai/deepseek-vl-1.3b-chat" in program
-    program = program.replace("deepseek-ai/deepseek-vl-1.3b-chat", str(siglip_checkpoint))
+    assert MODEL in program
+    program = program.replace(MODEL, str(siglip_checkpoint))
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("parameters")
+
+
+def test_the_way_from_data_to_a_chat_runs(siglip_checkpoint: Path, tmp_path: Path) -> None:
+    """The commands of the chapter on fine-tuning, one after the other."""
+    chapter = re.search(r"\n## Fine-tune.*?\n### ", README, re.DOTALL).group()
+    commands = [
+        line for block in re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL) for line in block.strip().splitlines()
+    ]
+    assert len(commands) == 7
+    for name in ("examples", "cli_chat.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for command in commands:
+        assert command.startswith("python ")
+        command = command.replace(MODEL, str(siglip_checkpoint)).replace("python", sys.executable, 1)
+        result = subprocess.run(
+            command, shell=True, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    assert {path.name for path in (tmp_path / "hexagons-scores").iterdir()} == {
+        "answers.jsonl", "confusion.png", "summary.json", "table.md",
+    }  # fmt: skip
+
+
+def test_the_data_it_shows_are_four_forms_of_the_same(siglip_checkpoint: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from deepseek_vl import VLChatProcessor
+    from deepseek_vl.train.data import load_data
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "images/0.png")
+    (tmp_path / "data.jsonl").write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL).group(1), encoding="utf-8")
+    rows, _ = load_data(tmp_path / "data.jsonl", VLChatProcessor.from_pretrained(str(siglip_checkpoint)))
+    texts = [[" ".join(message["content"].split()) for message in row.messages] for row in rows]
+    texts = [[text.replace("> ", ">") for text in row] for row in texts]
+    assert texts == [["<image_placeholder>What shape is red?", "The red shape is a hexagon."]] * 4

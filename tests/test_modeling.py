@@ -949,3 +949,17 @@ def test_negative_ids_with_a_repetition_penalty(siglip_checkpoint):
     ids = torch.tensor([[5, -1, 7]])
     assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, repetition_penalty=1.1).shape == (1, 5)
     assert ids.tolist() == [[5, -1, 7]]
+
+
+def test_an_answer_may_go_on_behind_the_last_position(siglip_checkpoint: Path) -> None:
+    """Only the prompt has to fit: that is transformers' own rule."""
+    model = MultiModalityCausalLM.from_pretrained(str(siglip_checkpoint), dtype=torch.float32)
+    model.config.language_config.max_position_embeddings = 12
+    ids = torch.arange(10)[None]
+    assert model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False).shape == (1, 16)
+
+
+def test_what_is_not_split_are_layers_that_the_model_has(checkpoint: Path) -> None:
+    model = MultiModalityCausalLM.from_pretrained(str(checkpoint))
+    classes = {type(module).__name__ for module in model.modules()}
+    assert {"LlamaDecoderLayer", "Block"} <= set(model._no_split_modules) <= classes

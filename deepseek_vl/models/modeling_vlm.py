@@ -92,6 +92,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
         self.language_model = LlamaForCausalLM(config.language_config)
         self.post_init()
+        # FSDP wraps these, and takes it ill if one is not there.
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules if name in classes]
         self._set_generation_tokens(default_special_tokens(config.language_config))
 
     # --- the language model's parts under the names that transformers asks for ---
@@ -131,7 +134,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
 
-        Only slots with real features are encoded; without any, no vision runs.
+        Only slots with real features are encoded; without any, no vision runs (but in training).
 
         Args:
             input_ids: int64 [b, T]; negative ids are embedded as 0.
@@ -156,6 +159,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
                 f"{features.tolist()} features."
             )
         if not features.any():
+            if self.training and torch.is_grad_enabled() and pixel_values is not None:
+                # Every weight that learns needs a gradient, and in distributed training every process must run the
+                # same modules, so a blank slot is encoded without effect.
+                blank = self.get_image_features(pixel_values[:1, 0]).sum()
+                return inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds
         if pixel_values is None:
             raise ValueError(f"The prompt has {int(positions.sum())} image positions, but pixel_values is None.")
@@ -178,8 +186,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     def _check_length(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
-        # In a row of several packed conversations the positions start anew with each.
-        length = input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
+        length = input_ids.shape[1]
+        if length > longest and position_ids is not None:  # in a packed row they start anew with each conversation
+            length = int(position_ids.max()) + 1
         if length > longest:
             raise ValueError(
                 f"The prompt has {length} tokens, more than the {longest} positions of this model; "

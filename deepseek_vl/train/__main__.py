@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.data import ConversationDataset, check_data, load_data
-from deepseek_vl.train.lora import add_lora
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
 from deepseek_vl.train.trainer import VLTrainer, train
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
@@ -29,8 +29,17 @@ logger = logging.getLogger(__name__)
 LORA_LEARNING_RATE = 2e-4
 LORA_PARTS = ("projector", "language")
 """Of a stage's parts, those that get adapters unless `--train` says otherwise."""
-RESUMABLE = ("model_path", "data", "stage", "train", "lora", "lora_rank", "batch_size", "gradient_accumulation", "seed")
+FIXED = (
+    "model_path", "data", "skip_bad", "stage", "train", "learning_rate", "part_rate", "lora", "lora_rank", "batch_size",
+    "gradient_accumulation", "warmup_steps", "schedule", "weight_decay", "max_length", "truncate", "pack", "dtype",
+    "seed",
+)  # fmt: skip
 """Arguments that a run cannot change on its way."""
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+"""That `accelerate launch` started; this is the first of them if there is but one."""
+IS_FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,30 +62,43 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     what.add_argument("--train", nargs="+", choices=PARTS, metavar="PART", help=f"other parts: {', '.join(PARTS)}")
-    what.add_argument("--learning_rate", type=float, help="(default: the stage's; 2e-4 with --lora)")
+    what.add_argument("--learning_rate", type=_above_zero, help="(default: the stage's; 2e-4 with --lora)")
     what.add_argument(
         "--part_rate", nargs="+", type=_part_rate, default=[], metavar="PART=RATE", help="other rates for some parts"
     )
-    what.add_argument("--lora", action="store_true", help="train adapters on the parts instead of their weights")
+    what.add_argument(
+        "--lora",
+        action="store_true",
+        help="adapters learn instead of weights: the stage's projector and language model's, or those of --train",
+    )
     what.add_argument("--lora_rank", type=positive, default=16, help="(default: %(default)s)")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
-    how.add_argument("--max_steps", type=int, default=-1, help="optimizer steps, instead of --epochs")
+    how.add_argument("--epochs", type=_above_zero, default=1.0, help="(default: %(default)s)")
+    how.add_argument("--max_steps", type=positive, help="optimizer steps, instead of --epochs")
     how.add_argument("--batch_size", type=positive, default=4, help="conversations per device (default: %(default)s)")
     how.add_argument(
         "--gradient_accumulation", type=positive, default=1, help="batches per step (default: %(default)s)"
     )
     how.add_argument("--warmup_steps", type=int, help="(default: the stage's, at most a tenth of all)")
-    how.add_argument("--schedule", default="cosine", help="of the learning rate (default: %(default)s)")
+    how.add_argument(
+        "--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: %(default)s)"
+    )
     how.add_argument("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
     how.add_argument("--max_length", type=int, help="most tokens per conversation (default: the model's positions)")
     how.add_argument("--truncate", action="store_true", help="cut longer conversations instead of refusing them")
     how.add_argument(
         "--pack", action=argparse.BooleanOptionalAction, help="batches without padding (default: the stage's)"
     )
-    how.add_argument("--dtype", default="auto", help="to compute in: bfloat16, float16, float32 (default: %(default)s)")
-    how.add_argument("--device", default="auto", help="auto, or cpu to leave a GPU alone (default: %(default)s)")
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="to compute in (default: what the device is good at)"
+    )
+    how.add_argument(
+        "--device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="auto, or cpu to leave a GPU alone (default: %(default)s)",
+    )
     how.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third more time")
     how.add_argument(
         "--save_steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)"
@@ -85,11 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--eval_steps", type=positive, default=100, help="steps between evaluations (default: %(default)s)"
     )
     how.add_argument(
-        "--logging_steps", type=positive, default=10, help="steps between log lines (default: %(default)s)"
+        "--logging_steps", type=positive, help="steps between log lines (default: 10, fewer in a short run)"
     )
     how.add_argument("--workers", type=int, default=1, help="processes that prepare data (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def _part_rate(text: str) -> tuple[str, float]:
@@ -97,9 +126,12 @@ def _part_rate(text: str) -> tuple[str, float]:
     if part not in PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not PART=RATE with a PART of {', '.join(PARTS)}")
     try:
-        return part, float(rate)
+        number = float(rate)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{rate!r} in {text!r} is not a number") from None
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{rate} in {text!r} is not a learning rate")
+    return part, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +144,11 @@ def _run(args: argparse.Namespace) -> int | None:
         return _check(args)
     if args.output is None:
         raise ValueError("Give --output, the directory for the result.")
-    if os.environ.get("RANK", "0") == "0":  # of the processes that `accelerate launch` starts
+    if missing := [name for name in ("matplotlib", "tensorboard", *(["peft"] * args.lora)) if find_spec(name) is None]:
+        raise ValueError(f"Training needs {', '.join(missing)}: pip install 'deepseek_vl[train]'.")
+    if Path(args.model_path).is_dir():
+        args.model_path = str(Path(args.model_path).absolute())  # what an adapter notes as its base
+    if IS_FIRST:
         _keep_to_the_run(args)
     set_seed(args.seed)
     dtype = _pick_dtype(args)
@@ -133,7 +169,7 @@ def _run(args: argparse.Namespace) -> int | None:
         ConversationDataset(rows),
         ConversationDataset(eval_rows) if eval_rows else None,
         dict(args.part_rate),
-        callbacks=[_tensorboard(args.output)],
+        callbacks=[_tensorboard(args.output)] if IS_FIRST else [],
     )
     train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
     if args.lora:
@@ -162,11 +198,21 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if they differ.
     """
-    chosen = {name: getattr(args, name) for name in RESUMABLE}
+    chosen = {name: getattr(args, name) for name in FIXED}
+    chosen["bytes of data"] = [path.stat().st_size for path in map(Path, args.data) if path.is_file()]
+    chosen["processes"] = PROCESSES
+    chosen = json.loads(json.dumps(chosen))  # as they are read back
     path = args.output / "run.json"
     if path.is_file():
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"--{name} was {noted.get(name)!r}" for name in RESUMABLE if noted.get(name) != chosen[name]]
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not JSON ({error}); remove it, or choose another --output.") from error
+        changed = [
+            f"{'--' if name in FIXED else ''}{name} was {noted.get(name)!r}"
+            for name in chosen
+            if noted.get(name) != chosen[name]
+        ]
         if not changed:
             return
         if any(args.output.glob("checkpoint-*")) or (args.output / "log.jsonl").exists():
@@ -202,6 +248,8 @@ def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) 
     if idle := [part for part, _ in args.part_rate if part not in parts]:
         raise ValueError(f"--part_rate names {idle[0]}, which does not learn; what learns is {', '.join(parts)}.")
     if args.lora:
+        from deepseek_vl.train.lora import add_lora  # needs peft, which others can do without
+
         return add_lora(model, parts, args.lora_rank, 2 * args.lora_rank)
     set_trainable(model, parts)
     return model
@@ -209,14 +257,13 @@ def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) 
 
 def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int, evaluate: bool) -> TrainingArguments:
     stage = STAGES[args.stage]
-    steps = args.max_steps
-    if steps < 0:
-        steps = max(1, math.ceil(rows * args.epochs / (args.batch_size * args.gradient_accumulation)))
+    per_step = args.batch_size * args.gradient_accumulation * PROCESSES
+    steps = args.max_steps or max(1, math.ceil(rows * args.epochs / per_step))
     rate = LORA_LEARNING_RATE if args.lora else stage.learning_rate
-    return TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
+        max_steps=args.max_steps or -1,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
@@ -236,13 +283,19 @@ def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=args.eval_steps,
         prediction_loss_only=True,
-        logging_steps=args.logging_steps,
+        logging_steps=args.logging_steps or max(1, min(10, steps // 20)),
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
         use_cache=True,  # the result's config says so; while training, `VLTrainer.compute_loss` does without
         report_to="none",
         seed=args.seed,
     )
+    if training_arguments.n_gpu > 1:
+        raise ValueError(
+            f"There are {training_arguments.n_gpu} GPUs: start with `accelerate launch -m deepseek_vl.train ...`, or "
+            "set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    return training_arguments
 
 
 def _tensorboard(output: Path) -> TensorBoardCallback:

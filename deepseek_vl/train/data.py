@@ -165,6 +165,11 @@ def load_data(
     if report.bad:
         total = len(report.rows) + len(report.bad)
         logger.warning("Left out %d bad rows of %d, such as %s", len(report.bad), total, report.bad[0])
+    end = processor.tokenizer.eos_token
+    if not render(report.rows[0], processor).endswith(end):
+        logger.warning(
+            "The template %r ends answers without %s: when to stop is not learnt.", processor.sft_format, end
+        )
     return report.rows, report.bad
 
 
@@ -194,6 +199,8 @@ def check_data(
         DataError: for a file that cannot be read as rows.
         OSError: if a file is missing or cannot be opened.
     """
+    if not processor.tokenizer.is_fast:
+        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
     read = list(read_rows(paths, processor.image_tag))
     sources = list(dict.fromkeys(source for row in read if isinstance(row, TrainingRow) for source in row.images))
     if sources:
@@ -328,6 +335,8 @@ def _check_row(
         _match(f"message {number}", message["content"].count(tag), len(message.get("images") or ()), tag)
         if held := [token for token in added if token in message["content"]]:
             raise DataError(f"message {number} holds the special token {held[0]}; the template adds it, so remove it")
+    if held := [token for token in added if token in (row.system or "")]:
+        raise DataError(f"the system text holds the special token {held[0]}; the template adds it, so remove it")
     if tag in (row.system or ""):
         raise DataError(f"the system text holds {tag}; images belong in the user's messages")
     for source in row.images:

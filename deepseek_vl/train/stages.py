@@ -19,19 +19,18 @@ NEVER_USED = ("attn_pool.", "high_layer_norm.", "low_layer_norm.")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's parts that learn, and its schedule. `batch_size` is what the paper used over all its devices."""
+    """A stage's parts that learn, its learning rate and warm-up (the 7B model's), and whether batches are packed."""
 
     parts: tuple[str, ...]
     learning_rate: float
     warmup_steps: int
-    batch_size: int
     pack: bool
 
 
 STAGES: dict[str, Stage] = {
-    "adaptor": Stage(("projector",), 1e-3, 128, 256, pack=False),
-    "pretrain": Stage(("projector", "language"), 4.2e-5, 2000, 2304, pack=True),
-    "sft": Stage(("siglip", "projector", "language"), 2e-5, 256, 256, pack=False),
+    "adaptor": Stage(("projector",), 1e-3, 128, pack=False),
+    "pretrain": Stage(("projector", "language"), 4.2e-5, 2000, pack=True),
+    "sft": Stage(("siglip", "projector", "language"), 2e-5, 256, pack=False),
 }
 
 

@@ -23,7 +23,7 @@ from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import VLTrainer, train
 from deepseek_vl.train.world import Captions, SyntheticWorld
-from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.utils.command import OneLineParser, positive, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -182,9 +182,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m deepseek_vl.train.tiny", description="Make the bundled model from nothing.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the models, their logs and plots")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the world (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=5000, help="steps on captions (default: %(default)s)")
-    parser.add_argument("--conversations", type=int, default=4000, help="steps on conversations (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="per step (default: %(default)s)")
+    parser.add_argument("--captions", type=positive, default=5000, help="steps on captions (default: %(default)s)")
+    parser.add_argument(
+        "--conversations", type=positive, default=4000, help="steps on conversations (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="at its highest (default: %(default)s)")
     return parser
 

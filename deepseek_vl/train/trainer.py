@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,11 @@ class VLTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return super()._get_train_sampler(train_dataset) if self.shuffle else SequentialSampler(self.train_dataset)
+        return (
+            super()._get_train_sampler(train_dataset)
+            if self.shuffle
+            else SequentialSampler(train_dataset or self.train_dataset)
+        )
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # With a cache transformers would not look for the borders of packed rows in their positions.
@@ -77,18 +82,24 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end; later ones, cut off by a kill, are deleted.
 
     `Trainer` writes `trainer_state.json` last.
+
+    Raises:
+        OSError: if a checkpoint cannot be read.
     """
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
+    found = [(int(match[1]), path) for path in output.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    for _, checkpoint in sorted(found, reverse=True):
         try:
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        except (OSError, ValueError, TypeError):
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # it is missing or cut off
             if os.environ.get("RANK", "0") == "0":
                 logger.warning("%s was not written to its end; it is deleted.", checkpoint)
                 shutil.rmtree(checkpoint)
         else:
             return checkpoint
     return None
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def plot_loss(history: list[dict[str, float]], path: Path) -> None:
@@ -131,13 +142,25 @@ def train(trainer: VLTrainer, stored_in: torch.dtype | None = None) -> None:
         stored_in: dtype of the weights that are written at the end; None leaves it (as FSDP does).
 
     Raises:
+        FileExistsError: if the directory has the result of a run, but no checkpoint to go on from.
         what reading the data raises.
     """
     output = Path(trainer.args.output_dir)
-    checkpoint = last_checkpoint(output)
-    if checkpoint is not None:
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint, exported = last_checkpoint(output), (output / "log.jsonl").exists()
+    if checkpoint is None and exported:
+        raise FileExistsError(f"{str(output)!r} holds a finished run without checkpoints; choose another directory.")
+    if checkpoint is None:
+        trainer.train()
+    elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
         logger.warning("Going on from %s.", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    elif exported:
+        logger.warning("The run in %s is finished; there is nothing to do.", output)
+        return
+    else:  # killed between its last checkpoint and the end
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
     if stored_in is not None and not trainer.is_fsdp_enabled:
         trainer.model.to(stored_in)
     trainer.save_model()
@@ -145,3 +168,11 @@ def train(trainer: VLTrainer, stored_in: torch.dtype | None = None) -> None:
         history = trainer.state.log_history
         (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
         plot_loss(history, output / "loss.png")
+        (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
+
+
+def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether a run has all the steps that are asked for, which may be more than when it was begun."""
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and args.num_train_epochs <= state.num_train_epochs

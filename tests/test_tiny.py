@@ -1,0 +1,66 @@
+"""The recipe of the small model: its tokenizer, its size, and that its two stages learn, go on and can be opened."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from deepseek_vl.train.tiny import IMAGE_TOKENS, main, make_model, make_processor
+from deepseek_vl.train.world import Captions
+from deepseek_vl.utils.io import load_pretrained_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe with a few small steps."""
+    output = tmp_path_factory.mktemp("tiny")
+    assert main(["--output", str(output), "--captions", "3", "--conversations", "2", "--batch_size", "2"]) == 0
+    return output
+
+
+def test_the_tokenizer_keeps_text_and_spells_what_is_quoted(run: Path) -> None:
+    tokenizer, processor, _ = load_pretrained_model(run / "tiny", device="cpu")
+    for text in ("Grüße, 世界! 🙂\n\n  spaces\ttabs", 'It says "HELLO" and "world".', "What colour is the star?"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.tokenize('It says "Star".')[-6:] == ['Ġ"', "S", "t", "a", "r", '".']
+    assert len(tokenizer.tokenize("What colour is the star?")) == 6
+    assert len(tokenizer.tokenize(processor.system_prompt)) < 60
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+
+
+def test_the_result_is_small_and_can_be_opened(run: Path) -> None:
+    assert (run / "tiny/model.safetensors").stat().st_size < 12e6
+    assert {str(weight.dtype) for weight in load_file(run / "tiny/model.safetensors").values()} == {"torch.float16"}
+    _, processor, model = load_pretrained_model(run / "tiny", device="cpu")
+    image = Captions(1)[0].images[0]
+    inputs = processor(prompt="User: <image_placeholder>Hi.\n\nAssistant:", images=[image]).to("cpu", model.dtype)
+    assert inputs.images_seq_mask.sum() == IMAGE_TOKENS
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs.input_ids.shape[1] + 3
+
+
+def test_the_same_seed_gives_the_same_model(run: Path, tmp_path: Path) -> None:
+    processor = make_processor(0, tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer == json.loads((run / "tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+    assert len(processor.tokenizer) == make_model(len(processor.tokenizer)).get_input_embeddings().num_embeddings
+
+
+def test_both_stages_leave_their_log_and_plot(run: Path) -> None:
+    for stage in ("captions", "tiny"):
+        assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (run / stage / "log.jsonl").exists()
+
+
+def test_captions_have_no_system_prompt_and_no_question() -> None:
+    for row in Captions(20, seed=1):
+        assert row.system == ""
+        assert [message["content"].strip() for message in row.messages[:1]] == ["<image_placeholder>"]
+        assert row.types == ("description",)
+
+
+@pytest.mark.parametrize("flag", ["--captions", "--batch_size"])
+def test_numbers_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), flag, "0"])
+    assert "0 is not above 0" in capsys.readouterr().err

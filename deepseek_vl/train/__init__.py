@@ -1,1 +1,1 @@
-"""Training: data, labels, the paper's stages, LoRA, evaluation, and the recipe of the bundled model."""
+"""Training: data, labels, the paper's stages, LoRA, evaluation, and the recipe of a small model."""

@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: `python -m deepseek_vl.train.tiny --output DIR` makes it from nothing.
+"""The recipe of a small model: `python -m deepseek_vl.train.tiny --output DIR` makes it from nothing.
 
 A tokenizer is learnt from the synthetic world's sentences; then a small model of the 1.3B's architecture learns, as in
 the paper's last two stages, first from captions and then from conversations. Both are endless: none is seen twice.
@@ -179,7 +179,7 @@ def learn(
 
 def build_parser() -> argparse.ArgumentParser:
     """The recipe's command line."""
-    parser = OneLineParser(prog="python -m deepseek_vl.train.tiny", description="Make the bundled model from nothing.")
+    parser = OneLineParser(prog="python -m deepseek_vl.train.tiny", description="Make a small model from nothing.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the models, their logs and plots")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the world (default: %(default)s)")
     parser.add_argument("--captions", type=positive, default=5000, help="steps on captions (default: %(default)s)")
@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the bundled model; the same command again goes on where it was stopped. Returns the exit code."""
+    """Make the model; the same command again goes on where it was stopped. Returns the exit code."""
     return run_command(build_parser(), _run, arguments)
 
 

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m deepseek_vl.train.world", description="Draw pictures and ask about them.")
     parser.add_argument("--output", type=Path, required=True, help="directory for data.jsonl and images/")
     parser.add_argument("--rows", type=int, default=1000, help="conversations (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="the bundled model was trained on 0 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="the small model learns from 0 (default: %(default)s)")
     parser.add_argument(
         "--turns", type=int, default=6, help="questions per conversation; 1 for one or its follow-up (default: 6)"
     )

@@ -20,7 +20,7 @@ from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLCha
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.data import ConversationDataset, check_data, load_data
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
-from deepseek_vl.train.trainer import VLTrainer, train
+from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
 from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model, pick_device, pick_dtype
 
@@ -38,8 +38,7 @@ FIXED = (
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
-"""That `accelerate launch` started; this is the first of them if there is but one."""
-IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""How many `accelerate launch` started."""
 
 
 def build_parser() -> argparse.ArgumentParser:

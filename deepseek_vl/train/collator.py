@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deepseek_vl.models.processing_vlm import VLChatProcessor, VLChatProcessorOutput
-from deepseek_vl.train.data import DataError, TrainingRow, render
+from deepseek_vl.train.data import DataError, TrainingRow, check_tokenizer, render
 from deepseek_vl.utils.io import load_pil_images
 
 NOT_LEARNT = -100
@@ -52,8 +52,7 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
         ImageLoadError: if an image cannot be read.
         ValueError: if the images are not as many as their tags.
     """
-    if not processor.tokenizer.is_fast:
-        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
+    check_tokenizer(processor)
     prompt, spans = render(row, processor), answer_spans(row, processor)
     item = processor.process_one(prompt=prompt, images=load_pil_images(row.messages))
     tokens = processor.tokenizer(prompt, return_offsets_mapping=True)

@@ -199,8 +199,7 @@ def check_data(
         DataError: for a file that cannot be read as rows.
         OSError: if a file is missing or cannot be opened.
     """
-    if not processor.tokenizer.is_fast:
-        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
+    check_tokenizer(processor)
     read = list(read_rows(paths, processor.image_tag))
     sources = list(dict.fromkeys(source for row in read if isinstance(row, TrainingRow) for source in row.images))
     if sources:
@@ -298,6 +297,15 @@ def _json_problem(error: Exception) -> str:
 
 
 # Rows
+
+
+def check_tokenizer(processor: "VLChatProcessor") -> None:
+    """
+    Raises:
+        DataError: if the tokenizer cannot tell where in the text its tokens are.
+    """
+    if not processor.tokenizer.is_fast:
+        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
 
 
 def check_row(row: TrainingRow, processor: "VLChatProcessor", max_length: int | None = None) -> int:

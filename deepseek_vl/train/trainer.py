@@ -20,6 +20,9 @@ from deepseek_vl.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
 
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this is the first of the processes that `accelerate launch` started, or the only one."""
+
 
 class VLTrainer(Trainer):
     """`Trainer` for `MultiModalityCausalLM`, or one wrapped by peft.
@@ -91,7 +94,7 @@ def last_checkpoint(output: Path) -> Path | None:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # it is missing or cut off
-            if os.environ.get("RANK", "0") == "0":
+            if IS_FIRST:
                 logger.warning("%s was not written to its end; it is deleted.", checkpoint)
                 shutil.rmtree(checkpoint)
         else:

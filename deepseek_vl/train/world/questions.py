@@ -237,8 +237,7 @@ def ask_tallest(picture: Picture, rng: random.Random) -> Turn | None:
     if not picture.chart:
         return None
     which = rng.choice(("tallest", "tallest", "tallest", "shortest"))
-    value = (max if which == "tallest" else min)(picture.chart.values)
-    colour = picture.chart.colours[picture.chart.values.index(value)]
+    colour = picture.chart.bar(which)
     other = {"tallest": ("highest", "biggest"), "shortest": ("lowest", "smallest")}[which]
     question = _ask(
         rng,
@@ -283,9 +282,8 @@ def describe(picture: Picture, rng: random.Random) -> Turn:
         sentences.append(f"It says {join(texts)}.")
     if picture.chart:
         names = list(picture.chart.colours)
-        tallest = names[picture.chart.values.index(max(picture.chart.values))]
         sentences.append(f"The picture shows a bar chart with {count_phrase(len(names), 'bar')}: {join(names)}.")
-        sentences.append(f"The {tallest} bar is the tallest.")
+        sentences.append(f"The {picture.chart.bar('tallest')} bar is the tallest.")
     return Turn(question, " ".join(sentences), "description")
 
 
@@ -326,8 +324,7 @@ def follow_up(picture: Picture, turn: Turn, rng: random.Random) -> Turn | None:
     topic = turn.topic
     if topic in ("tallest", "shortest"):
         which = "shortest" if topic == "tallest" else "tallest"
-        value = (max if which == "tallest" else min)(picture.chart.values)
-        colour = picture.chart.colours[picture.chart.values.index(value)]
+        colour = picture.chart.bar(which)
         question = _ask(rng, f"And the {which}?", f"And which is the {which}?", f"What about the {which}?")
         return Turn(question, f"The {colour} bar is the {which}.", "follow-up")
     if topic == "word":

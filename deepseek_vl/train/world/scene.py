@@ -80,6 +80,11 @@ class Chart:
     frame: bool
     ink: RGB
 
+    def bar(self, which: str) -> str:
+        """The colour of the `tallest` or of the `shortest` bar."""
+        value = (max if which == "tallest" else min)(self.values)
+        return self.colours[self.values.index(value)]
+
 
 @dataclass(frozen=True)
 class Picture:

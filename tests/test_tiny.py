@@ -1,4 +1,4 @@
-"""The recipe of the small model: its tokenizer, its size, and that its two stages learn, go on and can be opened."""
+"""The recipe of the small model: its tokenizer, its size, and that its three stages learn, go on and can be opened."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ from deepseek_vl.utils.io import load_pretrained_model
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe with a few small steps."""
     output = tmp_path_factory.mktemp("tiny")
-    assert main(["--output", str(output), "--captions", "3", "--conversations", "2", "--batch_size", "2"]) == 0
+    steps = ["--maps", "2", "--captions", "3", "--conversations", "2", "--batch_size", "2"]
+    assert main(["--output", str(output), *steps]) == 0
     return output
 
 
@@ -46,10 +47,20 @@ def test_the_same_seed_gives_the_same_model(run: Path, tmp_path: Path) -> None:
     assert len(processor.tokenizer) == make_model(len(processor.tokenizer)).get_input_embeddings().num_embeddings
 
 
-def test_both_stages_leave_their_log_and_plot(run: Path) -> None:
-    for stage in ("captions", "tiny"):
+def test_all_stages_leave_their_log_and_plot(run: Path) -> None:
+    for stage in ("maps", "captions", "tiny"):
         assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (run / stage / "log.jsonl").exists()
+
+
+def test_what_a_stage_learnt_is_where_the_next_begins(run: Path) -> None:
+    """Three small steps move a weight by less than its deviation, which two random ones would differ by."""
+    seen = load_file(run / "maps/model.safetensors")["tower.blocks.0.attn.qkv.weight"]
+    captions = load_file(run / "captions/model.safetensors")
+    talked = load_file(run / "tiny/model.safetensors")
+    name = "vision_model.vision_tower.blocks.0.attn.qkv.weight"
+    assert 0 < (captions[name] - seen).std() < 0.1 * seen.std()
+    assert 0 < (talked[name].float() - captions[name]).std() < 0.1 * seen.std()
 
 
 def test_captions_have_no_system_prompt_and_no_question() -> None:
@@ -59,7 +70,7 @@ def test_captions_have_no_system_prompt_and_no_question() -> None:
         assert row.types == ("description",)
 
 
-@pytest.mark.parametrize("flag", ["--captions", "--batch_size"])
+@pytest.mark.parametrize("flag", ["--maps", "--captions", "--batch_size"])
 def test_numbers_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--output", str(tmp_path), flag, "0"])

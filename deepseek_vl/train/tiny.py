@@ -1,7 +1,8 @@
 """The recipe of a small model: `python -m deepseek_vl.train.tiny --output DIR` makes it from nothing.
 
-A tokenizer is learnt from the synthetic world's sentences; then a small model of the 1.3B's architecture learns, as in
-the paper's last two stages, first from captions and then from conversations. Both are endless: none is seen twice.
+A tokenizer is learnt from the synthetic world's sentences. A small vision tower learns to see from maps of pictures, in
+place of the published models' pretrained ones. Then a small model of the 1.3B's architecture learns, as in the paper's
+last two stages, first from captions and then from conversations. All are endless: no picture is seen twice.
 """
 
 import argparse
@@ -10,25 +11,31 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.optim.muon import Muon
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import load_tokenizer
+from deepseek_vl.models.siglip_vit import SigLIPVisionTransformer
 from deepseek_vl.train.collator import TrainingCollator
+from deepseek_vl.train.sight import MapCollator, PatchReader
 from deepseek_vl.train.stages import parts_of, set_trainable
-from deepseek_vl.train.trainer import VLTrainer, train
-from deepseek_vl.train.world import Captions, SyntheticWorld
+from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train
+from deepseek_vl.train.world import Captions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
 
 logger = logging.getLogger(__name__)
 
 BOS, EOS, IMAGE_TAG = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
-IMAGE_SIZE, PATCH_SIZE, WIDTH, HEADS, VISION_LAYERS, LANGUAGE_LAYERS = 128, 16, 192, 3, 7, 4
+IMAGE_SIZE, PATCH_SIZE, WIDTH, HEADS, VISION_LAYERS, LANGUAGE_LAYERS = 144, 16, 192, 3, 7, 4
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 VOCABULARY = 640
 
@@ -127,33 +134,30 @@ def make_model(vocabulary: int) -> MultiModalityCausalLM:
     return model
 
 
-def make_optimizer(model: MultiModalityCausalLM, learning_rate: float) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, head and vectors.
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, heads and vectors.
 
-    From nothing it learns to see in a fraction of the steps that AdamW takes.
+    From nothing it learns to see in a fraction of the steps that AdamW takes. The tower of a whole model, which can see
+    already, learns at a third of the rate.
     """
-    matrices, others = [], []
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-            (matrices if is_matrix else others).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": 0.02},
-        {"params": others, "weight_decay": 0.0, "use_fallback": True, "lr": learning_rate / 2},
-    ]
-    return Muon(groups, lr=learning_rate, nesterov=True, betas=(0.9, 0.98))
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.ndim == 2 and "embed" not in name and "head" not in name
+        can_see = name.startswith("vision_model.")
+        rate = learning_rate / (3 if can_see else 1)
+        options = {"lr": rate, "weight_decay": 0.02} if is_matrix else {"lr": rate / 2, "use_fallback": True}
+        groups.setdefault((is_matrix, can_see), {"params": [], "weight_decay": 0.0, **options})["params"].append(
+            parameter
+        )
+    return Muon(list(groups.values()), lr=learning_rate, nesterov=True, betas=(0.9, 0.98))
 
 
-def learn(
-    model: MultiModalityCausalLM,
-    processor: VLChatProcessor,
-    world: SyntheticWorld,
-    output: Path,
-    args: argparse.Namespace,
-) -> None:
-    """Train on every conversation of a world, in order, and write the model to `output`."""
-    steps = len(world) // args.batch_size
-    settings = TrainingArguments(
+def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> TrainingArguments:
+    """How a stage is trained: on everything in `data`, once and in order."""
+    steps = len(data) // args.batch_size
+    return TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
@@ -171,10 +175,44 @@ def learn(
         report_to="none",
         seed=args.seed,
     )
+
+
+def learn_to_see(
+    tower: SigLIPVisionTransformer, processor: VLChatProcessor, output: Path, args: argparse.Namespace
+) -> None:
+    """Train a vision tower on maps, and write it to `output`."""
+    maps = Maps(args.maps * args.batch_size, args.seed)
+    reader = PatchReader(tower)
+    trainer = OrderedTrainer(
+        model=reader,
+        args=settings_of(output, maps, args),
+        data_collator=MapCollator(processor.image_processor, reader.side),
+        train_dataset=maps,
+        optimizers=(make_optimizer(reader, args.learning_rate), None),
+        shuffle=False,
+    )
+    train(trainer)
+
+
+def learn(
+    model: MultiModalityCausalLM,
+    processor: VLChatProcessor,
+    world: SyntheticWorld,
+    output: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Train on every conversation of a world, and write the model to `output`."""
     set_trainable(model, parts_of(model))
-    optimizers = (make_optimizer(model, args.learning_rate), None)
-    collator = TrainingCollator(processor)
-    train(VLTrainer(model, settings, processor, collator, world, shuffle=False, optimizers=optimizers))
+    trainer = VLTrainer(
+        model,
+        settings_of(output, world, args),
+        processor,
+        TrainingCollator(processor),
+        world,
+        optimizers=(make_optimizer(model, args.learning_rate), None),
+        shuffle=False,
+    )
+    train(trainer)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,7 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m deepseek_vl.train.tiny", description="Make a small model from nothing.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the models, their logs and plots")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the world (default: %(default)s)")
-    parser.add_argument("--captions", type=positive, default=5000, help="steps on captions (default: %(default)s)")
+    parser.add_argument("--maps", type=positive, default=7000, help="steps on maps (default: %(default)s)")
+    parser.add_argument("--captions", type=positive, default=1500, help="steps on captions (default: %(default)s)")
     parser.add_argument(
         "--conversations", type=positive, default=4000, help="steps on conversations (default: %(default)s)"
     )
@@ -199,15 +238,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     processor = make_processor(args.seed, args.output / "tokenizer")
-    seeing = args.output / "captions"
-    if not (seeing / "loss.png").is_file():  # written last
-        model = make_model(len(processor.tokenizer))
-        learn(model, processor, Captions(args.captions * args.batch_size, args.seed), seeing, args)
-    model = MultiModalityCausalLM.from_pretrained(str(seeing), dtype=torch.float32)
-    talking = args.output / "tiny"
-    learn(model, processor, SyntheticWorld(args.conversations * args.batch_size, args.seed), talking, args)
-    model.to(torch.float16).save_pretrained(talking)
-    logger.info("Chat with it: python cli_chat.py --model_path %s", talking)
+    maps, captions, tiny = (args.output / name for name in ("maps", "captions", "tiny"))
+    model = make_model(len(processor.tokenizer))
+    if not _is_done(captions):
+        if not _is_done(maps):
+            learn_to_see(model.vision_model.vision_tower, processor, maps, args)
+        reader = PatchReader(model.vision_model.vision_tower)
+        reader.load_state_dict(load_file(maps / "model.safetensors"))
+        learn(model, processor, Captions(args.captions * args.batch_size, args.seed), captions, args)
+    model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
+    learn(model, processor, SyntheticWorld(args.conversations * args.batch_size, args.seed), tiny, args)
+    model.to(torch.float16).save_pretrained(tiny)
+    logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
+
+
+def _is_done(stage: Path) -> bool:
+    return (stage / "loss.png").is_file()  # written last
 
 
 if __name__ == "__main__":

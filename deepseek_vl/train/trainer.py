@@ -24,15 +24,34 @@ IS_FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this is the first of the processes that `accelerate launch` started, or the only one."""
 
 
-class VLTrainer(Trainer):
-    """`Trainer` for `MultiModalityCausalLM`, or one wrapped by peft.
+class OrderedTrainer(Trainer):
+    """`Trainer` that can take the data as they come.
+
+    Args:
+        shuffle: whether they come in a random order, a new one in each epoch.
+        kwargs: `Trainer`'s.
+    """
+
+    def __init__(self, *, shuffle: bool = True, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.shuffle = shuffle
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return (
+            super()._get_train_sampler(train_dataset)
+            if self.shuffle
+            else SequentialSampler(train_dataset or self.train_dataset)
+        )
+
+
+class VLTrainer(OrderedTrainer):
+    """The trainer for `MultiModalityCausalLM`, or one wrapped by peft.
 
     Args:
         processor: saved beside every checkpoint, so that each can be opened by the chat.
         collator: makes the batches.
         part_rates: learning rates that differ from `args.learning_rate`, by part.
-        shuffle: whether the conversations come in a random order, a new one in each epoch.
-        kwargs: `Trainer`'s.
+        kwargs: `OrderedTrainer`'s.
     """
 
     def __init__(
@@ -44,7 +63,6 @@ class VLTrainer(Trainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         part_rates: Mapping[str, float] | None = None,
-        shuffle: bool = True,
         **kwargs: Any,
     ):
         super().__init__(
@@ -57,7 +75,6 @@ class VLTrainer(Trainer):
             **kwargs,
         )
         self.part_rates = part_rates or {}
-        self.shuffle = shuffle
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `args.optim` says, with one group per part."""
@@ -68,13 +85,6 @@ class VLTrainer(Trainer):
             groups = parameter_groups(model, rate, self.part_rates, self.args.weight_decay)
             self.optimizer = optimizer_class(groups, lr=rate, **options)
         return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return (
-            super()._get_train_sampler(train_dataset)
-            if self.shuffle
-            else SequentialSampler(train_dataset or self.train_dataset)
-        )
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # With a cache transformers would not look for the borders of packed rows in their positions.
@@ -138,7 +148,7 @@ def plot_loss(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def train(trainer: VLTrainer, stored_in: torch.dtype | None = None) -> None:
+def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
     """Train, going on from the run's last checkpoint if there is one; then write model, log and plot to its directory.
 
     Args:

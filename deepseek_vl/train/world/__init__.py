@@ -5,6 +5,7 @@ Every conversation is a function of (seed, index) alone, so a data set needs no 
 
 from deepseek_vl.train.world.dataset import Captions, SyntheticWorld, write_world
 from deepseek_vl.train.world.draw import draw
+from deepseek_vl.train.world.maps import Maps
 from deepseek_vl.train.world.scene import COLOURS, SHAPES, Chart, Picture, Shape, Word, sample_picture
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "SHAPES",
     "Captions",
     "Chart",
+    "Maps",
     "Picture",
     "Shape",
     "SyntheticWorld",

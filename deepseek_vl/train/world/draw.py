@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from deepseek_vl.train.world.scene import Chart, Picture, Shape, Word
+from deepseek_vl.train.world.scene import RGB, Chart, Picture, Shape, Word
 
 FONTS = (
     "DejaVuSans.ttf",
@@ -31,7 +33,7 @@ def draw(picture: Picture) -> Image.Image:
     image = _draw_background(picture)
     canvas = ImageDraw.Draw(image)
     for shape in picture.shapes:
-        _draw_shape(canvas, shape)
+        draw_shape(canvas, shape, shape.tone)
     if picture.chart:
         _draw_chart(canvas, picture.chart)
     for word in picture.words:
@@ -95,14 +97,24 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 }  # fmt: skip
 
 
-def _draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
+def draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape, tone: RGB) -> None:
+    """Draw a shape in a tone, which need not be its own."""
     x, y, r = shape.x, shape.y, shape.radius
     if shape.kind == "circle":
-        canvas.ellipse((x - r, y - r, x + r, y + r), fill=shape.tone)
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=tone)
     elif shape.kind == "ring":
-        canvas.ellipse((x - r, y - r, x + r, y + r), outline=shape.tone, width=max(2, round(r * 0.36)))
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=tone, width=max(2, round(r * 0.36)))
     else:
-        canvas.polygon(_polygon(shape, OUTLINES[shape.kind]), fill=shape.tone)
+        canvas.polygon(_polygon(shape, OUTLINES[shape.kind]), fill=tone)
+
+
+def bars(chart: Chart) -> Iterator[tuple[float, float, float, float]]:
+    """The rectangles (left, top, right, bottom) of a chart's bars."""
+    left, top, right, bottom = chart.box
+    slot = (right - left) / len(chart.values)
+    for i, value in enumerate(chart.values):
+        x = left + slot * (i + chart.gap / 2)
+        yield x, bottom - (bottom - top) * value, x + slot * (1 - chart.gap), bottom
 
 
 def _draw_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
@@ -112,10 +124,7 @@ def _draw_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
         for i in range(1, 5):
             y = bottom - (bottom - top) * i / 4
             canvas.line((left, y, right, y), fill=(150, 150, 150), width=1)
-    slot = (right - left) / len(chart.values)
-    for i, (tone, value) in enumerate(zip(chart.tones, chart.values, strict=True)):
-        x = left + slot * (i + chart.gap / 2)
-        box = (x, bottom - (bottom - top) * value, x + slot * (1 - chart.gap), bottom)
+    for tone, box in zip(chart.tones, bars(chart), strict=True):
         canvas.rectangle(box, fill=tone, outline=chart.ink if chart.frame else None)
     canvas.line((left, bottom, right, bottom), fill=chart.ink, width=line)
     canvas.line((left, top, left, bottom), fill=chart.ink, width=line)
@@ -128,7 +137,19 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 
-def _draw_word(image: Image.Image, word: Word) -> None:
+@dataclass(frozen=True)
+class Line:
+    """A typeset word on a card of `size` pixels; its text is anchored at `x`, `y` and `margin` from the edge."""
+
+    font: ImageFont.FreeTypeFont
+    size: tuple[int, int]
+    margin: int
+    x: float
+    y: float
+
+
+def typeset(word: Word) -> Line:
+    """Choose the font and its size."""
     name = FONTS[word.font % len(FONTS)]
     left, top, right, bottom = _font(name, 64).getbbox(word.text)
     # Upper-case letters and digits set the height, so that "x" is not blown up to the size of "X".
@@ -138,18 +159,23 @@ def _draw_word(image: Image.Image, word: Word) -> None:
     left, top, right, bottom = font.getbbox(word.text)
     margin = max(2, round((bottom - top) * 0.25))
     size = (round(right - left) + 2 * margin, round(bottom - top) + 2 * margin)
-    mask = Image.new("L", size, 0)
-    ImageDraw.Draw(mask).text((margin - left, margin - top), word.text, fill=255, font=font)
-    card = Image.new("L", size, 255)
-    place = (round(word.x), round(word.y))
+    return Line(font, size, margin, margin - left, margin - top)
+
+
+def _draw_word(image: Image.Image, word: Word) -> None:
+    line = typeset(word)
+    mask = Image.new("L", line.size, 0)
+    ImageDraw.Draw(mask).text((line.x, line.y), word.text, fill=255, font=line.font)
     if word.card:
-        _paste(image, word.card, card, word.angle, place)
-    _paste(image, word.tone, mask, word.angle, place)
+        card = Image.new("L", line.size, 255)
+        image.paste(word.card, *turned(card, word))
+    image.paste(word.tone, *turned(mask, word))
 
 
-def _paste(
-    image: Image.Image, tone: tuple[int, int, int], mask: Image.Image, angle: float, centre: tuple[int, int]
-) -> None:
-    if angle:
-        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    image.paste(tone, (centre[0] - mask.width // 2, centre[1] - mask.height // 2), mask)
+def turned(
+    mask: Image.Image, word: Word, filter: Image.Resampling = Image.Resampling.BICUBIC
+) -> tuple[tuple[int, int], Image.Image]:
+    """A word's mask turned by its angle: the corner at which it is pasted, and the mask."""
+    if word.angle:
+        mask = mask.rotate(word.angle, filter, expand=True)
+    return (round(word.x) - mask.width // 2, round(word.y) - mask.height // 2), mask

@@ -104,7 +104,7 @@ class Picture:
 
 
 def sample_picture(rng: random.Random, kind: str) -> Picture:
-    """A random picture of a kind: `shapes`, `words`, `chart`, or `mixed` (shapes and one word)."""
+    """A random picture of a kind: `shapes`, `words`, `page` (full of words), `chart`, `mixed` (shapes and one word)."""
     long_side = rng.randint(160, 420)
     short_side = round(long_side * rng.choice((1, 1, rng.uniform(0.6, 1), rng.uniform(0.6, 1))))
     width, height = rng.choice(((long_side, short_side), (short_side, long_side)))
@@ -114,6 +114,8 @@ def sample_picture(rng: random.Random, kind: str) -> Picture:
     chart = None
     if kind == "words":
         words = _sample_words(rng, width, height, avoided)
+    elif kind == "page":
+        words = _sample_page(rng, width, height, avoided)
     elif kind == "chart":
         chart = _sample_chart(rng, width, height, background[0], avoided)
     elif kind == "shapes":
@@ -189,7 +191,7 @@ def _sample_shapes(
 def _sample_words(
     rng: random.Random, width: int, height: int, avoided: frozenset[str], count: int | None = None, part: float = 1
 ) -> tuple[Word, ...]:
-    """Words and numbers in bands from top to bottom of a part of the height, large enough to be read at 128 pixels."""
+    """Words and numbers in bands from top to bottom of a part of the height, large enough to be read at 144 pixels."""
     count = count or rng.choice((1, 1, 2, 3))
     long_side = max(width, height)
     band = height * part / count
@@ -197,7 +199,7 @@ def _sample_words(
     words: list[Word] = []
     for i in range(count):
         text = _sample_text(rng)
-        least = min(0.95 * width, long_side * (0.11 * len(text) + 0.03))
+        least = min(0.95 * width, long_side * (0.12 * len(text) + 0.03))
         text_width = rng.uniform(least, max(least, 0.95 * width))
         text_height = rng.uniform(min(0.14 * long_side, band * 0.5), band * 0.62)
         card = None
@@ -211,6 +213,28 @@ def _sample_words(
         x = rng.uniform(text_width / 2, width - text_width / 2)
         y = above + band * (i + 0.5) + rng.uniform(-1, 1) * (band - text_height) * 0.35
         words.append(Word(text, colour, tone, x, y, text_width, text_height, angle, rng.getrandbits(32), card))
+    return tuple(words)
+
+
+def _sample_page(rng: random.Random, width: int, height: int, avoided: frozenset[str]) -> tuple[Word, ...]:
+    """Words and numbers of about one size per line, over the whole picture."""
+    long_side = max(width, height)
+    margin = 0.02 * long_side
+    words: list[Word] = []
+    top = margin
+    while (band := long_side * rng.uniform(0.13, 0.24)) < height - top:
+        left = margin
+        while True:
+            text = _sample_text(rng)
+            text_width = len(text) * max(long_side * 0.09, min(0.8 * band, 0.2 * long_side) * rng.uniform(0.8, 1.2))
+            if left + text_width > width:
+                break
+            colour, tone = _sample_colour(rng, avoided)
+            x, y = left + text_width / 2, top + band / 2
+            angle = rng.choice((0, 0, rng.uniform(-5, 5)))
+            words.append(Word(text, colour, tone, x, y, text_width, 0.8 * band, angle, rng.getrandbits(32), None))
+            left += text_width + 1.5 * margin
+        top += band
     return tuple(words)
 
 

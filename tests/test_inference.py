@@ -21,13 +21,13 @@ from deepseek_vl.serve.inference import (
     AnswerStream,
     GenerationSettings,
     StoppingCriteriaSub,
-    StopWordFilter,
     convert_conversation_to_prompts,
     deepseek_generate,
     generate,
     load_model,
     stream_answer,
 )
+from deepseek_vl.serve.text import StopWordFilter
 from deepseek_vl.utils.conversation import get_conv_template
 from deepseek_vl.utils.io import load_image
 

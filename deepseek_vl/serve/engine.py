@@ -1,0 +1,271 @@
+"""The engine: answers for many at once. Every front-end's text comes from here.
+
+An `Engine` has one thread and one batch. A new request's prompt is run alone, its keys and values then join the
+batch, and each step of the batch gives every answer one more token. An answer ends, fails or is stopped on its own.
+"""
+
+import atexit
+import collections
+import queue
+import threading
+import time
+import weakref
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
+from deepseek_vl.serve.rows import RowCache
+from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.serve.text import AnswerText
+
+TOP_K = 50
+"""Sampling is among so many tokens: transformers' default, and so the reference's."""
+
+PREFILL_SECONDS = 0.2
+"""Prompts are run for so long at most (but one at least) before running answers get their next token."""
+
+END = object()
+"""What a generation's queue ends with, unless it is an error."""
+
+
+class Generation:
+    """One answer in the making. The engine writes to it, its reader takes text from `queue`.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        inputs: the processor's output for one conversation.
+        settings: see `GenerationSettings`.
+        max_new_tokens: the settings' or less, if the model has fewer positions left.
+
+    Attributes:
+        queue: pieces of text; then an exception, if there was one; then `END`.
+        cancelled: set it to end the answer within one token.
+        done: is set when the engine has let go of it.
+        finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
+    """
+
+    def __init__(
+        self,
+        model: MultiModalityCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: BatchedVLChatProcessorOutput,
+        settings: GenerationSettings,
+        max_new_tokens: int,
+    ):
+        self.model = model
+        self.inputs = inputs
+        self.text = AnswerText(tokenizer, settings.stop)
+        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
+        self.done = threading.Event()
+        self.finish_reason: str | None = None
+        self._end_token = tokenizer.eos_token_id
+        self._max_new_tokens = max_new_tokens
+        self._processors = LogitsProcessorList()
+        self._generator: torch.Generator | None = None
+        if settings.temperature > 0:
+            self._processors += [
+                RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)),
+                TemperatureLogitsWarper(float(settings.temperature)),
+                TopKLogitsWarper(TOP_K),
+                TopPLogitsWarper(float(settings.top_p)),
+            ]
+            if settings.seed is not None:
+                self._generator = torch.Generator(model.device).manual_seed(settings.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, from float logits [vocabulary]."""
+        if not self._processors:
+            return int(logits.argmax())
+        # The repetition penalty is for the answer's tokens, not for the prompt's.
+        answer = torch.tensor([self.text.token_ids], dtype=torch.long, device=logits.device)
+        probabilities = self._processors(answer, logits[None]).softmax(-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def take(self, token_id: int) -> bool:
+        """Pass the next token on; returns whether there are to be more."""
+        if text := self.text.feed(token_id):
+            self.queue.put(text)
+        if self.text.stopped or token_id == self._end_token:
+            self.finish_reason = "stop"
+        elif len(self.text.token_ids) >= self._max_new_tokens:
+            self.finish_reason = "length"
+        else:
+            return True
+        self.end()
+        return False
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Let go of it: finished, cancelled, or failed with an error."""
+        if error is not None:
+            self.queue.put(error)
+        else:
+            self.finish_reason = self.finish_reason or "cancelled"
+            if text := self.text.flush():
+                self.queue.put(text)
+        self.done.set()
+        self.queue.put(END)
+
+
+class Engine:
+    """Generates the answers that are submitted, up to `max_rows` at a time; the others wait in order.
+
+    It has a thread only while there is work.
+
+    Args:
+        max_rows: how many answers make up the batch at most.
+    """
+
+    def __init__(self, max_rows: int = 16):
+        self.max_rows = max_rows
+        self._waiting: collections.deque[Generation] = collections.deque()
+        self._rows: list[Generation] = []
+        self._cache = RowCache()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        _engines.add(self)
+
+    @property
+    def waiting(self) -> int:
+        """How many answers have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many answers are being generated."""
+        return len(self._rows)
+
+    def submit(self, generation: Generation) -> None:
+        """Begin a generation as soon as there is room."""
+        with self._lock:
+            self._waiting.append(generation)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Cancel everything, and wait until it has ended."""
+        with self._lock:
+            thread = self._thread
+            for generation in (*self._waiting, *self._rows):
+                generation.cancelled.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        """The thread's body."""
+        while True:
+            self._admit()
+            self._keep([not generation.cancelled.is_set() for generation in self._rows])
+            if self._rows:
+                self._step()
+                continue
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+
+    def _admit(self) -> None:
+        """Run waiting prompts while there is room for them."""
+        deadline = time.monotonic() + PREFILL_SECONDS
+        while self._waiting and len(self._rows) < self.max_rows and time.monotonic() < deadline:
+            with self._lock:  # `close` must find it in one place or the other
+                generation = self._waiting.popleft()
+                self._rows.append(generation)
+            try:
+                cache = self._prefill(generation)
+            except BaseException as error:  # raised again in the reader
+                self._rows.pop()
+                generation.end(error)
+                continue
+            if cache is None:
+                self._rows.pop()
+            elif len(self._rows) == 1:
+                self._cache = cache
+            else:
+                self._cache.append(cache)
+
+    def _prefill(self, generation: Generation) -> RowCache | None:
+        """Run a prompt and choose the answer's first token; None if that is already the end."""
+        if generation.cancelled.is_set():
+            generation.end()
+            return None
+        model, inputs = generation.model, generation.inputs
+        inputs_embeds = model.prepare_inputs_embeds(**inputs)
+        if generation.cancelled.is_set():  # while the images were encoded
+            generation.end()
+            return None
+        real = inputs["attention_mask"][0].bool().to(inputs_embeds.device)
+        inputs_embeds = inputs_embeds[:, real]
+        cache = RowCache([inputs_embeds.shape[1]])
+        output = model.language_model(
+            inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        token_id = generation.choose(output.logits[0, -1].float())
+        return cache if generation.take(token_id) else None
+
+    def _step(self) -> None:
+        """One more token for every row."""
+        rows = self._rows
+        try:
+            language_model = rows[0].model.language_model
+            device = language_model.get_input_embeddings().weight.device
+            output = language_model(
+                input_ids=torch.tensor([[generation.text.token_ids[-1]] for generation in rows], device=device),
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._cache.step_arguments(device),
+            )
+            chosen = [row.choose(logits) for row, logits in zip(rows, output.logits[:, -1].float(), strict=True)]
+        except BaseException as error:  # raised again in every reader
+            for generation in rows:
+                generation.end(error)
+            self._rows, self._cache = [], RowCache()
+            return
+        self._keep([row.take(token_id) for row, token_id in zip(rows, chosen, strict=True)])
+
+    def _keep(self, goes_on: list[bool]) -> None:
+        """Let go of the rows that do not go on."""
+        if all(goes_on):
+            return
+        for generation, stays in zip(self._rows, goes_on, strict=True):
+            if not stays and not generation.done.is_set():
+                generation.end()
+        kept = [i for i, stays in enumerate(goes_on) if stays]
+        self._rows = [self._rows[i] for i in kept]
+        if kept:
+            self._cache.keep(kept)
+        else:
+            self._cache = RowCache()
+
+
+def engine_of(model: MultiModalityCausalLM) -> Engine:
+    """The one engine of a model, which all that generate with it share."""
+    with _lock:
+        if model not in _engine_of:
+            _engine_of[model] = Engine()
+        return _engine_of[model]
+
+
+_lock = threading.Lock()
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engine_of: weakref.WeakKeyDictionary[MultiModalityCausalLM, Engine] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _close_all() -> None:
+    """The interpreter must not end below a thread that computes."""
+    for engine in list(_engines):
+        engine.close()

@@ -1,0 +1,104 @@
+"""The key/value cache of a batch whose rows come and go."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+STEP = 128
+"""A cache grows by at least so many positions, so that most tokens are written without copying what is there."""
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, in buffers longer than what they hold.
+
+    transformers' own layer copies everything for each new token.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [rows, heads, T, head_dim]; returns all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [
+                states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)
+            ]
+            self.keys, self.values = self._buffers
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            self._buffers = [_widened(held, max(end, start + STEP)) for held in (self.keys, self.values)]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these instead."""
+        self._buffers = [keys, values]
+        self._show(keys.shape[2])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
+    wider = held.new_empty(*held.shape[:2], length, held.shape[3])
+    wider[:, :, : held.shape[2]] = held
+    return wider
+
+
+class RowCache(Cache):
+    """Keys and values of several conversations of different lengths, padded on the left.
+
+    Attributes:
+        lengths: how many positions each row has; those in front of them are padding.
+    """
+
+    def __init__(self, lengths: Sequence[int] = ()):
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.lengths = list(lengths)
+
+    def step_arguments(self, device: torch.device | str) -> dict[str, torch.Tensor | None]:
+        """`attention_mask` and `position_ids` for one more token in every row, which this also counts.
+
+        Both are None where no row is padded.
+        """
+        longest = self.get_seq_length() + 1
+        positions = self.lengths
+        self.lengths = [length + 1 for length in self.lengths]
+        if min(self.lengths) == longest:
+            return {"attention_mask": None, "position_ids": None}
+        padding = torch.tensor([[longest - length] for length in self.lengths], device=device)
+        return {
+            "attention_mask": (torch.arange(longest, device=device) >= padding).long(),
+            "position_ids": torch.tensor(positions, device=device)[:, None],
+        }
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows and forget the others, and the padding that they alone needed."""
+        index = torch.tensor(rows, dtype=torch.long)
+        self.lengths = [self.lengths[row] for row in rows]
+        padding = self.get_seq_length() - max(self.lengths, default=0)
+        for layer in self.layers:
+            layer.replace(
+                *(held[:, :, padding:].index_select(0, index.to(held.device)) for held in (layer.keys, layer.values))
+            )
+
+    def append(self, other: "RowCache") -> None:
+        """Add the rows of another cache, which may be longer or shorter."""
+        length = max(self.get_seq_length(), other.get_seq_length())
+        for layer, added in zip(self.layers, other.layers, strict=True):
+            pairs = ((layer.keys, added.keys), (layer.values, added.values))
+            layer.replace(*(_stacked(held, new, length) for held, new in pairs))
+        self.lengths += other.lengths
+
+
+def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor:
+    """Two blocks of rows aligned at their ends, with room for more positions behind; the padding is zero."""
+    rows = len(first) + len(second)
+    both = first.new_zeros(rows, first.shape[1], length, first.shape[3])
+    both[: len(first), :, length - first.shape[2] :] = first
+    both[len(first) :, :, length - second.shape[2] :] = second
+    return both

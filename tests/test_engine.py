@@ -1,0 +1,201 @@
+"""The engine's batch: answers that come and go together, each the same as alone."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from deepseek_vl.serve.engine import Engine, Generation, engine_of
+from deepseek_vl.serve.inference import load_model, stream_answer
+from deepseek_vl.serve.rows import STEP, RowCache
+from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.utils.io import load_image
+
+Loaded = tuple[Any, Any, Any]
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Loaded:
+    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    return load_model(str(checkpoint), device="cpu", dtype="float32")
+
+
+def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
+    question_message = {"role": "User", "content": question, "images": list(images)}
+    return [question_message, {"role": "Assistant", "content": ""}]
+
+
+def generation_of(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int, **settings: Any) -> Generation:
+    tokenizer, model, processor = loaded
+    inputs = processor(conversations=messages, images=messages[0]["images"])
+    return Generation(model, tokenizer, inputs, GenerationSettings(max_new_tokens, **settings), max_new_tokens)
+
+
+def alone(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int) -> list[int]:
+    """What transformers' own greedy decoding gives."""
+    _, model, processor = loaded
+    inputs = processor(conversations=messages, images=messages[0]["images"])
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return ids[0, inputs.input_ids.shape[1] :].tolist()
+
+
+def questions(picture: Path, count: int) -> list[tuple[list[dict[str, Any]], int]]:
+    """Prompts of many lengths, some with images, and lengths of answers from 1 to beyond a cache's growth."""
+    image = load_image(picture)
+    found = []
+    for i in range(count):
+        text = f"Question {i}. " + "more words " * (i * 7 % 23)
+        images = [image.rotate(7 * i)] * (i % 3)
+        messages = messages_of("<image_placeholder>" * len(images) + text, *images)
+        found.append((messages, 1 + (i * 37) % (STEP + 40)))
+    return found
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 16])
+def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_rows: int) -> None:
+    asked = questions(picture, 12)
+    engine = Engine(max_rows)
+    generations = [generation_of(loaded, messages, length) for messages, length in asked]
+    most = 0
+    for generation in generations:
+        engine.submit(generation)
+    for generation, (messages, length) in zip(generations, asked, strict=True):
+        most = max(most, engine.running)
+        assert generation.done.wait(120)
+        assert generation.text.token_ids == alone(loaded, messages, length)
+    assert most <= max_rows
+    assert (engine.waiting, engine.running) == (0, 0)
+
+
+def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: Loaded, picture: Path) -> None:
+    engine = Engine()
+    asked = questions(picture, 5)
+    first, second, third, late, later = (generation_of(loaded, messages, 150) for messages, _ in asked)
+    for generation in (first, second, third):
+        engine.submit(generation)
+    third.queue.get()
+    engine.submit(late)
+    late.queue.get()
+    first.cancelled.set()
+    assert first.done.wait(10)
+    engine.submit(later)
+    for generation, (messages, _) in zip((second, third, late, later), asked[1:], strict=True):
+        assert generation.done.wait(120)
+        assert generation.text.token_ids == alone(loaded, messages, 150)
+    assert first.finish_reason == "cancelled"
+    assert first.text.token_ids == alone(loaded, asked[0][0], 150)[: len(first.text.token_ids)]
+
+
+def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
+    engine = Engine()
+    good, bad = (generation_of(loaded, messages_of("Hello."), 60) for _ in range(2))
+    bad.inputs["images_seq_mask"][0, 3] = True
+    engine.submit(good)
+    engine.submit(bad)
+    assert good.done.wait(60)
+    assert bad.done.wait(60)
+    assert len(good.text.token_ids) == 60
+    assert (good.finish_reason, bad.finish_reason) == ("length", None)
+    assert "[1] image positions" in next(
+        str(item) for item in iter(bad.queue.get, None) if isinstance(item, ValueError)
+    )
+
+
+def test_sampled_answers_follow_their_own_seeds_in_a_batch(loaded: Loaded) -> None:
+    def sample(engine: Engine, seeds: tuple[int, ...]) -> list[list[int]]:
+        generations = [generation_of(loaded, messages_of("Hello."), 40, temperature=1.0, seed=seed) for seed in seeds]
+        for generation in generations:
+            engine.submit(generation)
+        assert all(generation.done.wait(60) for generation in generations)
+        return [generation.text.token_ids for generation in generations]
+
+    together = sample(Engine(), (1, 2, 1))
+    assert together[0] == together[2] != together[1]
+    assert together[1] == sample(Engine(), (2,))[0]
+
+
+def test_sampling_is_transformers_own(loaded: Loaded) -> None:
+    """The same draws as `generate` with the same settings and seed."""
+    _, model, processor = loaded
+    messages = messages_of("Hello.")
+    inputs = processor(conversations=messages, images=None)
+    torch.manual_seed(5)
+    embeds = model.prepare_inputs_embeds(**inputs)
+    expected = model.language_model.generate(
+        inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=40, do_sample=True,
+        temperature=0.9, top_p=0.8, top_k=50, repetition_penalty=1.2,
+    )  # fmt: skip
+    generation = generation_of(loaded, messages, 40, temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=5)
+    Engine().submit(generation)
+    assert generation.done.wait(60)
+    assert generation.text.token_ids == expected[0].tolist()
+
+
+def test_closing_ends_everything(loaded: Loaded) -> None:
+    engine = Engine(max_rows=2)
+    generations = [generation_of(loaded, messages_of(f"Hello {i}."), 900) for i in range(5)]
+    for generation in generations:
+        engine.submit(generation)
+    generations[0].queue.get()
+    engine.close()
+    assert all(generation.done.is_set() for generation in generations)
+    assert {generation.finish_reason for generation in generations} == {"cancelled"}
+    assert (engine.waiting, engine.running) == (0, 0)
+
+
+def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loaded) -> None:
+    engine = Engine()
+    for _ in range(20):
+        generation = generation_of(loaded, messages_of("Hello."), 2)
+        engine.submit(generation)
+        assert generation.done.wait(30)
+    deadline = time.monotonic() + 5
+    while any(thread.name == "deepseek_vl-generate" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_model_has_one_engine(loaded: Loaded) -> None:
+    _, model, processor = loaded
+    assert engine_of(model) is engine_of(model)
+    with stream_answer(model, processor, messages_of("Hello."), GenerationSettings(50)) as stream:
+        next(stream)
+        assert engine_of(model).running == 1
+
+
+def test_a_row_cache_holds_what_transformers_cache_holds() -> None:
+    torch.manual_seed(0)
+    cache, plain = RowCache([5]), DynamicCache()
+    for length in (5, *[1] * (STEP + 3), 7):
+        for layer in range(2):
+            states = torch.randn(2, 1, 3, length, 4)
+            for got, expected in zip(cache.update(*states, layer), plain.update(*states, layer), strict=True):
+                assert torch.equal(got, expected)
+    assert cache.get_seq_length() == plain.get_seq_length()
+
+
+def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:
+    def filled(length: int, value: float) -> RowCache:
+        cache = RowCache([length])
+        cache.update(*torch.full((2, 1, 1, length, 2), value), 0)
+        return cache
+
+    cache = filled(3, 1.0)
+    cache.append(filled(5, 2.0))
+    cache.append(filled(2, 3.0))
+    assert cache.lengths == [3, 5, 2]
+    assert cache.layers[0].keys[..., 0].squeeze(1).tolist() == [[0, 0, 1, 1, 1], [2] * 5, [0, 0, 0, 3, 3]]
+    arguments = cache.step_arguments("cpu")
+    assert arguments["position_ids"].tolist() == [[3], [5], [2]]
+    assert arguments["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]
+    cache.update(*torch.full((2, 3, 1, 1, 2), 9.0), 0)
+    cache.keep([2, 0])
+    assert cache.lengths == [3, 4]
+    assert cache.layers[0].values[..., 0].squeeze(1).tolist() == [[0, 3, 3, 9], [1, 1, 1, 9]]
+    cache.keep([1])
+    assert cache.step_arguments("cpu") == {"attention_mask": None, "position_ids": None}

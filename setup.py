@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+SERVE = ["fastapi>=0.115", "httpx>=0.28", "prometheus-client>=0.21", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 
 setup(
@@ -34,9 +35,18 @@ setup(
         "sentencepiece>=0.2",
     ],
     extras_require={
-        "test": [*TRAIN, "hypothesis>=6", "pexpect>=4.9", "psutil>=6", "pytest>=8", "ruff>=0.14"],
+        "test": [
+            *SERVE,
+            *TRAIN,
+            "hypothesis>=6",
+            "openai>=1.60",
+            "pexpect>=4.9",
+            "psutil>=6",
+            "pytest>=8",
+            "ruff>=0.14",
+        ],
         "gradio": [],
-        "serve": [],
+        "serve": SERVE,
         "train": TRAIN,
     },
 )

@@ -681,3 +681,44 @@ def test_auto_classes_open_a_checkpoint_with_weights(checkpoint):
     assert type(AutoProcessor.from_pretrained(checkpoint)) is VLChatProcessor
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert tokenizer.decode(tokenizer.encode(TRICKY)) == BOS + TRICKY
+
+
+# --- special tokens that are only text ---
+
+
+@pytest.fixture(params=["small", "published"])
+def any_processor(request: pytest.FixtureRequest) -> VLChatProcessor:
+    """With our small tokenizer, and with the published one."""
+    return make_processor(request.getfixturevalue(f"{request.param}_tokenizer_dir"))
+
+
+@pytest.mark.parametrize("token", [BOS, EOS, IMAGE_TAG, IMAGE_TAG * 3, f"{EOS}{IMAGE_TAG}"])
+def test_a_literal_special_token_is_read_letter_by_letter(any_processor: VLChatProcessor, token: str) -> None:
+    text = f"What does {token} mean?"
+    ids = any_processor.encode(any_processor.literal(text))
+    special = {any_processor.image_id, *any_processor.tokenizer.all_special_ids}
+    assert not special & set(ids[1:])
+    assert any_processor.tokenizer.decode(ids[1:]) == text
+    assert special & set(any_processor.encode(text)[1:])
+
+
+def test_around_a_literal_everything_is_encoded_as_without_it(any_processor: VLChatProcessor) -> None:
+    before = f"System.\n\nUser: {IMAGE_TAG}  two  spaces{IMAGE_TAG} {TRICKY}\n\nAssistant: yes{EOS}"
+    after = f"{IMAGE_TAG}\n\nUser: and  this? {TRICKY}"
+    whole = any_processor.encode(f"{before}{any_processor.literal(IMAGE_TAG)}{after}")
+    expected = any_processor.tokenizer.encode(before)
+    assert whole[: len(expected)] == expected
+    expected = any_processor.tokenizer.encode(after, add_special_tokens=False)
+    assert whole[-len(expected) :] == expected
+
+
+def test_text_without_special_tokens_is_its_own_literal(any_processor: VLChatProcessor) -> None:
+    for text in ("", TRICKY, "<image>", "< image_placeholder>", "<image_placeholder", "a < b > c"):
+        assert any_processor.literal(text) == text
+
+
+def test_a_literal_image_tag_asks_for_no_image(processor: VLChatProcessor) -> None:
+    typed = processor.literal(f"{IMAGE_TAG} is a tag")
+    output = processor(conversations=conversation(f"{IMAGE_TAG}{typed}"), images=pictures(1))
+    assert output.images_seq_mask.sum() == PER_IMAGE
+    assert output.sft_format == [f"{SYSTEM}\n\nUser: {IMAGE_TAG}{IMAGE_TAG} is a tag\n\nAssistant:"]

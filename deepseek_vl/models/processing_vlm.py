@@ -1,11 +1,15 @@
 """Conversation + images -> model inputs."""
 
+import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
@@ -14,6 +18,9 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
 from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
+
+_LITERAL = "\ufdd0"
+"""Stands inside a special token that is to be read letter by letter. A noncharacter: no text has it."""
 
 
 class DictOutput:
@@ -191,6 +198,44 @@ class VLChatProcessor(ProcessorMixin):
         counts = torch.full((len(indices),), self.num_image_tokens, dtype=torch.int32)
         return input_ids.repeat_interleave(copies), counts
 
+    def literal(self, text: str) -> str:
+        """`text` as it is to stand in a message, so that a special token or image tag that it spells stays text.
+
+        For what strangers write: without this, a typed image tag asks for an image and a typed end token ends a turn.
+        """
+        return self._special_tokens.sub(
+            lambda match: f"{match[0][0]}{_LITERAL}{match[0][1:]}", text.replace(_LITERAL, "")
+        )
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        """Matches any special token, the longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)))
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer without special tokens."""
+        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        plain.encode_special_tokens = True
+        return plain
+
+    def encode(self, prompt: str) -> list[int]:
+        """A rendered prompt's ids; what `literal` has marked becomes the ids of its letters."""
+        if _LITERAL not in prompt:
+            return self.tokenizer.encode(prompt)
+        # A special token ends one text and begins another, so that its neighbours can be encoded apart.
+        input_ids = self.tokenizer.encode("")
+        start = 0
+        for match in (*self._special_tokens.finditer(prompt), None):
+            text = prompt[start : match.start() if match else None].replace(_LITERAL, "")
+            input_ids += self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+            if match:
+                input_ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
+                start = match.end()
+        return input_ids
+
     def process_one(
         self,
         prompt: str | None = None,
@@ -217,7 +262,7 @@ class VLChatProcessor(ProcessorMixin):
             )
         images = [images] if isinstance(images, Image.Image) else list(images or [])
 
-        input_ids = torch.tensor(self.tokenizer.encode(prompt), dtype=torch.int64)
+        input_ids = torch.tensor(self.encode(prompt), dtype=torch.int64)
         image_indices = (input_ids == self.image_id).nonzero()
         if len(image_indices) != len(images):
             raise ValueError(
@@ -226,6 +271,7 @@ class VLChatProcessor(ProcessorMixin):
             )
         input_ids, num_image_tokens = self.add_image_token(image_indices, input_ids)
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        prompt = prompt.replace(_LITERAL, "")
         return VLChatProcessorOutput(prompt, input_ids, pixel_values, num_image_tokens)
 
     def __call__(

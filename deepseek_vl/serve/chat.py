@@ -99,6 +99,6 @@ class ChatSession:
         prompt = processor.apply_sft_template_for_multi_turn_prompts(
             messages, sft_format=processor.sft_format, system_prompt=processor.system_prompt
         )
-        input_ids = processor.tokenizer.encode(prompt)
+        input_ids = processor.encode(prompt)
         features = processor.num_image_tokens - 1 + int(processor.add_special_token)
         return len(input_ids) + input_ids.count(processor.image_id) * features

@@ -6,10 +6,10 @@ batch, and each step of the batch gives every answer one more token. An answer e
 
 import atexit
 import collections
-import queue
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,20 +39,23 @@ END = object()
 
 
 class Generation:
-    """One answer in the making. The engine writes to it, its reader takes text from `queue`.
+    """One answer in the making.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         inputs: the processor's output for one conversation.
         settings: see `GenerationSettings`.
-        max_new_tokens: the settings' or less, if the model has fewer positions left.
+        sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread.
 
     Attributes:
-        queue: pieces of text; then an exception, if there was one; then `END`.
+        prompt_tokens: length of the prompt.
         cancelled: set it to end the answer within one token.
         done: is set when the engine has let go of it.
         finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
+
+    Raises:
+        ValueError: if `inputs` has several rows, or its prompt leaves no room for an answer.
     """
 
     def __init__(
@@ -61,17 +64,26 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase,
         inputs: BatchedVLChatProcessorOutput,
         settings: GenerationSettings,
-        max_new_tokens: int,
+        sink: Callable[[Any], None],
     ):
+        rows, self.prompt_tokens = inputs["input_ids"].shape
+        if rows != 1:
+            raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
+        positions = model.config.language_config.max_position_embeddings
+        if self.prompt_tokens >= positions:
+            raise ValueError(
+                f"The prompt has {self.prompt_tokens} tokens and the model {positions} positions, which leaves no room "
+                "for an answer; shorten the text or use fewer images."
+            )
         self.model = model
         self.inputs = inputs
         self.text = AnswerText(tokenizer, settings.stop)
-        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._sink = sink
         self.cancelled = threading.Event()
         self.done = threading.Event()
         self.finish_reason: str | None = None
         self._end_token = tokenizer.eos_token_id
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = min(settings.max_new_tokens, positions - self.prompt_tokens)
         self._processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if settings.temperature > 0:
@@ -96,7 +108,7 @@ class Generation:
     def take(self, token_id: int) -> bool:
         """Pass the next token on; returns whether there are to be more."""
         if text := self.text.feed(token_id):
-            self.queue.put(text)
+            self._sink(text)
         if self.text.stopped or token_id == self._end_token:
             self.finish_reason = "stop"
         elif len(self.text.token_ids) >= self._max_new_tokens:
@@ -109,13 +121,13 @@ class Generation:
     def end(self, error: BaseException | None = None) -> None:
         """Let go of it: finished, cancelled, or failed with an error."""
         if error is not None:
-            self.queue.put(error)
+            self._sink(error)
         else:
             self.finish_reason = self.finish_reason or "cancelled"
             if text := self.text.flush():
-                self.queue.put(text)
+                self._sink(text)
         self.done.set()
-        self.queue.put(END)
+        self._sink(END)
 
 
 class Engine:
@@ -154,12 +166,16 @@ class Engine:
                 self._thread = threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Cancel everything, and wait until it has ended."""
+    def cancel(self) -> None:
+        """End everything within one token."""
         with self._lock:
-            thread = self._thread
             for generation in (*self._waiting, *self._rows):
                 generation.cancelled.set()
+
+    def close(self) -> None:
+        """Cancel everything, and wait until it has ended."""
+        self.cancel()
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 

@@ -4,6 +4,7 @@
 text is read. `generate` and `deepseek_generate` are the reference's names for it.
 """
 
+import queue
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -58,20 +59,16 @@ class AnswerStream(Iterator[str]):
         inputs: BatchedVLChatProcessorOutput,
         settings: GenerationSettings,
     ):
-        rows, self.prompt_tokens = inputs["input_ids"].shape
-        if rows != 1:
-            raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
-        positions = model.config.language_config.max_position_embeddings
-        if self.prompt_tokens >= positions:
-            raise ValueError(
-                f"The prompt has {self.prompt_tokens} tokens and the model {positions} positions, which leaves no room "
-                "for an answer; shorten the text or use fewer images."
-            )
-        max_new_tokens = min(settings.max_new_tokens, positions - self.prompt_tokens)
-        self._generation = Generation(model, tokenizer, inputs, settings, max_new_tokens)
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._generation = Generation(model, tokenizer, inputs, settings, self._queue.put)
         self._engine = engine_of(model)
         self._begun = self._ended = False
         weakref.finalize(self, self._generation.cancelled.set)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of the prompt."""
+        return self._generation.prompt_tokens
 
     @property
     def finish_reason(self) -> str | None:
@@ -100,7 +97,7 @@ class AnswerStream(Iterator[str]):
         if not self._begun:
             self._begun = True
             self._engine.submit(self._generation)
-        item = self._generation.queue.get()
+        item = self._queue.get()
         if isinstance(item, str):
             return item
         self._ended = True

@@ -25,17 +25,25 @@ class ImageLoadError(OSError, ValueError):
     """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""
 
 
-def load_image(source: Any) -> Image.Image:
+class ImageTooLargeError(ImageLoadError):
+    """An image has too many pixels to be decoded safely."""
+
+
+def load_image(source: Any, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image.Image:
     """One RGB image, turned upright as its EXIF orientation says if it is read from a file.
 
     Args:
         source: a path (`str` or `Path`, `~` is expanded), a `data:image/...;base64,` string, bytes, a binary file
             object, or a PIL image.
+        formats: the only kinds of files that are read, by Pillow's names (`PNG`, `JPEG`, ...); None for all.
+        max_pixels: of an image; None for `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        ImageLoadError: naming the source and the cause: missing, not an image, broken, truncated, or with more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ImageLoadError: naming the source and the cause: missing, not an image, broken, or truncated.
+        ImageTooLargeError: for an image with more pixels than that.
     """
+    if max_pixels is None:
+        max_pixels = Image.MAX_IMAGE_PIXELS
     if isinstance(source, Image.Image):
         name = repr(getattr(source, "filename", "")) if getattr(source, "filename", "") else "given as a PIL image"
     else:
@@ -43,11 +51,11 @@ def load_image(source: Any) -> Image.Image:
     try:
         # Pillow's decoders raise many types on broken files (OSError, SyntaxError, struct.error, ...).
         if isinstance(source, Image.Image):
-            _refuse_bomb(name, source)
+            _refuse_bomb(name, source, max_pixels)
             source.load()
             return source if source.mode == "RGB" else source.convert("RGB")
-        with Image.open(file) as image:
-            _refuse_bomb(name, image)
+        with Image.open(file, formats=formats) as image:
+            _refuse_bomb(name, image, max_pixels)
             return ImageOps.exif_transpose(image).convert("RGB")
     except ImageLoadError:
         raise
@@ -56,7 +64,7 @@ def load_image(source: Any) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ImageLoadError(f"Cannot read image {name}: not an image file, or of an unknown kind.") from error
     except Image.DecompressionBombError as error:
-        raise ImageLoadError(f"Refused image {name}: {error}") from error
+        raise ImageTooLargeError(f"Refused image {name}: {error}") from error
     except OSError as error:
         raise ImageLoadError(f"Cannot read image {name}: {error.strerror or error}.") from error
     except Exception as error:
@@ -85,12 +93,12 @@ def _open_source(source: Any) -> tuple[str, Any]:
     raise ImageLoadError(f"Cannot read an image from {type(source).__name__}; give a path, bytes, file or PIL image.")
 
 
-def _refuse_bomb(name: str, image: Image.Image) -> None:
+def _refuse_bomb(name: str, image: Image.Image, max_pixels: int | None) -> None:
     width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ImageLoadError(
-            f"Refused image {name}: {width}x{height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that are safe to "
-            "decode (PIL.Image.MAX_IMAGE_PIXELS)."
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"Refused image {name}: {width}x{height} pixels, more than the {max_pixels} that are safe to decode "
+            "(PIL.Image.MAX_IMAGE_PIXELS)."
         )
 
 

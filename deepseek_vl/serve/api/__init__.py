@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API: `python -m deepseek_vl.serve.api`."""

@@ -1,0 +1,162 @@
+"""Pictures named by a client: data URLs, and remote ones under guard.
+
+A client that may name addresses could make the server reach what only the server can (its own ports, a cloud's
+metadata). So each hop's URL is taken apart by one parser, its name is resolved once, every address found must be
+public, and the address that was checked is the one that is dialled.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpcore
+import httpx
+
+from deepseek_vl.serve.api.errors import BadRequest
+
+MAX_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
+"""(host, port) -> addresses."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The system's own answer."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [address[0] for *_, address in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to a host of the internet at large, by every way of writing IPv4 in IPv6."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Dials nothing but public addresses, each of which it has looked up itself.
+
+    Args:
+        resolve: looks names up.
+        dialler: opens the connection, to an address and never a name.
+    """
+
+    def __init__(self, resolve: Resolve, dialler: httpcore.AsyncNetworkBackend):
+        self._resolve = resolve
+        self._dialler = dialler
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        try:
+            addresses = list(await self._resolve(host, port))
+        except (OSError, UnicodeError) as error:
+            raise httpcore.ConnectError("the name cannot be resolved") from error
+        if not addresses or not all(is_public(address) for address in addresses):
+            raise BadRequest(
+                "The image URL's host is not a public address.", param="messages", code="image_url_refused"
+            )
+        return await self._dialler.connect_tcp(addresses[0], port, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ImageFetcher:
+    """Gets remote pictures' bytes.
+
+    Args:
+        allowed: whether URLs are fetched at all.
+        domains: the only ones allowed, with their subdomains; empty for all.
+        max_bytes: of one picture.
+        seconds: for one picture, redirects included.
+        resolve, dialler: see `CheckedBackend`.
+    """
+
+    allowed: bool = False
+    domains: Sequence[str] = ()
+    max_bytes: int = 20 * 2**20
+    seconds: float = 10.0
+    resolve: Resolve = resolve
+    dialler: httpcore.AsyncNetworkBackend | None = None
+
+    async def fetch(self, url: str) -> bytes:
+        """The body behind a URL.
+
+        Raises:
+            BadRequest: if it is not allowed, not public, too large, too slow, or does not answer with status 200.
+        """
+        if not self.allowed:
+            raise _refused("Image URLs are not fetched by this server; send the image as a data URL.")
+        backend = CheckedBackend(self.resolve, self.dialler or httpcore.AnyIOBackend())
+        try:
+            async with asyncio.timeout(self.seconds), httpcore.AsyncConnectionPool(network_backend=backend) as pool:
+                for _ in range(MAX_REDIRECTS + 1):
+                    target = self._check(url)
+                    async with pool.stream("GET", target, headers=[(b"Host", _host_header(target))]) as response:
+                        if response.status not in REDIRECTS:
+                            return await self._body(response)
+                        url = _location(url, response)
+                raise _refused(f"The image URL redirects more than {MAX_REDIRECTS} times.")
+        except TimeoutError as error:
+            raise _refused(f"The image URL did not answer within {self.seconds:g} seconds.") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            raise _refused("The image URL cannot be reached.") from error
+
+    def _check(self, text: str) -> httpcore.URL:
+        """Take a URL apart, once; what is dialled and sent is made from these parts."""
+        if any(character <= " " or character in "\\\x7f" for character in text):
+            raise _refused("The image URL has spaces, control characters or backslashes.")
+        try:
+            url = httpx.URL(text)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise _refused("The image URL cannot be understood.") from error
+        if url.scheme not in ("http", "https"):
+            raise _refused("The image URL is neither http nor https nor a data URL.")
+        if url.userinfo:
+            raise _refused("The image URL has a user name or password.")
+        if not url.host or not 0 < (url.port or 80) < 2**16:
+            raise _refused("The image URL has no host, or a port that is none.")
+        host = url.raw_host.decode("ascii").lower().rstrip(".")
+        if self.domains and not any(host == domain or host.endswith(f".{domain}") for domain in self.domains):
+            raise _refused("The image URL's domain is not among those that this server fetches from.")
+        return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+
+    async def _body(self, response: httpcore.Response) -> bytes:
+        if response.status != 200:
+            raise _refused(f"The image URL answered with status {response.status}.")
+        body = bytearray()
+        async for chunk in response.aiter_stream():
+            body += chunk
+            if len(body) > self.max_bytes:
+                raise _refused(f"The image is larger than {self.max_bytes} bytes.")
+        return bytes(body)
+
+
+def _location(url: str, response: httpcore.Response) -> str:
+    """Where a redirect leads."""
+    values = [value for name, value in response.headers if name.lower() == b"location"]
+    if len(values) != 1:
+        raise _refused("The image URL redirects to nowhere.")
+    try:
+        location = values[0].decode("ascii")
+        return str(httpx.URL(url).join(location)) if "\\" not in location else location
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise _refused("The image URL redirects to what cannot be understood.") from error
+
+
+def _host_header(url: httpcore.URL) -> bytes:
+    host = b"[%b]" % url.host if b":" in url.host else url.host
+    return host if url.port is None else b"%b:%d" % (host, url.port)
+
+
+def _refused(message: str) -> BadRequest:
+    return BadRequest(message, param="messages", code="image_url_refused")

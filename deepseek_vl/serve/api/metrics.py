@@ -1,0 +1,30 @@
+"""What Prometheus can ask about the server."""
+
+from fastapi import Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from deepseek_vl.serve.engine import Engine
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("deepseek_vl_requests", "HTTP answers by status.", ["status"], registry=registry)
+        self.prompt_tokens = Counter("deepseek_vl_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.completion_tokens = Counter("deepseek_vl_completion_tokens", "Tokens of answers.", registry=registry)
+        self.first_piece = Histogram(
+            "deepseek_vl_first_piece_seconds",
+            "From the queue to an answer's first text.",
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            registry=registry,
+        )
+        self._running = Gauge("deepseek_vl_running", "Answers being generated.", registry=registry)
+        self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
+
+    def response(self, engine: Engine) -> Response:
+        """The numbers, in Prometheus' text format."""
+        self._running.set(engine.running)
+        self._waiting.set(engine.waiting)
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,311 @@
+"""The HTTP API: a real server process, the real `openai` client, many at once, and who leaves halfway."""
+
+import base64
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from conftest import PARROT_ANSWERS, ROOT
+
+COLOUR = "Colour?"
+
+
+class Server:
+    """A server process and how to reach it."""
+
+    def __init__(self, model_path: Path, log: Path, *arguments: str, **environment: str):
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deepseek_vl.serve.api", "--model_path", str(model_path),
+                 "--model_name", "parrot", "--port", "0", "--device", "cpu", "--dtype", "float32",
+                 "--temperature", "0", *arguments],
+                stderr=file, stdout=file, cwd=ROOT, env={**os.environ, **environment},
+            )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while "Uvicorn running on" not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.1)
+        self.url = self.text().split("Uvicorn running on ")[1].split()[0]
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def metric(self, name: str, key: str = "none") -> float:
+        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+        return next((float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0.0)
+
+    def wait_until_idle(self, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while self.metric("deepseek_vl_running") or self.metric("deepseek_vl_waiting"):
+            assert time.monotonic() < deadline, "the engine is not idle"
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def serve(parrot_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts servers, and stops them all in the end."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, **environment: str) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log"
+        servers.append(Server(parrot_checkpoint, log, *arguments, **environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+def data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def about(question: str, *images: Path) -> list[dict[str, Any]]:
+    """The messages of one question with pictures in front."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def test_an_answer_about_a_picture_and_one_about_text(server: Server, colours: dict[str, Path]) -> None:
+    client = server.client()
+    for name, path in colours.items():
+        answer = client.chat.completions.create(model="parrot", messages=about(COLOUR, path))
+        assert answer.choices[0].message.content == f"It is {name}."
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.prompt_tokens > 16
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    text = client.chat.completions.create(model="parrot", messages=[{"role": "user", "content": "Greet me."}])
+    assert text.choices[0].message.content == PARROT_ANSWERS["Greet me."]
+    assert text.object == "chat.completion"
+    assert text.id.startswith("chatcmpl-")
+
+
+def test_a_stream_is_the_same_answer_in_pieces(server: Server, colours: dict[str, Path]) -> None:
+    stream = server.client().chat.completions.create(
+        model="parrot", messages=about(COLOUR, colours["red"]), stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = stream
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "It is red."
+    assert len(chunks) > 4
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert {chunk.usage for chunk in chunks} == {None}
+    assert last.choices == []
+    whole = server.client().chat.completions.create(model="parrot", messages=about(COLOUR, colours["red"]))
+    assert last.usage == whole.usage
+    assert len({chunk.id for chunk in (*chunks, last)}) == 1
+
+
+def test_limits_stop_words_and_their_finish_reasons(server: Server) -> None:
+    client = server.client()
+    sing = [{"role": "user", "content": "Sing."}]
+    for name in ("max_tokens", "max_completion_tokens"):
+        short = client.chat.completions.create(model="parrot", messages=sing, **{name: 7})
+        assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 7)
+    said = client.chat.completions.create(
+        model="parrot", messages=[{"role": "user", "content": "What do you say?"}], stop=["thing"]
+    )
+    assert (said.choices[0].message.content, said.choices[0].finish_reason) == ("One ", "stop")
+
+
+def test_sampling_follows_the_seed(server: Server) -> None:
+    def sample(seed: int) -> str:
+        answer = server.client().chat.completions.create(
+            model="parrot", messages=[{"role": "user", "content": "Anything"}], seed=seed, temperature=2, max_tokens=20,
+            extra_body={"repetition_penalty": 1.0},
+        )  # fmt: skip
+        return answer.choices[0].message.content
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(5)}) > 1
+
+
+def test_a_conversation_of_several_turns_and_a_system_message(server: Server, colours: dict[str, Path]) -> None:
+    messages = [
+        {"role": "system", "content": "You are a parrot."},
+        *about(COLOUR, colours["red"]),
+        {"role": "assistant", "content": "It is red."},
+        {"role": "user", "content": [{"type": "text", "text": "Sing."}]},
+    ]
+    answer = server.client().chat.completions.create(model="parrot", messages=messages, max_tokens=5)
+    alone = server.client().chat.completions.create(model="parrot", messages=[messages[0], messages[3]], max_tokens=5)
+    assert answer.usage.prompt_tokens > alone.usage.prompt_tokens + 16
+
+
+def test_models_and_health(server: Server) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["parrot"]
+    assert client.models.retrieve("parrot").owned_by == "deepseek_vl"
+    with pytest.raises(openai.NotFoundError, match="this server has 'parrot'"):
+        client.models.retrieve("gpt-4o")
+    with pytest.raises(openai.NotFoundError, match="this server has 'parrot'"):
+        client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "Hi"}])
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    missing = httpx.get(f"{server.url}/v1/embeddings")
+    assert (missing.status_code, missing.json()["error"]["message"]) == (404, "There is no such route.")
+    wrong = httpx.get(f"{server.url}/v1/chat/completions")
+    assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_metrics_count_tokens_and_answers(server: Server) -> None:
+    before = server.metric("deepseek_vl_completion_tokens_total")
+    answer = server.client().chat.completions.create(
+        model="parrot", messages=[{"role": "user", "content": "Sing."}], max_tokens=9
+    )
+    assert answer.usage.completion_tokens == 9
+    assert server.metric("deepseek_vl_completion_tokens_total") == before + 9
+    assert server.metric('deepseek_vl_requests_total{status="200"}') > 0
+
+
+def test_five_hundred_requests_of_sixty_four_clients_get_their_own_answers(
+    server: Server, colours: dict[str, Path]
+) -> None:
+    """And a third of the clients leaves in the middle of an answer."""
+    questions = [
+        (about(COLOUR, colours["red"]), "It is red."),
+        (about(COLOUR, colours["blue"]), "It is blue."),
+        ([{"role": "user", "content": "Greet me."}], PARROT_ANSWERS["Greet me."]),
+    ]
+    client = server.client()
+
+    def ask(number: int) -> bool:
+        messages, expected = questions[number % 3]
+        if number % 6 == 5:
+            messages = [{"role": "user", "content": "Sing."}]
+            with client.chat.completions.create(
+                model="parrot", messages=messages, stream=True, max_tokens=4000
+            ) as stream:
+                next(iter(stream))
+            return True
+        if number % 2:
+            stream = client.chat.completions.create(model="parrot", messages=messages, stream=True)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+        answer = client.chat.completions.create(model="parrot", messages=messages)
+        return answer.choices[0].message.content == expected
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        right = list(pool.map(ask, range(500)))
+    assert right == [True] * 500
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(server: Server, stream: bool) -> None:
+    before = server.metric("deepseek_vl_completion_tokens_total")
+    body = {
+        "model": "parrot", "messages": [{"role": "user", "content": "Sing."}], "max_tokens": 15000, "stream": stream,
+    }  # fmt: skip
+    url = f"{server.url}/v1/chat/completions"
+    if stream:
+        with httpx.stream("POST", url, json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=1)
+    server.wait_until_idle(2)
+    assert server.metric("deepseek_vl_completion_tokens_total") - before < 15000
+
+
+def test_a_full_queue_turns_requests_away_and_recovers(serve: Callable[..., Server]) -> None:
+    server = serve("--max_batch", "1", "--max_waiting", "1")
+    client = server.client()
+    sing = {"model": "parrot", "messages": [{"role": "user", "content": "Sing."}], "max_tokens": 10000, "stream": True}
+    with client.chat.completions.create(**sing) as first:
+        next(iter(first))
+        with client.chat.completions.create(**sing):
+            with pytest.raises(openai.RateLimitError) as refused:
+                client.chat.completions.create(**sing)
+            assert int(refused.value.response.headers["retry-after"]) >= 1
+            assert refused.value.body["type"] == "rate_limit_error"
+    server.wait_until_idle()
+    greeting = client.chat.completions.create(model="parrot", messages=[{"role": "user", "content": "Greet me."}])
+    assert greeting.choices[0].message.content == PARROT_ANSWERS["Greet me."]
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_key_is_asked_for_on_every_route_but_health(serve: Callable[..., Server], how: str) -> None:
+    server = serve("--api_key", "säsame") if how == "argument" else serve(DEEPSEEK_VL_API_KEY="säsame")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    for key in (None, "Bearer sasame", "Basic säsame", "Bearer", "Bearer säsam", "säsame"):
+        headers = {} if key is None else {"Authorization": key.encode()}
+        for route in ("/v1/models", "/metrics", "/v1/chat/completions", "/nowhere"):
+            answer = httpx.get(server.url + route, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    good = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer säsame".encode()})
+    assert good.json()["data"][0]["id"] == "parrot"
+
+
+def test_a_shutdown_lets_a_short_answer_end(serve: Callable[..., Server]) -> None:
+    server = serve()
+    stream = iter(
+        server.client().chat.completions.create(
+            model="parrot", messages=[{"role": "user", "content": "Sing."}], stream=True, max_tokens=300
+        )
+    )
+    next(stream)
+    threading.Timer(0.1, server.process.send_signal, [signal.SIGTERM]).start()
+    rest = list(stream)
+    assert rest[-1].choices[0].finish_reason == "length"
+    assert server.process.wait(30) == -signal.SIGTERM  # uvicorn ends by the signal it was sent
+
+
+def test_a_shutdown_cancels_an_endless_answer(serve: Callable[..., Server]) -> None:
+    server = serve("--grace", "1")
+    body = {"model": "parrot", "messages": [{"role": "user", "content": "Sing."}], "max_tokens": 16000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert "The server is shutting down." in [line for line in lines if line][-1]
+    assert server.process.wait(30) == -signal.SIGTERM
+    assert "Traceback" not in server.text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "http"], "invalid int value"),
+        (["--max_batch", "0"], "0 is not above 0"),
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--dtype", "int8"], "Unknown dtype 'int8'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(parrot_checkpoint: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "deepseek_vl.serve.api", "--model_path", str(parrot_checkpoint), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_nothing_but_loopback_is_listened_on(server: Server) -> None:
+    assert server.url.startswith("http://127.0.0.1:")
+    assert json.loads(httpx.get(f"{server.url}/health").text)["status"] == "ok"

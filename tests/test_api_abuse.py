@@ -1,0 +1,567 @@
+"""Hostile and broken requests: each gets a clear 4xx, or a right answer where it is merely odd, and does no harm.
+
+Names are resolved and connections opened by doubles: what the server would dial goes to a server on loopback.
+"""
+
+import asyncio
+import base64
+import http.server
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpcore
+import httpx
+import psutil
+import pytest
+import uvicorn
+from PIL import Image
+
+from deepseek_vl.serve.api.app import Limits, Service, create_app
+from deepseek_vl.serve.api.fetch import ImageFetcher, is_public
+from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.settings import GenerationSettings
+
+PUBLIC = "93.184.216.34"
+
+
+def png(colour: str = "red", size: tuple[int, int] = (50, 40)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg_cut_off() -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((200, 200), 90).convert("RGB").save(file, "JPEG")
+    return file.getvalue()[:3000]
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+class Origin(http.server.BaseHTTPRequestHandler):
+    """The web, as far as these tests have one."""
+
+    seen: list[tuple[str, str]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append((self.headers["Host"], self.path))
+        redirects = {
+            "/to-private": "http://internal.example/red.png",
+            "/to-loopback": "http://127.0.0.1:80/red.png",
+            "/to-metadata": "http://169.254.169.254/latest/meta-data",
+            "/to-file": "file:///etc/passwd",
+            "/to-elsewhere": "http://elsewhere.example/red.png",
+            "/to-backslash": "http:\\\\internal.example\\red.png",
+            "/round": "/round",
+            "/once": "/red.png",
+        }
+        if self.path in redirects:
+            self.send_response(302)
+            self.send_header("Location", redirects[self.path])
+            self.end_headers()
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b".")
+                self.wfile.flush()
+                time.sleep(0.1)
+        elif self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(64):
+                self.wfile.write(bytes(2**16))
+        elif self.path == "/error":
+            self.send_response(500)
+            self.end_headers()
+        else:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png() if self.path.startswith("/red.png") else b"<svg/>")
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Dialler(httpcore.AsyncNetworkBackend):
+    """Notes which address was to be dialled, and dials the origin on loopback."""
+
+    def __init__(self, port: int):
+        self.port = port
+        self.dialled: list[tuple[str, int]] = []
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        self.dialled.append((host, port))
+        return await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, *args, **kwargs)
+
+
+class Names:
+    """Resolves names from a table; `rebind.example` is public when first asked and private ever after."""
+
+    table = {
+        "pictures.example": [PUBLIC],
+        "sub.pictures.example": [PUBLIC],
+        "elsewhere.example": [PUBLIC],
+        "internal.example": ["10.0.0.7"],
+        "metadata.example": ["169.254.169.254"],
+        "mixed.example": [PUBLIC, "127.0.0.1"],
+        "six.example": ["::ffff:127.0.0.1"],
+    }
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.append(host)
+        if host == "rebind.example":
+            return [PUBLIC] if self.asked.count(host) == 1 else ["127.0.0.1"]
+        if host in self.table:
+            return self.table[host]
+        try:  # numbers, in all the ways that the system's resolver reads them, ask nobody
+            return [address[0] for *_, address in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)]
+        except socket.gaierror:
+            try:
+                return [socket.inet_ntoa(socket.inet_aton(host))]
+            except OSError:
+                raise socket.gaierror(f"{host} is not known") from None
+
+
+class Running:
+    """A server in this process."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+
+    def post(self, content: bytes | dict[str, Any], **kwargs: Any) -> httpx.Response:
+        if isinstance(content, dict):
+            content = json.dumps(content).encode()
+        headers = {"Content-Type": "application/json", **kwargs.pop("headers", {})}
+        return httpx.post(self.url, content=content, headers=headers, timeout=60, **kwargs)
+
+    def is_well(self) -> None:
+        """The next request is answered, and rightly."""
+        answer = self.post(asking("Colour?", data_url(png("blue"))))
+        assert answer.json()["choices"][0]["message"]["content"] == "It is blue."
+        assert self.service.places_taken == 0
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+def asking(text: str, *urls: str, **fields: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {
+        "model": "parrot",
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
+        "max_tokens": 20,
+        **fields,
+    }
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Origin)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def start(parrot_checkpoint: Path, origin: int) -> Iterator[Start]:
+    _, model, processor = load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
+    running: list[Running] = []
+
+    def begin(**fetcher: Any) -> Running:
+        limits = Limits(body_bytes=2**22, body_seconds=1.5)
+        fetcher = {"resolve": Names(), "dialler": Dialler(origin), "seconds": 1.5, "max_bytes": 2**20, **fetcher}
+        running.append(
+            Running(
+                Service(
+                    "parrot", model, processor, GenerationSettings(50), limits=limits, fetcher=ImageFetcher(**fetcher)
+                )
+            )
+        )
+        return running[-1]
+
+    yield begin
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def closed(start: Start) -> Running:
+    """As a server is by default: no URL is fetched."""
+    return start()
+
+
+@pytest.fixture(scope="module")
+def opened(start: Start) -> Running:
+    """Fetches images from public addresses."""
+    return start(allowed=True)
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"model": "parrot", "messages": [{"role": "user", "content": "Greet me.", **fields}]}
+
+
+RED = data_url(png())
+REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
+    "no body": (b"", 400, "not JSON"),
+    "bad JSON": (b'{"model": "parrot", ', 400, "not JSON"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, "not JSON in UTF-8"),
+    "NaN": (b'{"model": "parrot", "messages": [], "temperature": NaN}', 400, "not JSON"),
+    "deep nesting": (b"[" * 200_000, 400, "not JSON"),
+    "deep nesting inside": (b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}", 400, "'m"),
+    "a list": (b"[]", 400, "The request: "),
+    "null": (b"null", 400, "The request: "),
+    "a number of 10,000 digits": (b'{"model": ' + b"9" * 10_000 + b"}", 400, ""),
+    "no messages": ({"model": "parrot"}, 400, "'messages': Field required"),
+    "empty messages": ({"model": "parrot", "messages": []}, 400, "'messages'"),
+    "messages as text": ({"model": "parrot", "messages": "hi"}, 400, "'messages'"),
+    "a message as text": ({"model": "parrot", "messages": ["hi"]}, 400, "'messages.0'"),
+    "unknown role": (message(role="king"), 400, "'messages.0'"),
+    "no role": ({"model": "parrot", "messages": [{"content": "hi"}]}, 400, "'messages.0'"),
+    "content is a number": (message(content=5), 400, "'messages.0.content'"),
+    "content is null": (message(content=None), 400, "'messages.0.content'"),
+    "no content": (message(content=""), 400, "A user message is empty"),
+    "white space": (message(content=" \n\t"), 400, "A user message is empty"),
+    "unknown part": (message(content=[{"type": "input_audio", "input_audio": {}}]), 400, "'messages.0.content.0'"),
+    "image from the assistant": (
+        message(role="assistant", content=[{"type": "image_url", "image_url": {"url": RED}}]),
+        400,
+        "'messages.0.content.0",
+    ),
+    "the assistant's turn": (
+        {"model": "parrot", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        400,
+        "begin and end with a user message",
+    ),
+    "a late system message": (
+        {"model": "parrot", "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+        400,
+        "Only the first message",
+    ),
+    "unknown field": (asking("hi", tools=[]), 400, "Unsupported parameter 'tools'"),
+    "unknown field inside": (message(audio="x"), 400, "Unsupported parameter 'messages.0.audio'"),
+    "prototype": (asking("hi", __proto__={}), 400, "Unsupported parameter '__proto__'"),
+    "many answers": (asking("hi", n=2), 400, "'n'"),
+    "logprobs": (asking("hi", logprobs=True), 400, "'logprobs'"),
+    "negative tokens": (asking("hi", max_tokens=-1), 400, "'max_tokens'"),
+    "tokens as text": (asking("hi", max_tokens="5"), 400, "'max_tokens'"),
+    "tokens as a boolean": (asking("hi", max_tokens=True), 400, "'max_tokens'"),
+    "two limits": (asking("hi", max_completion_tokens=7), 400, "max_tokens and max_completion_tokens differ"),
+    "temperature": (asking("hi", temperature=-1), 400, "'temperature'"),
+    "top_p": (asking("hi", top_p=0), 400, "'top_p'"),
+    "seed": (asking("hi", seed=2**70), 400, "'seed'"),
+    "stop words": (asking("hi", stop=["a"] * 5), 400, "'stop'"),
+    "an empty stop word": (asking("hi", stop=""), 400, "'stop"),
+    "stream as text": (asking("hi", stream="yes"), 400, "'stream'"),
+    "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "not JSON in UTF-8"),
+    "lone surrogate as a key": (b'{"\\udfff": 1}', 400, "not JSON in UTF-8"),
+    "a prompt of a million characters": (asking("word " * 200_000), 400, "positions"),
+    "a body of 100 MB": (b" " * 100_000_000, 413, "larger than 4194304 bytes"),
+    "a thousand images": (asking("hi", *[RED] * 1000), 400, "1000 images; at most 16"),
+    "decompression bomb": (asking("hi", data_url(bomb(50_000, 50_000))), 400, "more than 40000000 pixels"),
+    "a bomb below Pillow's limit": (asking("hi", data_url(bomb(8000, 8000))), 400, "more than 40000000 pixels"),
+    "SVG": (asking("hi", data_url(b"<svg/>", "image/svg+xml")), 400, "Image 1 cannot be read"),
+    "EPS": (asking("hi", data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 400, "Image 1 cannot"),
+    "truncated JPEG": (asking("hi", data_url(jpeg_cut_off(), "image/jpeg")), 400, "Image 1 cannot be read"),
+    "truncated PNG": (asking("hi", data_url(png()[:40])), 400, "Image 1 cannot be read"),
+    "the second image": (asking("hi", RED, data_url(b"")), 400, "Image 2 cannot be read"),
+    "HTML": (asking("hi", data_url(b"<html>")), 400, "Image 1 cannot be read"),
+    "not base64": (asking("hi", "data:image/png;base64,????"), 400, "Image 1 cannot be read"),
+    "no base64": (asking("hi", "data:image/png,abc"), 400, "Image 1 cannot be read"),
+    "data of no image": (asking("hi", "data:text/html;base64,aGk="), 400, "Image 1 cannot be read"),
+    "an empty URL": (asking("hi", ""), 400, "not fetched"),
+    "a path": (asking("hi", "/etc/passwd"), 400, "not fetched"),
+    "file://": (asking("hi", "file:///etc/passwd"), 400, "not fetched"),
+    "a URL where none is fetched": (asking("hi", "http://pictures.example/red.png"), 400, "not fetched"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(closed: Running, name: str) -> None:
+    content, status, words = REFUSED[name]
+    answer = closed.post(content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert words in error["message"]
+    assert len(error["message"]) < 300
+    # Nothing of the machine, and of what libraries say.
+    assert not any(
+        leak in answer.text for leak in ("Traceback", "/work", "site-packages", "object at 0x", "PIL", "BytesIO")
+    )
+    closed.is_well()
+
+
+URLS = {
+    "loopback": ("http://127.0.0.1/red.png", "not a public address"),
+    "loopback by name": ("http://localhost/red.png", ""),
+    "metadata": ("http://169.254.169.254/latest/meta-data/", "not a public address"),
+    "metadata by name": ("http://metadata.example/", "not a public address"),
+    "a name that resolves to a private address": ("http://internal.example/red.png", "not a public address"),
+    "a name with a public and a private address": ("http://mixed.example/red.png", "not a public address"),
+    "IPv4 in IPv6": ("http://six.example/red.png", "not a public address"),
+    "IPv6 loopback": ("http://[::1]/red.png", "not a public address"),
+    "IPv6 unspecified": ("http://[::]/red.png", "not a public address"),
+    "NAT64": ("http://[64:ff9b::7f00:1]/red.png", "not a public address"),
+    "6to4": ("http://[2002:7f00:1::]/red.png", "not a public address"),
+    "link-local": ("http://[fe80::1]/red.png", "not a public address"),
+    "decimal": ("http://2130706433/red.png", "not a public address"),
+    "octal": ("http://0177.0.0.1/red.png", ""),
+    "hexadecimal": ("http://0x7f.1/red.png", "not a public address"),
+    "short": ("http://127.1/red.png", "not a public address"),
+    "zero": ("http://0/red.png", "not a public address"),
+    "userinfo": ("http://pictures.example@127.0.0.1/red.png", "user name"),
+    "userinfo the other way": ("http://127.0.0.1@pictures.example/red.png", "user name"),
+    "a password": ("http://a:b@pictures.example/red.png", "user name"),
+    "backslash": ("http://pictures.example\\@127.0.0.1/red.png", "backslash"),
+    "backslashes": ("http:\\\\127.0.0.1\\red.png", "backslash"),
+    "white space": ("http://pictures.example /red.png", "spaces"),
+    "a header in the path": ("http://pictures.example/\r\nHost: 127.0.0.1", "control characters"),
+    "no host": ("http:///red.png", ""),
+    "no such name": ("http://nowhere.example/red.png", "cannot be reached"),
+    "a port that is none": ("http://pictures.example:99999/red.png", "a port that is none"),
+    "file": ("file:///etc/passwd", "neither http nor https"),
+    "ftp": ("ftp://pictures.example/red.png", "neither http nor https"),
+    "gopher": ("gopher://127.0.0.1:6379/_INFO", "neither http nor https"),
+    "a local path": ("../images/red.png", "neither http nor https"),
+    "redirect to a private name": ("http://pictures.example/to-private", "not a public address"),
+    "redirect to loopback": ("http://pictures.example/to-loopback", "not a public address"),
+    "redirect to the metadata": ("http://pictures.example/to-metadata", "not a public address"),
+    "redirect to a file": ("http://pictures.example/to-file", "neither http nor https"),
+    "redirect with backslashes": ("http://pictures.example/to-backslash", "backslash"),
+    "redirect without end": ("http://pictures.example/round", "more than 3 times"),
+    "an endless body": ("http://pictures.example/endless", "larger than 1048576 bytes"),
+    "a slow body": ("http://pictures.example/slow", "within 1.5 seconds"),
+    "an error": ("http://pictures.example/error", "status 500"),
+    "no picture": ("http://pictures.example/page", "Image 1 cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_urls_refused_where_urls_are_fetched(opened: Running, name: str) -> None:
+    url, words = URLS[name]
+    dialler = opened.service.fetcher.dialler
+    dialler.dialled.clear()
+    answer = opened.post(asking("Colour?", url))
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert {host for host, _ in dialler.dialled} <= {PUBLIC}
+    opened.is_well()
+
+
+@pytest.mark.parametrize("path", ["/red.png", "/once", "/red.png?a=b&c=%20d"])
+def test_a_public_image_is_fetched(opened: Running, path: str) -> None:
+    Origin.seen.clear()
+    answer = opened.post(asking("Colour?", f"http://pictures.example{path}"))
+    assert answer.json()["choices"][0]["message"]["content"] == "It is red."
+    assert Origin.seen[0] == ("pictures.example", path)
+
+
+def test_an_allowed_domain_has_subdomains_and_no_lookalikes(start: Start) -> None:
+    server = start(allowed=True, domains=("pictures.example",))
+    for host in ("pictures.example", "sub.pictures.example", "PICTURES.example", "pictures.example."):
+        Names.table.setdefault(host.rstrip(".").lower() + ".", [PUBLIC])
+        assert server.post(asking("Colour?", f"http://{host}/red.png")).status_code == 200
+    for host in ("elsewhere.example", "notpictures.example", "pictures.example.elsewhere.example"):
+        answer = server.post(asking("Colour?", f"http://{host}/red.png"))
+        assert "domain is not among those" in answer.json()["error"]["message"]
+    answer = server.post(asking("Colour?", "http://pictures.example/to-elsewhere"))
+    assert "domain is not among those" in answer.json()["error"]["message"]
+
+
+# --- named after advisories against other servers ---
+
+
+@pytest.mark.parametrize("url", ["http://internal.example/red.png", "http://pictures.example/to-private"])
+def test_cve_2025_6242_server_side_request_forgery(opened: Running, url: str) -> None:
+    """A media URL, or what it redirects to, reaches into the server's own network."""
+    opened.service.fetcher.dialler.dialled.clear()
+    assert opened.post(asking("Colour?", url)).status_code == 400
+    assert "10.0.0.7" not in {host for host, _ in opened.service.fetcher.dialler.dialled}
+    opened.is_well()
+
+
+def test_cve_2026_24779_two_parsers_see_two_hosts(start: Start) -> None:
+    """The check reads one host in the URL and the client another."""
+    server = start(allowed=True, domains=("pictures.example",))
+    for url in (
+        "http://internal.example\\@pictures.example/red.png",
+        "http://pictures.example\\.internal.example/red.png",
+        "http://internal.example#@pictures.example/red.png",
+        "http://internal.example?@pictures.example/red.png",
+        "http://pictures.example:80@internal.example/red.png",
+        "http://pictures.example%2f@internal.example/red.png",
+        "http://internal.example%23.pictures.example/red.png",
+    ):
+        answer = server.post(asking("Colour?", url))
+        assert answer.status_code == 400, url
+    assert server.service.fetcher.dialler.dialled == []
+
+
+def test_cve_2026_24779_dns_rebinding(start: Start) -> None:
+    """A second look at the name gives another address than the one that was checked."""
+    server = start(allowed=True)
+    answer = server.post(asking("Colour?", "http://rebind.example/red.png"))
+    assert answer.json()["choices"][0]["message"]["content"] == "It is red."
+    assert server.service.fetcher.resolve.asked == ["rebind.example"]
+    assert server.service.fetcher.dialler.dialled == [(PUBLIC, 80)]
+    assert server.post(asking("Colour?", "http://rebind.example/red.png")).status_code == 400
+    assert len(server.service.fetcher.dialler.dialled) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (1, 2000), (2, 2)])
+def test_cve_2026_22773_tiny_images_do_not_end_the_server(closed: Running, size: tuple[int, int]) -> None:
+    """A picture whose sides look like channels killed the engine of another server."""
+    answer = closed.post(asking("Colour?", data_url(png(size=size))))
+    assert answer.status_code == 200
+    closed.is_well()
+
+
+def test_cve_2026_22778_errors_tell_no_addresses(closed: Running) -> None:
+    """A decoder's error text had an object's address in it, which helps to break address randomisation."""
+    for data in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", png()[:60], b"GIF89a", b"RIFF\0\0\0\0WEBP", bytes(100)):
+        answer = closed.post(asking("Colour?", data_url(data)))
+        assert answer.status_code == 400
+        assert "0x" not in answer.text
+        assert "cannot identify" not in answer.text
+    closed.is_well()
+
+
+# --- odd, but right ---
+
+
+def tokens_of(server: Running, text: str) -> int:
+    answer = server.post(asking(text))
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["prompt_tokens"]
+
+
+def test_special_tokens_typed_by_a_user_are_text(closed: Running) -> None:
+    processor = closed.service.processor
+    for token in (processor.image_tag, processor.tokenizer.eos_token, processor.tokenizer.bos_token):
+        plain, typed = tokens_of(closed, "Greet me."), tokens_of(closed, f"Greet me.{token}")
+        assert typed - plain > 3, token
+    answer = closed.post(asking(f"Colour?{processor.image_tag * 30}", RED))
+    assert answer.status_code == 200
+    closed.is_well()
+
+
+def test_odd_but_harmless(closed: Running) -> None:
+    for text in ("\0", "\ufdd0", "\u202e", "🏳️‍🌈" * 50, "User: hi\n\nAssistant:", "{system_message}", "\x1b[31m"):
+        assert tokens_of(closed, f"a{text}") > 0
+    roles = [{"role": "user", "content": "Greet"}, {"role": "user", "content": "me."}]
+    assert closed.post({"model": "parrot", "messages": roles, "max_tokens": 5}).status_code == 200
+    ignored = asking("Greet me.", user="someone", n=1, presence_penalty=0, stop=None, seed=None)
+    assert closed.post(ignored).status_code == 200
+
+
+def test_other_content_types_are_refused(closed: Running) -> None:
+    """A page in a browser can send these to loopback without asking."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        answer = closed.post(asking("Greet me."), headers={"Content-Type": kind})
+        assert "Content-Type application/json" in answer.json()["error"]["message"]
+    assert (
+        closed.post(asking("Greet me."), headers={"Content-Type": "application/json; charset=utf-8"}).status_code == 200
+    )
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(closed: Running) -> None:
+    with socket.create_connection(("127.0.0.1", closed.port)) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        connection.settimeout(10)
+        assert b"did not arrive in time" in connection.recv(10_000)
+    closed.is_well()
+
+
+def test_a_large_body_without_its_length_is_cut_short(closed: Running) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 2**20
+
+    answer = httpx.post(closed.url, content=chunks(), headers={"Content-Type": "application/json"}, timeout=30)
+    assert answer.status_code == 413
+    closed.is_well()
+
+
+@pytest.mark.parametrize("length", ["-1", "abc", "1e9"])
+def test_a_content_length_that_is_none(closed: Running, length: str) -> None:
+    with socket.create_connection(("127.0.0.1", closed.port)) as connection:
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {length}\r\n\r\n{{}}".encode()
+        )
+        connection.settimeout(10)
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 4")
+    closed.is_well()
+
+
+def test_memory_does_not_grow(closed: Running) -> None:
+    process = psutil.Process()
+
+    def abuse() -> None:
+        for content, status, _ in REFUSED.values():
+            assert closed.post(content).status_code == status
+
+    abuse()
+    before = process.memory_info().rss
+    for _ in range(2):
+        abuse()
+    assert process.memory_info().rss - before < 150 * 2**20
+
+
+def test_public_addresses() -> None:
+    for address in (PUBLIC, "1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1"):
+        assert is_public(address)
+    for address in (
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.1.1", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+        "255.255.255.255", "240.0.0.1", "192.0.0.1", "198.18.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "fec0::1",
+        "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "2001:db8::1",
+    ):  # fmt: skip
+        assert not is_public(address), address
+
+
+def test_an_address_of_the_system_s_own_resolver_is_checked_too() -> None:
+    with pytest.raises(Exception, match="not a public address"):
+        asyncio.run(ImageFetcher(allowed=True).fetch("http://localhost:1/red.png"))

@@ -1,7 +1,10 @@
 """Fixtures: real tokenizers, images and checkpoints on disk, small enough to run anywhere."""
 
+import functools
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,19 @@ def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
+
+
+def in_terminal(arguments: list[str], timeout: float = 120, **options: Any) -> pexpect.spawn:
+    """Start Python in a terminal where Ctrl-C works, even if it does not where the tests themselves were started."""
+    return pexpect.spawn(
+        sys.executable,
+        arguments,
+        encoding="utf-8",
+        timeout=timeout,
+        dimensions=(40, 200),
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def interrupt(process: pexpect.spawn, expected: str) -> None:

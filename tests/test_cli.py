@@ -10,7 +10,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from conftest import ROOT, interrupt
+from conftest import ROOT, in_terminal, interrupt
 
 USER = re.escape("User [<image_placeholder> indicates an image]: ")
 
@@ -25,7 +25,7 @@ def spawn(model_path: Path, **options: Any) -> pexpect.spawn:
     """Start an interactive chat in a terminal; returns it at its first prompt."""
     arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(model_path)]
     arguments += ["--temperature", "0", "--max_gen_len", "8000", "--dtype", "float32", "--device", "cpu"]
-    child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120, dimensions=(40, 200), **options)
+    child = in_terminal(arguments, **options)
     child.expect(USER)
     return child
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from conftest import ROOT, interrupt
+from conftest import ROOT, in_terminal, interrupt
 from PIL import Image
 
 from deepseek_vl.serve.chat import ChatSession
@@ -114,9 +114,7 @@ def test_the_command_prints_a_table_and_writes_files(
 def test_in_a_terminal_there_is_a_bar_and_ctrl_c_ends(parrot_checkpoint: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", turn("Sing.", "la"))
     options = arguments(parrot_checkpoint, data, "--max_gen_len", 16000, "--output", tmp_path / "result")
-    child = pexpect.spawn(
-        sys.executable, [*COMMAND, *options], encoding="utf-8", timeout=120, dimensions=(40, 200), cwd=str(ROOT)
-    )
+    child = in_terminal([*COMMAND, *map(str, options)], cwd=str(ROOT))
     child.expect("0/1 .*question")
     interrupt(child, "stopped")
     child.expect(pexpect.EOF)

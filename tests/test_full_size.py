@@ -11,7 +11,7 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from conftest import ROOT, make_picture
+from conftest import ROOT, in_terminal, make_picture
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def test_inference_on_a_picture(full_checkpoint: Path) -> None:
 def test_two_turns_with_an_image_each_in_a_terminal(full_checkpoint: Path, tmp_path: Path) -> None:
     user = re.escape("User [<image_placeholder> indicates an image]: ")
     arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(full_checkpoint), "--max_gen_len", "8"]
-    child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=600, cwd=str(ROOT))
+    child = in_terminal(arguments, timeout=600, cwd=str(ROOT))
     child.expect(user)
     for picture in (ROOT / "images" / "training_pipelines.png", make_picture(tmp_path / "second.png")):
         child.sendline("<image_placeholder>Describe this image.")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 
@@ -197,6 +198,15 @@ def make_picture(path: Path, size: tuple[int, int] = (90, 60), seed: int = 0) ->
     noise = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
+
+
+Loaded = tuple[PreTrainedTokenizerBase, MultiModalityCausalLM, VLChatProcessor]
+"""What `load_model` returns."""
+
+
+def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
+    """A conversation that asks one question."""
+    return [{"role": "User", "content": question, "images": list(images)}, {"role": "Assistant", "content": ""}]
 
 
 PARROT_ANSWERS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from conftest import Loaded, messages_of
 from transformers import DynamicCache
 
 from deepseek_vl.serve.engine import Engine, Generation, engine_of
@@ -17,18 +17,11 @@ from deepseek_vl.serve.rows import STEP, RowCache
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.io import load_image
 
-Loaded = tuple[Any, Any, Any]
-
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> Loaded:
     """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
     return load_model(str(checkpoint), device="cpu", dtype="float32")
-
-
-def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
-    question_message = {"role": "User", "content": question, "images": list(images)}
-    return [question_message, {"role": "Assistant", "content": ""}]
 
 
 def generation_of(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int, **settings: Any) -> Generation:

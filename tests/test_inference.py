@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PARROT_ANSWERS, ROOT
+from conftest import PARROT_ANSWERS, ROOT, Loaded, messages_of
 from PIL import Image
 from transformers import StoppingCriteriaList
 
@@ -31,7 +31,6 @@ from deepseek_vl.serve.text import StopWordFilter
 from deepseek_vl.utils.conversation import get_conv_template
 from deepseek_vl.utils.io import load_image
 
-Loaded = tuple[Any, MultiModalityCausalLM, VLChatProcessor]
 LONG = GenerationSettings(max_new_tokens=4000)
 
 
@@ -39,12 +38,6 @@ LONG = GenerationSettings(max_new_tokens=4000)
 def parrot(parrot_checkpoint: Path) -> Loaded:
     """(tokenizer, model, processor) of the model that knows its answers by heart."""
     return load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
-
-
-def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
-    """A conversation of one question."""
-    question_message = {"role": "User", "content": question, "images": list(images)}
-    return [question_message, {"role": "Assistant", "content": ""}]
 
 
 def ask(parrot: Loaded, question: str, *images: Image.Image, **settings: Any) -> AnswerStream:

@@ -35,7 +35,24 @@ PREFILL_SECONDS = 0.2
 """Prompts are run for so long at most (but one at least) before running answers get their next token."""
 
 END = object()
-"""What a generation's queue ends with, unless it is an error."""
+"""The last that a generation's sink gets."""
+
+
+class PromptTooLongError(ValueError):
+    """A prompt leaves the model no room for an answer.
+
+    Attributes:
+        tokens: length of the prompt.
+        positions: how many tokens the model takes, prompt and answer together.
+    """
+
+    def __init__(self, tokens: int, positions: int):
+        super().__init__(
+            f"The prompt has {tokens} tokens and the model {positions} positions, which leaves no room for an answer; "
+            "shorten the text or use fewer images."
+        )
+        self.tokens = tokens
+        self.positions = positions
 
 
 class Generation:
@@ -55,7 +72,8 @@ class Generation:
         finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
 
     Raises:
-        ValueError: if `inputs` has several rows, or its prompt leaves no room for an answer.
+        ValueError: if `inputs` has several rows.
+        PromptTooLongError: if its prompt leaves no room for an answer.
     """
 
     def __init__(
@@ -71,10 +89,7 @@ class Generation:
             raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
         positions = model.config.language_config.max_position_embeddings
         if self.prompt_tokens >= positions:
-            raise ValueError(
-                f"The prompt has {self.prompt_tokens} tokens and the model {positions} positions, which leaves no room "
-                "for an answer; shorten the text or use fewer images."
-            )
+            raise PromptTooLongError(self.prompt_tokens, positions)
         self.model = model
         self.inputs = inputs
         self.text = AnswerText(tokenizer, settings.stop)
@@ -200,13 +215,12 @@ class Engine:
             with self._lock:  # `close` must find it in one place or the other
                 generation = self._waiting.popleft()
                 self._rows.append(generation)
+            cache = None
             try:
                 cache = self._prefill(generation)
             except BaseException as error:  # raised again in the reader
-                self._rows.pop()
                 generation.end(error)
-                continue
-            if cache is None:
+            if cache is None:  # it has ended
                 self._rows.pop()
             elif len(self._rows) == 1:
                 self._cache = cache
@@ -250,7 +264,7 @@ class Engine:
                 generation.end(error)
             self._rows, self._cache = [], RowCache()
             return
-        self._keep([row.take(token_id) for row, token_id in zip(rows, chosen, strict=True)])
+        self._keep([_take(row, token_id) for row, token_id in zip(rows, chosen, strict=True)])
 
     def _keep(self, goes_on: list[bool]) -> None:
         """Let go of the rows that do not go on."""
@@ -265,6 +279,15 @@ class Engine:
             self._cache.keep(kept)
         else:
             self._cache = RowCache()
+
+
+def _take(generation: Generation, token_id: int) -> bool:
+    """`generation.take`, where an error is that generation's alone."""
+    try:
+        return generation.take(token_id)
+    except Exception as error:  # raised again in the reader
+        generation.end(error)
+        return False
 
 
 def engine_of(model: MultiModalityCausalLM) -> Engine:

@@ -41,15 +41,7 @@ class AnswerStream(Iterator[str]):
     Generation begins with the first piece asked for. The pieces joined are the answer, without special tokens and stop
     words.
 
-    Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        inputs: the processor's output for one conversation.
-        settings: see `GenerationSettings`.
-
-    Raises:
-        ValueError: if `inputs` has several rows, or its prompt leaves no room for an answer. What goes wrong during
-            generation is raised by the iteration.
+    Takes and raises what `Generation` does; what goes wrong during generation is raised by the iteration.
     """
 
     def __init__(
@@ -95,8 +87,8 @@ class AnswerStream(Iterator[str]):
         if self._ended:
             raise StopIteration
         if not self._begun:
-            self._begun = True
             self._engine.submit(self._generation)
+            self._begun = True
         item = self._queue.get()
         if isinstance(item, str):
             return item

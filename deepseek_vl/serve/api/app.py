@@ -24,7 +24,7 @@ from deepseek_vl.serve.api import errors
 from deepseek_vl.serve.api.fetch import ImageFetcher
 from deepseek_vl.serve.api.metrics import Metrics
 from deepseek_vl.serve.api.protocol import AssistantMessage, ChatCompletionRequest, ImagePart, SystemMessage, parse
-from deepseek_vl.serve.engine import END, Generation, engine_of
+from deepseek_vl.serve.engine import END, Generation, PromptTooLongError, engine_of
 from deepseek_vl.serve.inference import as_stop_words
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.io import ImageLoadError, ImageTooLargeError, load_image
@@ -133,11 +133,11 @@ class Service:
         inputs = processor(prompt=prompt, images=images).to(self.model.device, dtype=self.model.dtype)
         stop_words = as_stop_words(processor.new_chat_template().stop_str)
         settings = request.settings(self.settings, stop_words)
-        length, positions = inputs["input_ids"].shape[1], self.model.config.language_config.max_position_embeddings
-        if length >= positions:
-            message = f"The prompt has {length} tokens; the model has {positions} positions for it and the answer."
-            raise errors.BadRequest(message, "messages", "context_length_exceeded")
-        return Generation(self.model, processor.tokenizer, inputs, settings, sink)
+        try:
+            return Generation(self.model, processor.tokenizer, inputs, settings, sink)
+        except PromptTooLongError as error:
+            message = f"The prompt has {error.tokens} tokens; it and the answer have room for {error.positions}."
+            raise errors.BadRequest(message, "messages", "context_length_exceeded") from error
 
     def _messages(self, request: ChatCompletionRequest) -> tuple[str, list[dict[str, str]]]:
         """The system prompt, and the messages as the processor renders them; what clients wrote stays text."""

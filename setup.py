@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
-SERVE = ["fastapi>=0.115", "httpx>=0.28", "prometheus-client>=0.21", "uvicorn>=0.32"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 
 setup(
@@ -30,7 +30,10 @@ setup(
         "accelerate>=1.7",
         "attrdict>=2.0.1",
         "einops>=0.8",
+        "httpx>=0.28",
         "pillow>=10.4",
+        "prompt_toolkit>=3.0.48",
+        "rich>=13.9",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
     ],
@@ -42,6 +45,7 @@ setup(
             "openai>=1.60",
             "pexpect>=4.9",
             "psutil>=6",
+            "pyte>=0.8.2",
             "pytest>=8",
             "ruff>=0.14",
         ],

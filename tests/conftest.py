@@ -172,9 +172,8 @@ def in_terminal(arguments: list[str], timeout: float = 120, **options: Any) -> p
         arguments,
         encoding="utf-8",
         timeout=timeout,
-        dimensions=(40, 200),
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        **options,
+        **{"dimensions": (40, 200), **options},
     )
 
 

@@ -1,58 +1,118 @@
 """`cli_chat.py` and `inference.py` as a user runs them: processes, a real terminal, exit codes."""
 
+import contextlib
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pexpect
+import pyte
 import pytest
-from conftest import ROOT, in_terminal, interrupt
+from conftest import ROOT, in_terminal
 
-USER = re.escape("User [<image_placeholder> indicates an image]: ")
+from deepseek_vl.utils.io import load_image
+from deepseek_vl.utils.rows import read_rows
+
+USER = "User [<image_placeholder> indicates an image]:"
+PATH = "Input the image file path:"
 
 
-def run_cli(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str | Path, input: str | bytes = "") -> subprocess.CompletedProcess[str]:
     """Run `cli_chat.py` without a terminal."""
     command = [sys.executable, str(ROOT / "cli_chat.py"), *map(str, arguments)]
-    return subprocess.run(command, input=input, capture_output=True, text=True, timeout=180, check=False)
+    data = input.encode() if isinstance(input, str) else input
+    result = subprocess.run(command, input=data, capture_output=True, timeout=180, check=False)
+    return subprocess.CompletedProcess(command, result.returncode, result.stdout.decode(), result.stderr.decode())
 
 
-def spawn(model_path: Path, **options: Any) -> pexpect.spawn:
-    """Start an interactive chat in a terminal; returns it at its first prompt."""
-    arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(model_path)]
-    arguments += ["--temperature", "0", "--max_gen_len", "8000", "--dtype", "float32", "--device", "cpu"]
-    child = in_terminal(arguments, **options)
-    child.expect(USER)
-    return child
+class Chat:
+    """`cli_chat.py` in a terminal, and what the terminal shows."""
+
+    def __init__(self, model_path: str | Path, *arguments: str, size: tuple[int, int] = (60, 200), **options: Any):
+        command = [str(ROOT / "cli_chat.py"), "--model_path", str(model_path), "--temperature", "0"]
+        command += ["--max_gen_len", "8000", "--dtype", "float32", "--device", "cpu", *arguments]
+        rows, columns = size
+        options.setdefault("env", {**os.environ, "XDG_STATE_HOME": tempfile.mkdtemp(), "TERM": "xterm-256color"})
+        self.process = in_terminal(command, dimensions=size, **options)
+        self._screen = pyte.HistoryScreen(columns, rows, history=1000)
+        self._screen.write_process_input = self.process.send  # a terminal is asked where its cursor is
+        self._stream = pyte.Stream(self._screen)
+        self.wait_for_prompt()
+
+    def read(self) -> list[str]:
+        """Everything that is on the screen now, without blank lines."""
+        with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
+            while received := self.process.read_nonblocking(65536, timeout=0.05):
+                self._stream.feed(received)
+        return [line.rstrip() for line in self._screen.display if line.strip()]
+
+    def scrolled_away(self) -> list[str]:
+        """What is above the screen."""
+        rows = self._screen.history.top
+        return ["".join(row[column].data for column in range(self._screen.columns)).rstrip() for row in rows]
+
+    def wait(self, what: str, is_there: Callable[[list[str]], bool], seconds: float = 20.0) -> list[str]:
+        """The screen as soon as a condition holds."""
+        deadline = time.monotonic() + seconds
+        while not is_there(lines := self.read()):
+            assert time.monotonic() < deadline, f"no {what} on the screen:\n" + "\n".join(lines)
+        return lines
+
+    def wait_for(self, text: str) -> None:
+        self.wait(repr(text), lambda lines: text in "\n".join(lines))
+
+    def wait_for_prompt(self, prompt: str = USER) -> list[str]:
+        return self.wait(repr(prompt), lambda lines: bool(lines) and lines[-1].endswith(prompt))
+
+    def press(self, keys: str) -> None:
+        self.process.send(keys)
+
+    def enter(self, text: str, prompt: str = USER) -> str:
+        """Enter a line on a clean screen, and return what is between it and the next prompt."""
+        self.press("\x0c")
+        self.wait("clean screen", lambda lines: len(lines) == 1)
+        self.press(f"{text}\r")
+        lines = self.wait(f"{prompt!r} after {text!r}", lambda lines: len(lines) > 1 and lines[-1].endswith(prompt))
+        return "\n".join(lines[1:-1])
+
+    def fail(self, text: str) -> str:
+        """What is said about a line that cannot be obeyed, and is there again to be mended."""
+        said = self.enter(text, f"{USER} {text}")
+        self.press("\x03")
+        self.wait_for_prompt()
+        return said
+
+    def ask(self, text: str) -> str:
+        """The answer to a message."""
+        return self.enter(text).partition("Assistant: ")[2]
+
+    def close(self) -> None:
+        self.process.close(force=True)
 
 
 @pytest.fixture(scope="module")
-def running_chat(parrot_checkpoint: Path) -> Iterator[pexpect.spawn]:
+def running_chat(parrot_checkpoint: Path) -> Iterator[Chat]:
     """One chat with the parrot for all tests that do not end it."""
-    child = spawn(parrot_checkpoint)
-    yield child
-    child.close(force=True)
+    chat = Chat(parrot_checkpoint)
+    yield chat
+    chat.close()
 
 
 @pytest.fixture
-def chat(running_chat: pexpect.spawn) -> pexpect.spawn:
+def chat(running_chat: Chat) -> Chat:
     """A chat with the parrot in which nothing was said yet."""
-    running_chat.sendline("new")
-    running_chat.expect("New conversation.")
-    running_chat.expect(USER)
+    assert running_chat.enter("new") == "New conversation."
     return running_chat
-
-
-def ask(chat: pexpect.spawn, text: str) -> str:
-    """Send a message; returns the answer."""
-    chat.sendline(text)
-    chat.expect("Assistant: ")
-    chat.expect(USER)
-    return chat.before.replace("\r\n", "\n").strip()
 
 
 # --- one-shot ---
@@ -83,6 +143,8 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--prompt", "Hi", "--image", "{text}"], "not an image file"),
         (["--prompt", "<image_placeholder>Hi"], "1 <image_placeholder> and 0 images."),
         (["--prompt", " "], "--prompt is empty"),
+        (["--json"], "--json is for --prompt"),
+        (["--image", "-"], "needs --prompt"),
         (["--prompt", "Hi", "--temperature", "-1"], "temperature must be"),
         (["--prompt", "Hi", "--max_gen_len", "0"], "max_new_tokens must be at least 1"),
         (["--prompt", "Hi", "--top_p", "seven"], "argument --top_p"),
@@ -105,6 +167,37 @@ def test_an_error_is_one_line_and_exit_code_1(
     assert message in result.stderr
     assert result.stderr.startswith("cli_chat.py: error: ")
     assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_one_shot_as_json(parrot_checkpoint: Path, colours: dict[str, Path]) -> None:
+    arguments = ["--model_path", parrot_checkpoint, "--temperature", 0, "--dtype", "float32", "--json"]
+    result = run_cli(*arguments, "--image", colours["red"], "--prompt", "<image_placeholder>Colour?")
+    answer = json.loads(result.stdout)
+    assert (answer["model"], answer["answer"], answer["finish_reason"]) == (
+        str(parrot_checkpoint),
+        "It is red.",
+        "stop",
+    )
+    assert answer["usage"]["prompt_tokens"] > 16
+    cut_short = json.loads(run_cli(*arguments, "--max_gen_len", 7, "--prompt", "Sing.").stdout)
+    assert (cut_short["finish_reason"], cut_short["usage"]["completion_tokens"]) == ("length", 7)
+
+
+def test_an_image_from_standard_input(parrot_checkpoint: Path, colours: dict[str, Path]) -> None:
+    arguments = ["--model_path", parrot_checkpoint, "--temperature", 0, "--dtype", "float32", "--image", "-"]
+    question = ["--prompt", "<image_placeholder>Colour?"]
+    assert run_cli(*arguments, *question, input=colours["blue"].read_bytes()).stdout == "It is blue.\n"
+    broken = run_cli(*arguments, *question, input=b"GIF89a")
+    assert (broken.returncode, broken.stderr.count("\n")) == (1, 1)
+    assert "Standard input is no image" in broken.stderr
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "cli_chat.py"), "--model_path", "nobody/no-such-model", "--prompt", "Hi"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "'nobody/no-such-model' is not a directory, and could not be fetched from the Hub" in result.stderr
 
 
 def test_a_reader_that_goes_away_is_no_traceback(parrot_checkpoint: Path) -> None:
@@ -134,6 +227,7 @@ def test_help_is_quick_and_names_every_flag() -> None:
         "dtype",
         "image",
         "prompt",
+        "json",
     ]
     assert result.returncode == 0
     assert all(f"--{flag}" in result.stdout for flag in flags)
@@ -141,87 +235,204 @@ def test_help_is_quick_and_names_every_flag() -> None:
 
 # --- interactive ---
 
+GREETING = "Grüße, 世界! 🙂🎉 All good."
 
-def test_two_turns_with_a_picture_each(chat: pexpect.spawn, colours: dict[str, Path]) -> None:
+
+def test_a_picture_asked_for(chat: Chat, colours: dict[str, Path]) -> None:
     for name in ("red", "blue"):
-        chat.sendline("new")  # the parrot has learnt first turns only
-        chat.expect(USER)
-        chat.sendline("<image_placeholder>Colour?")
-        chat.expect(re.escape("(1/1) Input the image file path: "))
-        assert ask(chat, str(colours[name])) == f"It is {name}."
+        chat.enter("new")  # the parrot has learnt first turns only
+        assert chat.enter("<image_placeholder>Colour?", f"(1/1) {PATH}") == ""
+        assert chat.ask(str(colours[name])) == f"It is {name}."
 
 
-def test_images_stay_in_the_conversation_until_new(chat: pexpect.spawn, colours: dict[str, Path]) -> None:
-    chat.sendline("<image_placeholder>Colour?")
-    chat.expect("file path: ")
-    assert ask(chat, str(colours["red"])) == "It is red."
-    ask(chat, "And now?")  # a second turn over the first one's image
-    chat.sendline("new")
-    chat.expect("New conversation.")
-    chat.expect(USER)
-    assert ask(chat, "Greet me.") == "Grüße, 世界! 🙂🎉 All good."
+def test_images_stay_in_the_conversation_until_new(chat: Chat, colours: dict[str, Path], tmp_path: Path) -> None:
+    chat.enter("<image_placeholder>Colour?", PATH)
+    assert chat.ask(str(colours["red"])) == "It is red."
+    chat.ask("Greet me.")  # a second turn over the first one's image
+    assert chat.enter(f"save {tmp_path / 'chat.json'}").startswith("Saved 2 turn(s)")
+    first = json.loads((tmp_path / "chat.json").read_text())[0]["messages"][0]
+    assert load_image(first["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert chat.enter("new") == "New conversation."
+    assert chat.ask("Greet me.") == GREETING
 
 
-def test_paths_with_quotes_spaces_and_mistakes(chat: pexpect.spawn, colours: dict[str, Path]) -> None:
-    chat.sendline("<image_placeholder>Colour?")
-    chat.expect("file path: ")
-    chat.sendline("/no/such/picture.png")
-    chat.expect("'/no/such/picture.png': there is no such file")
-    chat.expect(re.escape("(1/1) Input the image file path: "))
-    chat.sendline(str(ROOT / "setup.py"))
-    chat.expect("not an image file")
-    chat.expect("file path: ")
-    chat.sendline("")
-    chat.expect("file path: ")
-    assert ask(chat, f"  '{colours['blue']}'   ") == "It is blue."
+def test_paths_with_quotes_spaces_and_mistakes(chat: Chat, colours: dict[str, Path]) -> None:
+    chat.enter("<image_placeholder>Colour?", PATH)
+    assert "'/no/such/picture.png': there is no such file" in chat.enter("/no/such/picture.png", PATH)
+    assert "not an image file" in chat.enter(str(ROOT / "setup.py"), PATH)
+    assert chat.enter("", PATH) == ""
+    assert chat.ask(f"  '{colours['blue']}'   ") == "It is blue."
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{path} Colour?",  # spaces and all, as it is typed
+        "Colour? {path}",
+        "'{path}' Colour?",  # as GNOME's terminal drops a file
+        '"{path}"  Colour?',
+        "{escaped} Colour?",  # as macOS' terminal does
+        "file://{percent} Colour?",
+        "<image_placeholder>Colour? {path}",
+    ],
+)
+def test_a_path_in_the_message_brings_the_image(written: str, chat: Chat, colours: dict[str, Path]) -> None:
+    path = colours["red"]
+    forms = {"path": path, "escaped": str(path).replace(" ", r"\ "), "percent": str(path).replace(" ", "%20")}
+    answer = chat.enter(written.format(**forms))
+    # The parrot knows the question without a line break between the image and the text; what it says is another test's.
+    assert answer.startswith(f"[image 1: {path}, 50x40]\nAssistant: ")
+    if written.startswith("<image_placeholder>"):
+        assert answer.endswith("It is red.")
+
+
+def test_an_image_without_a_word_waits_for_the_message(chat: Chat, colours: dict[str, Path]) -> None:
+    shown = chat.enter(str(colours["blue"]))
+    assert shown == f"[image 1: {colours['blue']}, 50x40]\n1 image(s) will go with your next message."
+    assert chat.ask("<image_placeholder>Colour?") == "It is blue."
+
+
+def test_an_image_from_the_web(chat: Chat, colours: dict[str, Path]) -> None:
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(colours["red"].parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        assert chat.ask(f"<image_placeholder>Colour? {base}/red%20square.png") == "It is red."
+        chat.enter("new")
+        assert "answers with status 404" in chat.fail(f"What is {base}/none.png")
+        chat.enter("<image_placeholder>Colour?", PATH)
+        assert chat.ask(f"{base}/blue%20square.png") == "It is blue."
+        server.shutdown()
+
+
+def test_a_message_that_cannot_be_sent_is_there_to_be_mended(chat: Chat, colours: dict[str, Path]) -> None:
+    wrong = str(colours["red"]).replace("red", "rod").replace(" ", r"\ ")
+    chat.press("\x0c")
+    chat.press(f"<image_placeholder>Colour? {wrong}\r")
+    chat.wait_for("there is no such file")
+    chat.wait_for_prompt(wrong)
+    chat.press("\x1b[D" * len("od\\ square.png") + "\x7f" + "re" + "\x1b[3~" + "\r")
+    chat.wait_for("It is red.")
+    chat.wait_for_prompt()
 
 
 def test_the_home_directory_is_expanded(parrot_checkpoint: Path, colours: dict[str, Path]) -> None:
-    home = {"HOME": str(colours["red"].parent), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-    child = spawn(parrot_checkpoint, env=home)
-    child.sendline("<image_placeholder>Colour?")
-    child.expect("file path: ")
-    assert ask(child, '"~/red square.png"') == "It is red."
-    child.close(force=True)
+    home = {"HOME": str(colours["red"].parent), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TERM": "xterm"}
+    chat = Chat(parrot_checkpoint, env=home)
+    chat.enter("<image_placeholder>Colour?", PATH)
+    assert chat.ask('"~/red square.png"') == "It is red."
+    chat.close()
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(chat: pexpect.spawn) -> None:
-    chat.sendline("Sing.")
-    chat.expect("la la la la")
-    interrupt(chat, r"\[stopped\]")
-    chat.expect(USER)
-    chat.sendline("new")
-    chat.expect(USER)
-    assert ask(chat, "Greet me.") == "Grüße, 世界! 🙂🎉 All good."
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(chat: Chat) -> None:
+    chat.press("Sing.\r")
+    chat.wait_for("la la la la")
+    chat.press("\x03")
+    chat.wait_for("[stopped]")
+    chat.wait_for_prompt()
+    chat.enter("new")
+    assert chat.ask("Greet me.") == GREETING
 
 
-def test_ctrl_c_at_a_prompt_forgets_the_line(chat: pexpect.spawn) -> None:
-    chat.send("Half a mess")
-    chat.expect("Half a mess")
-    interrupt(chat, USER)
-    chat.sendline("<image_placeholder>Colour?")
-    chat.expect("file path: ")
-    interrupt(chat, USER)
-    assert ask(chat, "Greet me.") == "Grüße, 世界! 🙂🎉 All good."
+def test_ctrl_c_at_a_prompt_forgets_the_line(chat: Chat) -> None:
+    chat.press("Half a mess")
+    chat.wait_for("Half a mess")
+    chat.press("\x03")
+    chat.wait_for_prompt()
+    chat.enter("<image_placeholder>Colour?", PATH)
+    chat.press("\x03")
+    chat.wait_for_prompt()
+    assert chat.ask("Greet me.") == GREETING
 
 
-def test_stop_words_of_the_template_are_not_shown(chat: pexpect.spawn) -> None:
-    assert ask(chat, "What do you say?") == "One thing."
+def test_stop_words_of_the_template_are_not_shown(chat: Chat) -> None:
+    assert chat.ask("What do you say?") == "One thing."
 
 
-def test_line_editing_and_history(chat: pexpect.spawn) -> None:
-    assert ask(chat, "Greet me.X\x7f") == "Grüße, 世界! 🙂🎉 All good."  # backspace
-    chat.sendline("new")
-    chat.expect(USER)
-    assert ask(chat, "\x1b[A\x1b[A") == "Grüße, 世界! 🙂🎉 All good."  # two lines up: the question again
+def test_line_editing(chat: Chat) -> None:
+    assert chat.ask("Greet me.X\x7f") == GREETING  # backspace
+    chat.enter("new")
+    assert chat.ask("\x1b[A\x1b[A") == GREETING  # two lines up: the question again
 
 
-def test_help_and_empty_lines(chat: pexpect.spawn) -> None:
-    chat.sendline("help")
-    chat.expect("forget the conversation")
-    chat.expect(USER)
-    chat.sendline("   ")
-    chat.expect(USER)
+def test_history_outlives_the_chat(parrot_checkpoint: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color"}
+    for keys in ("Greet me.", "\x1b[A\x1b[A"):  # the last line is `exit`
+        chat = Chat(parrot_checkpoint, env=environment)
+        assert chat.ask(keys) == GREETING
+        chat.press("exit\r")
+        chat.process.expect(pexpect.EOF)
+    assert (tmp_path / "deepseek_vl" / "history").stat().st_mode & 0o077 == 0
+
+
+def test_tab_completes_the_paths_of_images(chat: Chat, colours: dict[str, Path]) -> None:
+    directory = colours["red"].parent
+    (directory / "blue notes.txt").write_text("no image")
+    chat.press(f"<image_placeholder>Colour? {directory.parent}/my\t")
+    chat.wait_for_prompt("/my pictures/")
+    chat.press("bl\t")  # one picture's name begins so
+    chat.wait_for_prompt("blue square.png")
+    chat.press("\r")
+    chat.wait_for("It is blue.")
+    chat.wait_for_prompt()
+
+
+def test_retry_and_undo(chat: Chat, tmp_path: Path) -> None:
+    assert "no message to take back" in chat.enter("undo")
+    assert "no answer yet" in chat.enter("retry")
+    assert chat.ask("Greet me.") == GREETING
+    assert chat.ask("retry") == GREETING
+    chat.ask("What do you say?")
+    assert chat.enter("undo") == "The last message is taken back."
+    chat.enter(f"save {tmp_path / 'chat.jsonl'}")
+    row = json.loads((tmp_path / "chat.jsonl").read_text())
+    assert row == {"messages": [{"role": "User", "content": "Greet me."}, {"role": "Assistant", "content": GREETING}]}
+
+
+def test_save_and_load(chat: Chat, colours: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "my chat.json"
+    assert "no conversation yet" in chat.fail(f"save '{file}'")
+    chat.ask(f"<image_placeholder>Colour? {colours['red']}")
+    assert chat.enter(f"save '{file}'") == f"Saved 1 turn(s) to {file}."
+    assert len(list(read_rows(file))) == 1
+    chat.enter("new")
+    assert chat.enter(f"load '{file}'").endswith("The last answer was:\nAssistant: It is red.")
+    assert chat.ask("retry") == "It is red."  # the image has come back
+    for name, reason in (("photo.png", "not as"), ("no/such/chat.json", "Cannot write")):
+        assert reason in chat.fail(f"save {tmp_path / name}")
+    assert not (tmp_path / "photo.png").exists()
+    assert "There is no data file" in chat.fail(f"load {tmp_path / 'none.json'}")
+    assert chat.enter("undo") == "The last message and its 1 image(s) are taken back."
+
+
+def test_help_empty_lines_and_words_that_are_no_command(chat: Chat) -> None:
+    assert "forget the conversation" in chat.enter("help")
+    assert chat.enter("   ") == ""
+    assert "Assistant:" in chat.enter("save the whales, don't forget the pandas")
+
+
+def test_an_answer_is_shown_as_markdown(chat: Chat, tmp_path: Path) -> None:
+    answer = "A **bold** word.\nA second line.\n\n- one\n- two\n\n```python\nx  =  1\n\ny = 2\n```\n\nThe end.\x07"
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    shown = chat.enter(f"load {tmp_path / 'chat.jsonl'}").partition("Assistant: ")[2].split("\n")
+    assert [line.strip() for line in shown] == [
+        "A bold word.", "A second line.", "• one", "• two", "x  =  1", "y = 2", "The end."
+    ]  # fmt: skip
+
+
+def test_a_long_answer_is_whole_in_a_low_terminal(parrot_checkpoint: Path) -> None:
+    """The answer is taller than the screen while it comes; in the end all of it has been printed, once."""
+    chat = Chat(parrot_checkpoint, "--max_gen_len", "300", size=(8, 60))
+    chat.press("Sing.\r")
+    chat.wait_for("la la")
+    screen = chat.wait_for_prompt()
+    everything = " ".join([*chat.scrolled_away(), *screen])
+    assert everything.count("Assistant:") == 1
+    answer = everything.partition("Assistant: ")[2].partition("User [")[0]
+    chat.close()
+    arguments = ["--temperature", 0, "--dtype", "float32", "--max_gen_len", 300, "--prompt", "Sing."]
+    assert answer.split() == run_cli("--model_path", parrot_checkpoint, *arguments).stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -229,25 +440,34 @@ def test_help_and_empty_lines(chat: pexpect.spawn) -> None:
     [("message", "exit"), ("message", "end of input"), ("image path", "exit"), ("image path", "end of input")],
 )
 def test_leaving(at: str, how: str, parrot_checkpoint: Path) -> None:
-    child = spawn(parrot_checkpoint)
+    chat = Chat(parrot_checkpoint)
     if at == "image path":
-        child.sendline("<image_placeholder>Colour?")
-        child.expect("file path: ")
-    if how == "exit":
-        child.sendline("exit")
-    else:
-        child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+        chat.enter("<image_placeholder>Colour?", PATH)
+    chat.press("exit\r" if how == "exit" else "\x04")
+    chat.process.expect(pexpect.EOF)
+    chat.process.close()
+    assert chat.process.exitstatus == 0
 
 
 def test_an_error_while_answering_keeps_the_chat(siglip_checkpoint: Path) -> None:
     """This model has 1024 positions."""
-    child = spawn(siglip_checkpoint)
-    assert "no room for an answer" in ask(child, "~" * 3000)
-    assert "Error" not in ask(child, "Hi.")
-    child.close(force=True)
+    chat = Chat(siglip_checkpoint)
+    chat.press("~" * 3000 + "\r")
+    chat.wait_for("no room for an answer")
+    chat.press("\x03")
+    chat.wait_for_prompt()
+    assert "Error" not in chat.enter("Hi.")
+    chat.close()
+
+
+def test_a_dumb_terminal_gets_plain_text(parrot_checkpoint: Path) -> None:
+    arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(parrot_checkpoint), "--temperature", "0"]
+    process = in_terminal([*arguments, "--dtype", "float32"], env={**os.environ, "TERM": "dumb"})
+    process.expect(re.escape(USER))
+    process.sendline("Greet me.")
+    process.expect(re.escape(f"Assistant: {GREETING}\r\n"))
+    assert "\x1b" not in process.before + process.after
+    process.close(force=True)
 
 
 def test_images_on_the_command_line_go_with_the_first_message(

@@ -13,9 +13,9 @@ from PIL import Image
 
 from deepseek_vl.serve.chat import ChatSession
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.train.data import TrainingRow, parse_row
 from deepseek_vl.train.evaluate import EvaluatedAnswer, Evaluation, Score, evaluate, main
 from deepseek_vl.utils.io import load_image, load_pretrained_model
+from deepseek_vl.utils.rows import TrainingRow, parse_row
 
 COMMAND = ["-m", "deepseek_vl.train.evaluate"]
 FILES = ["answers.jsonl", "confusion.png", "summary.json", "table.md"]

@@ -1,6 +1,7 @@
 """The engine: streaming, stopping, stop words, errors, sampling."""
 
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from deepseek_vl.serve.inference import (
     stream_answer,
 )
 from deepseek_vl.serve.text import StopWordFilter
+from deepseek_vl.train.data import load_data
 from deepseek_vl.utils.conversation import get_conv_template
 from deepseek_vl.utils.io import load_image
 
@@ -454,3 +456,102 @@ def test_count_tokens_is_the_processors_length(session: ChatSession, colours: di
     messages = messages_of("<image_placeholder>Colour?", load_image(colours["red"]))
     inputs = session.processor(conversations=messages, images=messages[0]["images"])
     assert session.count_tokens(messages) == inputs.input_ids.shape[1]
+
+
+def test_a_session_says_how_its_answer_ended(session: ChatSession) -> None:
+    assert session.answer is None
+    list(session.ask("Greet me."))
+    assert session.answer.finish_reason == "stop"
+    session.reset()
+    list(session.ask("Sing."))
+    assert (session.answer.finish_reason, session.answer.completion_tokens) == ("length", 200)
+
+
+def test_retry_takes_the_answers_place(session: ChatSession) -> None:
+    with pytest.raises(ValueError, match="no answer yet"):
+        list(session.retry())
+    list(session.ask("Greet me."))
+    before = list(session.messages)
+    assert "".join(session.retry()).strip() == PARROT_ANSWERS["Greet me."]
+    assert session.messages == before
+
+
+def test_an_answer_stays_where_there_is_no_other(session: ChatSession) -> None:
+    session.messages = [
+        {"role": "User", "content": "~" * 20_000, "images": []},
+        {"role": "Assistant", "content": "That is long."},
+    ]
+    before = list(session.messages)
+    with pytest.raises(ValueError, match="no room for an answer"):
+        list(session.retry())
+    assert session.messages == before
+
+
+def test_special_tokens_that_a_user_types_are_text(session: ChatSession) -> None:
+    end = session.processor.tokenizer.eos_token
+    list(session.ask(f"A{end}B"))
+    assert session.messages[0]["content"] == f"A{end}B"
+    plain = session.count_tokens([{"role": "User", "content": "AB"}])
+    assert session.count_tokens([{"role": "User", "content": f"A{end}B"}]) > plain + 5  # spelt out
+
+
+def test_old_turns_are_left_out_beyond_the_history_wanted(session: ChatSession, colours: dict[str, Path]) -> None:
+    list(session.ask("<image_placeholder>Colour?", [load_image(colours["red"])]))
+    list(session.ask("Greet me."))
+    assert session.dropped_turns == 0
+    session.max_history_tokens = session.count_tokens([{"role": "User", "content": "Greet me."}])
+    assert "".join(session.ask("Greet me.")).strip() == PARROT_ANSWERS["Greet me."]
+    assert session.dropped_turns == 2
+    assert len(session.messages) == 6  # they are left out, not lost
+
+
+def test_a_saved_session_is_training_data_and_goes_on(
+    session: ChatSession, colours: dict[str, Path], tmp_path: Path
+) -> None:
+    image = load_image(colours["blue"])
+    list(session.ask("<image_placeholder>Colour?", [image]))
+    list(session.ask("Greet me."))
+    for name in ("chat.json", "chat.jsonl"):
+        session.save(tmp_path / name)
+        row = next(iter(load_data(tmp_path / name, session.processor)[0]))
+        assert [message["content"] for message in row.messages] == [m["content"] for m in session.messages]
+        other = ChatSession(session.model, session.processor, session.settings)
+        other.load(tmp_path / name)
+        assert [(m["role"], m["content"]) for m in other.messages] == [
+            (m["role"], m["content"]) for m in session.messages
+        ]
+        assert other.messages[0]["images"][0].tobytes() == image.tobytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["chat.json", "chat.jsonl"]
+
+
+def test_a_loaded_system_text_is_the_sessions(session: ChatSession, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "row.jsonl").write_text(json.dumps({"system": "Be brief.", "messages": messages}))
+    session.load(tmp_path / "row.jsonl")
+    assert session.system_prompt == "Be brief."
+    session.save(tmp_path / "again.jsonl")
+    assert json.loads((tmp_path / "again.jsonl").read_text())["system"] == "Be brief."
+    session.reset()
+    assert session.system_prompt == session.processor.system_prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "has 0 conversations"),
+        ("[]\n[]\n", "has 2 conversations"),
+        ("not JSON", "not JSON"),
+        ('[{"role": "user", "content": "Hi."}]', "the answer to learn is missing"),
+        ('[{"role": "user", "content": "<image_placeholder>", "images": ["none.png"]}, '
+         '{"role": "assistant", "content": "Hi."}]', "there is no such file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_loaded_changes_nothing(
+    text: str, error: str, session: ChatSession, tmp_path: Path
+) -> None:
+    list(session.ask("Greet me."))
+    before = list(session.messages)
+    (tmp_path / "row.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=error):
+        session.load(tmp_path / "row.jsonl")
+    assert session.messages == before

@@ -24,10 +24,10 @@ from deepseek_vl.serve.chat import ChatSession
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.train.__main__ import main
 from deepseek_vl.train.collator import TrainingCollator
-from deepseek_vl.train.data import read_rows
 from deepseek_vl.train.lora import merge
 from deepseek_vl.train.trainer import last_checkpoint
 from deepseek_vl.utils.io import load_pretrained_model
+from deepseek_vl.utils.rows import read_rows
 
 TAG = "<image_placeholder>"
 SAM, SIGLIP = "vision_model.vision_tower_high.", "vision_model.vision_tower_low."

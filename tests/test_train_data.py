@@ -11,19 +11,9 @@ import pytest
 from conftest import EOS, make_picture
 
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.train.data import (
-    BadRow,
-    ConversationDataset,
-    DataError,
-    TrainingRow,
-    check_data,
-    check_row,
-    load_data,
-    parse_row,
-    read_rows,
-    render,
-)
+from deepseek_vl.train.data import ConversationDataset, check_data, check_row, load_data, render
 from deepseek_vl.utils.io import load_pil_images
+from deepseek_vl.utils.rows import BadRow, DataError, TrainingRow, parse_row, read_rows
 
 TAG = "<image_placeholder>"
 

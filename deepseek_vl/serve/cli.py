@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.command import OneLineParser
+from deepseek_vl.utils.rows import IMAGE_TAG
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from deepseek_vl.serve.chat import ChatSession
+    from deepseek_vl.serve.terminal import Screen
 
-IMAGE_TAG = "<image_placeholder>"
 USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
 HELP = f"""\
-Write a message and press Enter. Put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
-  new    forget the conversation and start again
-  help   show this text
-  exit   leave (so does Ctrl-D)
+Write a message and press Enter. An image's path or web address in it brings the image along: type it, paste it, or drop
+the file here. Or put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
+  retry       answer the last message again
+  undo        take the last message and its answer back
+  new         forget the conversation and start again
+  save FILE   write the conversation to a .json or .jsonl file
+  load FILE   go on with a conversation from such a file
+  help        show this text
+  exit        leave (so does Ctrl-D)
 Ctrl-C stops an answer, or forgets the message you are writing."""
 
 
@@ -41,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_path",
         default="deepseek-ai/deepseek-vl-7b-chat",
-        help="checkpoint directory, or id on the Hugging Face Hub (default: %(default)s)",
+        help="checkpoint directory, id on the Hugging Face Hub, or tiny, which comes with the package "
+        "(default: %(default)s)",
     )
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy decoding (default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (default: %(default)s)")
@@ -54,9 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
     )
     parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="PATH", help="images for the first message"
-    )
+        "--image", nargs="+", action="extend", default=[], metavar="PATH",
+        help="images for the first message: paths, web addresses, or - for standard input",
+    )  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one message on standard output, and exit")
+    parser.add_argument(
+        "--json", action="store_true", help="with --prompt: answer, finish reason and token counts as a JSON object"
+    )
     return parser
 
 
@@ -86,25 +98,46 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--prompt is empty.")
     if one_shot and args.prompt.count(IMAGE_TAG) > len(args.image):
         raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG} and {len(args.image)} images.")
+    if args.json and not one_shot:
+        raise ValueError("--json is for --prompt.")
+    if "-" in args.image and (not one_shot or args.image.count("-") > 1):
+        raise ValueError("--image - reads one image from standard input, and needs --prompt.")
     if not one_shot:
         print(f"Loading {args.model_path} ...", flush=True)
     with _import_interruptible():
-        from deepseek_vl.utils.io import load_image, load_pretrained_model, pick_device, pick_dtype
+        from deepseek_vl.serve.attachments import open_image
+        from deepseek_vl.utils.io import load_pretrained_model, pick_device, pick_dtype
 
         device = pick_device(args.device)
         dtype = pick_dtype(device, args.dtype)
-        images = [load_image(path) for path in args.image]
+        images = [open_image(source) for source in args.image]
         _be_quiet(progress=not one_shot and sys.stderr.isatty())
         from deepseek_vl.serve.chat import ChatSession
+        from deepseek_vl.serve.terminal import pick_screen, write_pieces
 
     _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype)
     session = ChatSession(model, processor, settings)
-    if one_shot:
-        _print_answer(session.ask(args.prompt, images))
+    if args.json:
+        print(json.dumps(_answer_object(args.model_path, session, args.prompt, images), ensure_ascii=False))
+    elif one_shot:
+        write_pieces(session.ask(args.prompt, images))
     else:
-        print(f"It runs on {device} in {str(dtype).removeprefix('torch.')}.\n\n{HELP}")
-        _chat(session, images)
+        screen = pick_screen()
+        screen.say(f"It runs on {device} in {str(dtype).removeprefix('torch.')}.\n\n{HELP}")
+        _Chat(session, screen, images).run()
     return 0
+
+
+def _answer_object(model_path: str, session: ChatSession, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
+    """One answer and what there is to know about it."""
+    text = "".join(session.ask(prompt, images)).strip()
+    answer = session.answer
+    return {
+        "model": model_path,
+        "answer": text,
+        "finish_reason": answer.finish_reason,
+        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens},
+    }
 
 
 @contextlib.contextmanager
@@ -132,89 +165,127 @@ def _be_quiet(progress: bool) -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _chat(session: ChatSession, images: list[Image.Image]) -> None:
-    """The interactive loop. `images` belong to the first message."""
-    with contextlib.suppress(ImportError):  # line editing and history; not on every platform
-        import readline  # noqa: F401
-    if images:
-        print(f"{len(images)} image(s) will go with your first message.")
-    while True:
+class _Chat:
+    """The interactive loop.
+
+    Args:
+        images: belong to the first message.
+    """
+
+    def __init__(self, session: ChatSession, screen: Screen, images: list[Image.Image]):
+        self.session = session
+        self.screen = screen
+        self.images = images
+        self.unsent = ""  # what could not be sent, to be mended
+
+    def run(self) -> None:
+        """Read and answer until the user leaves."""
+        if self.images:
+            self.screen.say(f"{len(self.images)} image(s) will go with your first message.")
+        while True:
+            try:
+                text, self.unsent = self._read(USER_PROMPT, self.unsent), ""
+                if text and not self._obey(text):
+                    self._send(text)
+            except KeyboardInterrupt:  # at a prompt: forget the line
+                self.unsent = ""
+                self.screen.say("")
+            except _Exit:
+                return
+            except Exception as error:
+                self.screen.say(f"Error: {_one_line(error)}")
+                self.unsent = text if len(text.split()) > 1 else ""
+
+    def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        """One line of input, stripped.
+
+        Raises:
+            _Exit: at `exit` and at the end of the input.
+        """
         try:
-            text = _read(USER_PROMPT)
-            if text.lower() == "help":
-                print(HELP)
-            elif text.lower() == "new":
+            text = self.screen.read(prompt, default, path).strip()
+        except EOFError:
+            self.screen.say("")
+            raise _Exit from None
+        if text.lower() == "exit":
+            raise _Exit
+        return text
+
+    def _obey(self, text: str) -> bool:
+        """Whether it was a command, which then is done."""
+        say, session = self.screen.say, self.session
+        match [text.split(maxsplit=1)[0].lower(), *_words(text)[1:]]:
+            case ["help"]:
+                say(HELP)
+            case ["new"]:
                 session.reset()
-                print("New conversation.")
-            elif text:
-                asked = [_read_image(i, text.count(IMAGE_TAG)) for i in range(len(images), text.count(IMAGE_TAG))]
-                if _answer(session, text, images + asked):
-                    images = []
-        except KeyboardInterrupt:  # at a prompt: forget the line
-            print()
-        except _Exit:
+                say("New conversation.")
+            case ["undo"]:
+                images = len(session.undo()["images"])
+                say("The last message" + (f" and its {images} image(s) are" if images else " is") + " taken back.")
+            case ["retry"]:
+                self._answer(session.retry())
+            case ["save", path]:
+                session.save(path)
+                say(f"Saved {len(session.messages) // 2} turn(s) to {path}.")
+            case ["load", path]:
+                session.load(path)
+                say(f"Loaded {len(session.messages) // 2} turn(s) from {path}. The last answer was:")
+                self.screen.answer(message["content"] for message in session.messages[-1:])
+            case _:
+                return False
+        return True
+
+    def _send(self, text: str) -> None:
+        """Answer a message with its images: those that wait for it, those it names, and those it has tags for."""
+        from deepseek_vl.serve.attachments import open_image, take_images
+
+        rest, sources = take_images(text, IMAGE_TAG)
+        named = [open_image(source) for source in sources]
+        for number, (source, image) in enumerate(zip(sources, named, strict=True), len(self.images) + 1):
+            self.screen.say(f"[image {number}: {source}, {image.width}x{image.height}]")
+        images = self.images + named
+        if not rest:
+            self.images = images
+            self.screen.say(f"{len(images)} image(s) will go with your next message.")
             return
+        total = rest.count(IMAGE_TAG)
+        images += [self._read_image(number, total) for number in range(len(images) + 1, total + 1)]
+        self._answer(self.session.ask(rest, images))
+        self.images = []
 
+    def _read_image(self, number: int, total: int) -> Image.Image:
+        """Ask for one image until there is one that can be read."""
+        from deepseek_vl.serve.attachments import open_image, take_images
+        from deepseek_vl.utils.io import ImageLoadError
 
-def _read(prompt: str) -> str:
-    """One line of input, stripped.
+        while True:
+            path = self._read(f"({number}/{total}) Input the image file path: ", path=True)
+            try:
+                if path:
+                    rest, sources = take_images(path, IMAGE_TAG)
+                    return open_image(path.strip("'\"") if rest or len(sources) != 1 else sources[0])
+            except ImageLoadError as error:
+                self.screen.say(str(error))
 
-    Raises:
-        _Exit: at `exit` and at the end of the input.
-    """
-    try:
-        text = input(prompt).strip()
-    except EOFError:
-        print()
-        raise _Exit from None
-    if text.lower() == "exit":
-        raise _Exit
-    return text
-
-
-def _read_image(index: int, total: int) -> Image.Image:
-    """Ask for the path of one image until there is one that can be read."""
-    from deepseek_vl.utils.io import ImageLoadError, load_image
-
-    while True:
-        path = _read(f"({index + 1}/{total}) Input the image file path: ")
-        if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-            path = path[1:-1].strip()
-        if not path:
-            continue
+    def _answer(self, pieces: Iterator[str]) -> None:
+        """Show an answer; Ctrl-C stops it."""
         try:
-            return load_image(Path(path))
-        except ImageLoadError as error:
-            print(error)
+            self.screen.answer(pieces)
+        except KeyboardInterrupt:
+            self.screen.say("[stopped]")
+        if self.session.dropped_turns:
+            self.screen.say(
+                f"[the oldest {self.session.dropped_turns} turn(s) no longer fit the model's context and were left out]"
+            )
 
 
-def _answer(session: ChatSession, text: str, images: list[Image.Image]) -> bool:
-    """Print the answer to one message; Ctrl-C stops it, and an error is reported, without ending the chat.
-
-    Returns whether there was no error.
-    """
-    print("Assistant: ", end="", flush=True)
+def _words(text: str) -> list[str]:
+    """The words of a command, which may be quoted; `[""]` for what cannot be one."""
     try:
-        _print_answer(session.ask(text, images))
-    except KeyboardInterrupt:
-        print("\n[stopped]")
-    except Exception as error:
-        print(f"\nError: {_one_line(error)}")
-        return False
-    if session.dropped_turns:
-        print(f"[the oldest {session.dropped_turns} turn(s) no longer fit the model's context and were left out]")
-    return True
-
-
-def _print_answer(pieces: Iterator[str]) -> None:
-    """Print pieces as they come, without the space that the first begins with."""
-    clean: Callable[[str], str] = str.lstrip
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            if shown := clean(piece):
-                clean = str
-                print(shown, end="", flush=True)
-    print()
+        return shlex.split(text)
+    except ValueError:  # an apostrophe
+        return [""] * 3
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ space aside.
 """
 
 import argparse
-import copy
 import json
 import logging
 import sys
@@ -23,9 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.chat import ChatSession
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.train.data import TrainingRow, load_data, read_rows
+from deepseek_vl.train.data import load_data
 from deepseek_vl.utils.command import OneLineParser, run_command
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model, pick_device, pick_dtype
+from deepseek_vl.utils.rows import TrainingRow, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -309,10 +309,9 @@ def _ask(
     history: str,
 ) -> Iterator[EvaluatedAnswer]:
     """The answers to one row's questions."""
-    if row.system is not None:
-        processor = copy.copy(processor)
-        processor.system_prompt = row.system
     session = ChatSession(model, processor, settings)
+    if row.system is not None:
+        session.system_prompt = row.system
     messages = [{**message, "images": load_pil_images([message])} for message in row.messages]
     for number in _asked(types, history):
         question, expected = messages[2 * number], messages[2 * number + 1]["content"].strip()

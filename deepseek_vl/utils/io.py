@@ -102,6 +102,13 @@ def _refuse_bomb(name: str, image: Image.Image, max_pixels: int | None) -> None:
         )
 
 
+def image_data_url(image: Image.Image) -> str:
+    """An image as a `data:image/png;base64,` string, which `load_image` reads back pixel for pixel."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
 def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
     """The RGB images of a conversation's messages, in reading order.
 

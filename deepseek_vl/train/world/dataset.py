@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from deepseek_vl.train.data import TrainingRow
 from deepseek_vl.train.world.draw import draw
 from deepseek_vl.train.world.questions import Turn, ask, ask_two, describe, small_talk
 from deepseek_vl.train.world.scene import Picture, sample_picture
+from deepseek_vl.utils.rows import TrainingRow
 
 TAG = "<image_placeholder>"
 KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2}

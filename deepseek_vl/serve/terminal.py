@@ -1,0 +1,207 @@
+"""What the chat reads from and writes to: a terminal with its comforts, or plain streams without any control code."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+from deepseek_vl.serve.attachments import EXTENSIONS
+
+ANSWER = "Assistant: "
+
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
+_PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:~|\.{1,2})?/")
+
+
+class Screen(Protocol):
+    """Where a chat takes place."""
+
+    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        """A line of input.
+
+        Args:
+            prompt: what is asked.
+            default: text to begin with, where it can be edited.
+            path: whether it is a path rather than a message.
+
+        Raises:
+            EOFError: at the end of the input.
+            KeyboardInterrupt: at Ctrl-C.
+        """
+
+    def say(self, text: str) -> None:
+        """A line of the program's own."""
+
+    def answer(self, pieces: Iterator[str]) -> None:
+        """The assistant's answer, as it comes."""
+
+
+class PlainScreen:
+    """Standard input and output, as they are."""
+
+    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        return input(prompt)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def answer(self, pieces: Iterator[str]) -> None:
+        print(ANSWER, end="", flush=True)
+        try:
+            write_pieces(pieces)
+        except BaseException:
+            print(flush=True)
+            raise
+
+
+class TerminalScreen:
+    """A terminal: line editing, history across runs, completion of paths, and answers shown as the Markdown they are.
+
+    Args:
+        history: the file that keeps what was typed.
+    """
+
+    def __init__(self, history: Path):
+        self._console = Console(highlight=False)
+        self._messages: PromptSession[str] = PromptSession(
+            history=_open_history(history), completer=MessageCompleter(), complete_while_typing=False
+        )
+        self._paths: PromptSession[str] = PromptSession(
+            completer=_Paths(file_filter=_may_be_image), complete_while_typing=False
+        )
+
+    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        return (self._paths if path else self._messages).prompt(prompt, default=default)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def answer(self, pieces: Iterator[str]) -> None:
+        # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
+        text = f"**{ANSWER.strip()}** "
+        try:
+            with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
+                for piece in _without_first_space(pieces):
+                    text += piece.translate(_CONTROL)
+                    done, text = split_finished(text)
+                    if done:
+                        live.console.print(_markdown(done))
+                    live.update(_Tail(text))
+        finally:
+            self._console.print(_markdown(text))
+
+
+def write_pieces(pieces: Iterator[str]) -> None:
+    """An answer on standard output, without the space that the first piece begins with."""
+    with contextlib.closing(pieces):
+        for piece in _without_first_space(pieces):
+            print(piece, end="", flush=True)
+    print()
+
+
+def _without_first_space(pieces: Iterable[str]) -> Iterator[str]:
+    clean: Callable[[str], str] = str.lstrip
+    for piece in pieces:
+        if shown := clean(piece):
+            clean = str
+            yield shown
+
+
+def pick_screen() -> Screen:
+    """A terminal if input and output are one, plain streams otherwise."""
+    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return TerminalScreen(Path(os.path.expanduser(state)) / "deepseek_vl" / "history")  # noqa: PTH111
+    with contextlib.suppress(ImportError):  # line editing; not on every platform
+        import readline  # noqa: F401
+    return PlainScreen()
+
+
+def split_finished(text: str) -> tuple[str, str]:
+    """Markdown -> (the paragraphs that no more text can change, the rest)."""
+    for match in reversed(list(re.finditer(r"\n\n(?=\S)", text))):
+        if len(_FENCE.findall(text, 0, match.start())) % 2 == 0:
+            return text[: match.start()], text[match.end() :]
+    return "", text
+
+
+def _markdown(text: str) -> Markdown:
+    """Text for the terminal; unlike in Markdown, its lines stay lines, as they are in what a model reads aloud."""
+    lines, fenced = [], False
+    for line in text.split("\n"):
+        fenced ^= bool(_FENCE.match(line))
+        lines.append(line if fenced or not line else f"{line}  ")
+    return Markdown("\n".join(lines))
+
+
+class _Tail:
+    """The end of a text that may be longer than the screen is high."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(_markdown(self._text), options.update(height=None), pad=False)
+        for i, line in enumerate(lines[-max(1, console.height - 2) :]):
+            if i:
+                yield Segment.line()
+            yield from line
+
+
+class _Paths(Completer):
+    """Completes paths; a directory's ends with a slash, so that what is in it can follow."""
+
+    def __init__(self, file_filter: Callable[[str], bool] | None = None):
+        self._paths = PathCompleter(file_filter=file_filter, expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        for completion in self._paths.get_completions(document, complete_event):
+            slash = "/" if completion.display_text.endswith("/") else ""
+            yield Completion(completion.text + slash, completion.start_position, completion.display)
+
+
+class MessageCompleter(Completer):
+    """Completes paths that stand in a message: of images, or of any file behind `save` and `load`."""
+
+    def __init__(self) -> None:
+        self._images = _Paths(file_filter=_may_be_image)
+        self._files = _Paths()
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if match := re.match(r"(?:save|load)\s+", text, re.IGNORECASE):
+            yield from self._files.get_completions(Document(text[match.end() :]), complete_event)
+            return
+        for match in _PATH_BEGIN.finditer(text):  # the longest that leads anywhere: directories' names have spaces
+            found = list(self._images.get_completions(Document(text[match.start() :]), complete_event))
+            if found:
+                yield from found
+                return
+
+
+def _may_be_image(name: str) -> bool:
+    return Path(name).is_dir() or name.lower().endswith(tuple(f".{extension}" for extension in EXTENSIONS))
+
+
+def _open_history(path: Path) -> History:
+    """A file's history, or that of this run alone where no file can be written."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with path.open("a"):
+            path.chmod(0o600)  # it is the user's own
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path)

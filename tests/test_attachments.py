@@ -1,0 +1,59 @@
+"""The images that a typed message names."""
+
+from pathlib import Path
+
+import pytest
+from conftest import make_picture
+
+from deepseek_vl.serve.attachments import take_images
+from deepseek_vl.utils.io import ImageLoadError
+
+TAG = "<image_placeholder>"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, with a space in its name, that has pictures."""
+    directory = tmp_path / "my pictures"
+    directory.mkdir()
+    for name in ("a.png", "b.JPG", "red square.png", "it's (1).webp"):
+        make_picture(directory / name)
+    monkeypatch.chdir(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "sources"),
+    [
+        ("What is this? {here}/a.png", "What is this?", ["{here}/a.png"]),
+        ("{here}/a.png What is this?", "What is this?", ["{here}/a.png"]),
+        ("{here}/red square.png What is this?", "What is this?", ["{here}/red square.png"]),
+        ("{here}/a.png {here}/b.JPG Which?", "Which?", ["{here}/a.png", "{here}/b.JPG"]),
+        ("a.png Which? b.JPG", "Which?", ["a.png", "b.JPG"]),
+        ("Is a.png like 'red square.png', or not?", f"Is {TAG} like {TAG}, or not?", ["a.png", "red square.png"]),
+        ("b.JPG\nIs it like ./a.png ?", f"Is it like {TAG} ?", ["b.JPG", "./a.png"]),
+        (f"{TAG}What? a.png", f"{TAG}What?", ["a.png"]),
+        ("What is in (a.png)?", f"What is in ({TAG})?", ["a.png"]),
+        ("{here}/it\\'s\\ \\(1\\).webp", "", ["{here}/it's (1).webp"]),
+        ("https://example.org/x/a%20b.png?w=1 What?", "What?", ["https://example.org/x/a%20b.png?w=1"]),
+        ("What is https://example.org/a.png?", "What is " + TAG + "?", ["https://example.org/a.png"]),
+        ("See https://example.org/page, please.", "See https://example.org/page, please.", []),
+        ("The logo.png that I do not have", "The logo.png that I do not have", []),
+        ("A .png is 3.5 MB; what's a .gif?", "A .png is 3.5 MB; what's a .gif?", []),
+        ("", "", []),
+    ],
+)
+def test_images_are_taken_out_of_the_text(text: str, expected: str, sources: list[str], here: Path) -> None:
+    result = take_images(text.replace("{here}", str(here)), TAG)
+    assert result == (expected, [source.replace("{here}", str(here)) for source in sources])
+
+
+@pytest.mark.parametrize("path", ["/no/such.png", "./such.png", "~/no/such.jpeg", "'/no such/a.png'", "file:///no.gif"])
+def test_a_path_that_leads_nowhere_is_an_error(path: str, here: Path) -> None:
+    with pytest.raises(ImageLoadError, match="there is no such file"):
+        take_images(f"What is {path}?", TAG)
+
+
+def test_a_very_long_text_is_no_trouble(here: Path) -> None:
+    text = "word " * 20_000 + "x" * 5_000 + ".png"
+    assert take_images(text, TAG) == (text, [])

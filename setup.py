@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+GRADIO = ["gradio>=6.0"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 
@@ -39,17 +40,19 @@ setup(
     ],
     extras_require={
         "test": [
+            *GRADIO,
             *SERVE,
             *TRAIN,
             "hypothesis>=6",
             "openai>=1.60",
             "pexpect>=4.9",
+            "playwright>=1.49",
             "psutil>=6",
             "pyte>=0.8.2",
             "pytest>=8",
             "ruff>=0.14",
         ],
-        "gradio": [],
+        "gradio": GRADIO,
         "serve": SERVE,
         "train": TRAIN,
     },

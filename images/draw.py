@@ -1,4 +1,4 @@
-"""Draw the sample pictures of this repository: the training diagram and a dog in four outfits.
+"""Draw the sample pictures of this repository: the training diagram, a dog in four outfits, and a toy world.
 
 Run as ``python images/draw.py``; the PNG files are written beside this script. Only Pillow is needed. Every picture is
 drawn at ``SCALE`` times its size in coordinates of the final picture and reduced on saving, for smooth edges.
@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 
 DIAGRAM_SIZE = (1400, 620)
 DOG_SIZE = (480, 480)
+TOY_SIZE = (480, 360)
 
 INK = {  # colours of the diagram
     "page": "#F7F8FB",
@@ -533,8 +534,34 @@ def draw_dog(name: str, outfit: Outfit) -> None:
     sketch.save(name)
 
 
+def draw_toys() -> None:
+    """Draw what the bundled model knows: shapes, a chart, a word."""
+    sketch = Sketch(TOY_SIZE, "#F4F1E8")
+    sketch.disc((110, 100), 62, "#DC1428")
+    sketch.polygon(star((350, 110), 78), "#1E50DC")
+    sketch.panel((60, 215, 170, 325), 0, "#00A000")
+    sketch.disc((300, 270), 58, "#DC1428")
+    sketch.save("shapes.png")
+
+    sketch = Sketch(TOY_SIZE, "#E7EFF8")
+    sketch.polygon([(120, 60), (190, 190), (50, 190)], "#F5C800")
+    sketch.polygon([(330, 150), (395, 225), (330, 300), (265, 225)], "#8232B4")
+    sketch.save("more_shapes.png")
+
+    sketch = Sketch(TOY_SIZE, "#FFFFFF")
+    for i, (height, colour) in enumerate(((120, "#DC1428"), (255, "#1E50DC"), (180, "#00A000"), (70, "#FF8C00"))):
+        sketch.panel((70 + 95 * i, 320 - height, 135 + 95 * i, 320), 0, colour)
+    sketch.stroke([(50, 30), (50, 320), (440, 320)], "#303030", 3)
+    sketch.save("chart.png")
+
+    sketch = Sketch(TOY_SIZE, "#FFFFFF")
+    sketch.text((240, 180), "HELLO", 110, "#1E50DC", bold=True)
+    sketch.save("word.png")
+
+
 def main() -> None:
     """Draw every picture."""
+    draw_toys()
     draw_training_pipelines()
     for name, outfit in OUTFITS.items():
         draw_dog(name, outfit)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
         self.answer: AnswerStream | None = None
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the answer that is being generated within one token. May be called from any thread."""
+        self._stopped.set()
+        if self.answer is not None:
+            self.answer.stop()
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -177,6 +185,8 @@ class ChatSession:
         failed = True
         try:
             with AnswerStream(self.model, self.processor.tokenizer, inputs, self.settings) as self.answer:
+                if self._stopped.is_set():  # while the prompt was made
+                    self.answer.stop()
                 for piece in self.answer:
                     pieces.append(piece)
                     yield piece
@@ -185,6 +195,7 @@ class ChatSession:
             failed = False
             raise
         finally:
+            self._stopped.clear()
             # The model can spell the image tag, which would ask for an image in the next prompt.
             content = "".join(pieces).replace(self.processor.image_tag, "").strip()
             if content and not failed:

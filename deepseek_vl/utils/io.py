@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
 
+SAFE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Kinds of pictures to decode for strangers: none that calls another program or holds other files."""
+
+
 class ImageLoadError(OSError, ValueError):
     """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""
 

@@ -27,12 +27,9 @@ from deepseek_vl.serve.api.protocol import AssistantMessage, ChatCompletionReque
 from deepseek_vl.serve.engine import END, Generation, PromptTooLongError, engine_of
 from deepseek_vl.serve.inference import as_stop_words
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import ImageLoadError, ImageTooLargeError, load_image
+from deepseek_vl.utils.io import SAFE_FORMATS, ImageLoadError, ImageTooLargeError, load_image
 
 logger = logging.getLogger(__name__)
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Kinds of pictures that are decoded for a client: no kind that calls another program or holds other files."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,12 @@ class Service:
     async def _image(self, number: int, url: str) -> Image.Image:
         source = url if url[:5].lower() == "data:" else await self.fetcher.fetch(url)
         try:
-            return await run_in_threadpool(load_image, source, FORMATS, self.limits.pixels)
+            return await run_in_threadpool(load_image, source, SAFE_FORMATS, self.limits.pixels)
         except ImageTooLargeError as error:
             message = f"Image {number} has more than {self.limits.pixels} pixels."
             raise errors.BadRequest(message, "messages", "invalid_image") from error
         except ImageLoadError as error:
-            kinds = ", ".join(FORMATS)
+            kinds = ", ".join(SAFE_FORMATS)
             message = f"Image {number} cannot be read: it must be a whole {kinds} picture, here as a base64 data URL."
             raise errors.BadRequest(message, "messages", "invalid_image") from error
 

@@ -1,0 +1,407 @@
+"""The web page: `python deepseek_vl/serve/app_deepseek.py`, or `python -m deepseek_vl.serve.app_deepseek`.
+
+Each browser tab has its own conversation. All share one engine per model.
+"""
+
+import argparse
+import html
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.serve.chat import ChatSession, with_image_tags
+from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.utils.io import SAFE_FORMATS, ImageLoadError, load_image, load_pretrained_model
+
+logger = logging.getLogger(__name__)
+
+TITLE = "DeepSeek-VL"
+DEFAULT_MODEL = "deepseek-ai/deepseek-vl-7b-chat"
+IMAGES = Path(__file__).resolve().parents[2] / "images"
+EXAMPLES = (
+    ("Describe the image.", ("shapes.png",)),
+    ("Which bar is tallest?", ("chart.png",)),
+    ("Describe each stage of this image.", ("training_pipelines.png",)),
+    ("What does it say?", ("word.png",)),
+    ("Which image has the blue star?", ("shapes.png", "more_shapes.png")),
+)
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+MAX_AT_ONCE = 64
+MAX_UPLOAD = "32mb"
+SECONDS_PER_UPDATE = 0.05
+ABANDON_SECONDS = 5.0
+CSS = """
+#chat { height: clamp(20rem, calc(100dvh - 22rem), 60rem) !important; }
+#status { min-height: 0; }
+#status p { color: var(--body-text-color-subdued); margin: 0; }
+.controls { gap: .5rem; }
+.controls button { min-width: 6.5rem; }
+@media (max-width: 640px) {
+  #chat { height: 58dvh !important; }
+  .controls button { min-width: calc(50% - .5rem); }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange.
+
+    Attributes:
+        text: the user's message, as it was typed.
+        files: the paths of its images.
+        answer: so far.
+    """
+
+    text: str
+    files: tuple[str, ...] = ()
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is to show while an answer comes.
+
+    Attributes:
+        turns: the conversation, with the answer so far.
+        note: what the user should know.
+        failed: there will be no answer, because of what `note` says; `turns` is the conversation without it.
+    """
+
+    turns: Sequence[Turn]
+    note: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """An answer that is coming.
+
+    Attributes:
+        session: generates it.
+        over: is set when nothing more of it will be shown.
+    """
+
+    session: ChatSession
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class WebChat:
+    """What the page's controls do.
+
+    Args:
+        models: by the names that users choose from.
+    """
+
+    def __init__(self, models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]):
+        self.models = models
+        self._running: dict[str, Run] = {}
+
+    def send(
+        self, request: gr.Request, message: dict[str, Any], turns: list[Turn] | None, *controls: Any
+    ) -> Iterator[tuple]:
+        """Answer a message; one that fails is in the input again."""
+        turns = turns or []
+        turn = Turn(message["text"].strip(), tuple(message["files"]))
+        if not turn.text and not turn.files:
+            yield turns, _shown(turns), "Write a message, or add an image.", gr.skip()
+            return
+        for progress in self._answer(turns, turn, controls, request.session_hash):
+            kept = message if progress and progress.failed else None
+            yield (*_page(progress, turn), gr.MultimodalTextbox(kept) if progress else gr.skip())
+
+    def regenerate(self, request: gr.Request, turns: list[Turn] | None, *controls: Any) -> Iterator[tuple]:
+        """Another answer to the last message; one that fails leaves the old one."""
+        if not turns:
+            yield turns, _shown([]), "There is no answer yet to generate again."
+            return
+        *before, last = turns
+        for progress in self._answer(before, replace(last, answer=""), controls, request.session_hash):
+            if progress and progress.failed:
+                progress = replace(progress, turns=turns)
+            yield _page(progress, None)
+
+    def remove_last(self, request: gr.Request, turns: list[Turn] | None) -> tuple:
+        """Forget the last turn, even if its answer is still coming."""
+        self._abandon(request.session_hash)
+        turns = (turns or [])[:-1]
+        return turns, _shown(turns), ""
+
+    def new_conversation(self, request: gr.Request) -> tuple:
+        """Stop, and forget everything."""
+        self._abandon(request.session_hash)
+        return [], [], None, ""
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer that this tab waits for. It stays as far as it got."""
+        if run := self._running.get(request.session_hash):
+            run.session.stop()
+
+    def _abandon(self, tab: str) -> None:
+        """End a tab's answer so that nothing more of it is shown."""
+        if run := self._running.pop(tab, None):
+            run.session.stop()
+            run.over.wait(ABANDON_SECONDS)
+
+    def _answer(
+        self, turns: Sequence[Turn], turn: Turn, controls: Sequence[Any], tab: str
+    ) -> Iterator[Progress | None]:
+        """The conversation with one more turn, as its answer grows; None, at last, if nobody wants it any more."""
+        if tab in self._running:
+            yield Progress(turns, "An answer is still coming; press Stop first.", failed=True)
+            return
+        run = None
+        try:
+            session = self._session(*controls)
+            run = self._running[tab] = Run(session)
+            yield Progress([*turns, turn])
+            session.messages = _messages(session.processor, turns)
+            answer, shown_at = "", 0.0
+            for piece in session.ask(turn.text, _load(turn.files)):
+                answer += piece
+                if self._running.get(tab) is run and time.monotonic() - shown_at > SECONDS_PER_UPDATE:
+                    shown_at = time.monotonic()
+                    yield Progress([*turns, replace(turn, answer=answer.strip())])
+            if self._running.get(tab) is not run:
+                # The server sends what was yielded last once more at the end; that must change nothing.
+                run.over.set()
+                yield None
+                return
+            del self._running[tab]
+            if len(session.messages) == 2 * len(turns):
+                yield Progress(turns, "There was no answer.", failed=True)
+            else:
+                done = replace(turn, answer=session.messages[-1]["content"])
+                yield Progress([*turns, done], _note(session))
+        except (OSError, ValueError) as error:
+            yield Progress(turns, str(error), failed=True)
+        except Exception:
+            logger.exception("A generation failed.")
+            yield Progress(turns, "The model failed on this message; the server's log says why.", failed=True)
+        finally:
+            if run is not None:
+                run.over.set()
+                if self._running.get(tab) is run:
+                    del self._running[tab]
+
+    def _session(
+        self,
+        model_name: str,
+        top_p: float,
+        temperature: float,
+        repetition_penalty: float,
+        max_new_tokens: int,
+        max_history_tokens: int,
+    ) -> ChatSession:
+        """A new session, as the page's controls want it."""
+        settings = GenerationSettings(int(max_new_tokens), temperature, top_p, repetition_penalty)
+        return ChatSession(*self.models[model_name], settings, int(max_history_tokens))
+
+
+def _messages(processor: VLChatProcessor, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as a session's messages."""
+    user, assistant = processor.new_chat_template().roles
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        content = with_image_tags(turn.text, len(turn.files), processor.image_tag)
+        messages.append({"role": user, "content": content, "images": _load(turn.files)})
+        messages.append({"role": assistant, "content": turn.answer})
+    return messages
+
+
+def _load(files: Sequence[str]) -> list[Any]:
+    """The images in files; errors name a file as the user knows it."""
+    images = []
+    for file in files:
+        try:
+            images.append(load_image(Path(file), SAFE_FORMATS))
+        except ImageLoadError as error:
+            raise ImageLoadError(str(error).replace(file, os.path.basename(file))) from error  # noqa: PTH119
+    return images
+
+
+def _note(session: ChatSession) -> str:
+    """What is to be said about an answer."""
+    notes = []
+    if session.dropped_turns:
+        notes.append(f"The oldest {session.dropped_turns} turn(s) are too long to be kept in mind and were left out.")
+    if session.answer.finish_reason == "length":
+        notes.append(f"The answer was cut off after {session.answer.completion_tokens} tokens.")
+    elif session.answer.finish_reason == "cancelled":
+        notes.append("Stopped.")
+    return " ".join(notes)
+
+
+def _page(progress: Progress | None, failed_turn: Turn | None) -> tuple:
+    """The conversation, what the chat shows of it, and the note; no change for None."""
+    if progress is None:
+        return gr.skip(), gr.skip(), gr.skip()
+    turns = list(progress.turns)
+    shown = _shown(turns)
+    if progress.failed:
+        # What went wrong stands where the answer would; it is no part of the conversation.
+        shown += _shown([failed_turn] if failed_turn else [])
+        shown.append({"role": "assistant", "content": f"**Error:** {html.escape(progress.note, quote=False)}"})
+    return turns, shown, "" if progress.failed else progress.note
+
+
+def _shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as the chat component takes them. What a user typed is not HTML."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
+        if turn.text:
+            messages.append({"role": "user", "content": html.escape(turn.text, quote=False)})
+        if turn.answer:
+            messages.append({"role": "assistant", "content": turn.answer})
+    return messages
+
+
+def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]) -> gr.Blocks:
+    """The page for some models."""
+    chat = WebChat(models)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        turns = gr.State()
+        gr.Markdown(f"# {TITLE}\nShow it pictures, and talk about them.")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=320):
+                chatbot = gr.Chatbot(
+                    show_label=False,
+                    elem_id="chat",
+                    latex_delimiters=LATEX,
+                    buttons=["copy", "copy_all"],
+                    feedback_options=None,
+                    allow_tags=False,
+                    placeholder="Add one or more images below, and ask about them.",
+                )
+                status = gr.Markdown(elem_id="status")
+                message = gr.MultimodalTextbox(
+                    show_label=False,
+                    elem_id="message",
+                    file_types=["image"],
+                    file_count="multiple",
+                    sources=["upload"],
+                    submit_btn=False,
+                    placeholder="Write a message; drop, paste or upload images",
+                    max_plain_text_length=100_000,
+                    autofocus=True,
+                )
+                with gr.Row(elem_classes="controls"):
+                    send = gr.Button("Send", variant="primary", size="md")
+                    stop = gr.Button("Stop", variant="stop", size="md")
+                    regenerate = gr.Button("Regenerate", size="md")
+                    remove = gr.Button("Remove Last Turn", size="md")
+                    new = gr.Button("New Conversation", size="md")
+                examples = [
+                    [{"text": text, "files": [str(IMAGES / name) for name in names]}]
+                    for text, names in EXAMPLES
+                    if all((IMAGES / name).is_file() for name in names)
+                ]
+                if examples:  # not in an installation without the checkout
+                    gr.Examples(examples, [message], label="Examples")
+            with gr.Column(scale=1, min_width=320), gr.Accordion("Settings", open=True):
+                controls = [
+                    gr.Dropdown(list(models), value=next(iter(models)), label="Model"),
+                    gr.Slider(0, 1, 0.95, step=0.05, label="Top-p"),
+                    gr.Slider(0, 1, 0.1, step=0.1, label="Temperature"),
+                    gr.Slider(0, 2, 1.1, step=0.1, label="Repetition penalty"),
+                    gr.Slider(0, 4096, 2048, step=8, label="Max generation tokens"),
+                    gr.Slider(0, 4096, 4096, step=128, label="Max history tokens"),
+                ]
+        answering = {"concurrency_limit": MAX_AT_ONCE, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on(
+            [message.submit, send.click],
+            chat.send,
+            [message, turns, *controls],
+            [turns, chatbot, status, message],
+            **answering,
+        )
+        regenerate.click(chat.regenerate, [turns, *controls], [turns, chatbot, status], **answering)
+        quick = {"queue": False, "api_visibility": "private"}
+        remove.click(chat.remove_last, [turns], [turns, chatbot, status], **quick)
+        gr.on(
+            [new.click, chatbot.clear],
+            chat.new_conversation,
+            None,
+            [turns, chatbot, message, status],
+            **quick,
+        )
+        stop.click(chat.stop, **quick)
+        page.unload(chat.stop)
+    return page
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="app_deepseek.py", description="A web page to chat with DeepSeek-VL models.")
+    parser.add_argument(
+        "--model_path", action="append",
+        help=f"checkpoint directory, hub id, or tiny; may be repeated (default: {DEFAULT_MODEL})",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8122, help="(default: %(default)s)")
+    parser.add_argument("--share", action="store_true", help="also through a public address of gradio.live")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve the page until told to stop; returns the exit code."""
+    return run_command(build_parser(), _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
+    user, separator, password = (args.auth or "").partition(":")
+    if args.auth is not None and not (user and separator and password):
+        raise ValueError("--auth is a name and a password with a colon between them.")
+    models = {}
+    for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
+        logger.info("Loading %s ...", path)
+        _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype)
+        models[path] = (model, processor)
+    launch(create_page(models), args.host, args.port, (user, password) if args.auth else None, share=args.share)
+
+
+def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = None, **options: Any) -> None:
+    """Serve a page as it is meant to look, until the process is told to stop.
+
+    Args:
+        options: further arguments of `gr.Blocks.launch`.
+
+    Raises:
+        OSError: if the port is not free.
+    """
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        max_threads=MAX_AT_ONCE + 16,
+        max_file_size=MAX_UPLOAD,
+        # No fonts and no scripts from elsewhere: the page works without the internet.
+        theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css=CSS,
+        footer_links=[],
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""The web page in a real browser."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import PARROT_ANSWERS, ROOT, Loaded
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+
+from deepseek_vl.serve.app_deepseek import create_page, launch, main  # noqa: E402
+from deepseek_vl.serve.engine import engine_of  # noqa: E402
+from deepseek_vl.serve.inference import load_model  # noqa: E402
+
+CHROMIUM = "/usr/bin/chromium"
+IMAGES = ROOT / "images"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Loaded:
+    return load_model("tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def parrot(parrot_checkpoint: Path) -> Loaded:
+    return load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def address(tiny: Loaded, parrot: Loaded) -> Iterator[str]:
+    """A server whose first model is the bundled one."""
+    page = create_page({"tiny": tiny[1:], "parrot": parrot[1:]})
+    port = free_port()
+    launch(page, "127.0.0.1", port, prevent_thread_lock=True, quiet=True)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """The page in a browser, as its user handles it."""
+
+    def __init__(self, browser: sync_api.Browser, address: str, **options: object):
+        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(30_000)
+        self.page.goto(address)
+        self.input = self.page.locator("#message textarea")
+        self.input.wait_for()
+
+    def choose_model(self, name: str) -> None:
+        self.page.get_by_label("Model").click()
+        self.page.get_by_role("option", name=name).click()
+
+    def set(self, slider: str, value: float) -> None:
+        self.page.get_by_label(f"number input for {slider}").fill(str(value))
+        self.page.get_by_label(f"number input for {slider}").press("Tab")
+
+    def add(self, *files: Path) -> None:
+        self.page.set_input_files("#message input[type=file]", [str(file) for file in files])
+        sync_api.expect(self.page.locator("#message .thumbnail-item")).to_have_count(len(files))
+
+    def press(self, button: str) -> None:
+        self.page.get_by_role("button", name=button, exact=True).click()
+
+    def send(self, text: str, *files: Path) -> None:
+        if files:
+            self.add(*files)
+        self.input.fill(text)
+        self.press("Send")
+
+    @property
+    def answers(self) -> sync_api.Locator:
+        return self.page.locator("#chat .bot.message, #chat .message.bot")
+
+    @property
+    def questions(self) -> sync_api.Locator:
+        return self.page.locator("#chat .user.message, #chat .message.user")
+
+    def sees(self, *answers: str | re.Pattern[str]) -> None:
+        """Wait until the answers are these."""
+        sync_api.expect(self.answers).to_have_text(list(answers), timeout=30_000)
+
+
+@pytest.fixture
+def tab(browser: sync_api.Browser, address: str) -> Iterator[Tab]:
+    tab = Tab(browser, address)
+    yield tab
+    tab.context.close()
+
+
+def wait_until_idle(loaded: Loaded, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while engine_of(loaded[1]).running:
+        assert time.monotonic() < deadline, "the engine still works"
+        time.sleep(0.01)
+
+
+def test_a_picture_a_question_and_a_second_turn(tab: Tab) -> None:
+    tab.send("What colour is the star?", IMAGES / "shapes.png")
+    tab.sees(re.compile("blue"))
+    sync_api.expect(tab.page.locator("#chat img")).to_have_count(1)
+    tab.send("How many circles are there?")
+    tab.sees(re.compile("blue"), re.compile("two"))
+    sync_api.expect(tab.input).to_have_value("")
+
+
+def test_two_pictures_in_one_message(tab: Tab) -> None:
+    tab.send("Which image has the blue star?", IMAGES / "more_shapes.png", IMAGES / "shapes.png")
+    tab.sees(re.compile("second"))
+
+
+def test_an_example_is_put_into_the_input(tab: Tab) -> None:
+    tab.page.get_by_text("Which bar is tallest?").click()
+    sync_api.expect(tab.input).to_have_value("Which bar is tallest?")
+    tab.press("Send")
+    tab.sees(re.compile("blue"))
+
+
+def test_regenerate_remove_and_new(tab: Tab) -> None:
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.send("Greet me.")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+    tab.press("Regenerate")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+    sync_api.expect(tab.questions).to_have_count(1)
+    tab.send("What do you say?")
+    tab.sees(PARROT_ANSWERS["Greet me."], re.compile("."))
+    tab.press("Remove Last Turn")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+    tab.press("New Conversation")
+    sync_api.expect(tab.questions).to_have_count(0)
+    tab.press("Regenerate")
+    sync_api.expect(tab.page.locator("#status")).to_have_text("There is no answer yet to generate again.")
+    tab.press("Send")
+    sync_api.expect(tab.page.locator("#status")).to_have_text("Write a message, or add an image.")
+
+
+def test_enter_sends(tab: Tab) -> None:
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.input.fill("Greet me.")
+    tab.input.press("Enter")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+
+
+def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Loaded) -> None:
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.set("Max generation tokens", 4096)
+    tab.send("Sing.")
+    sync_api.expect(tab.answers).to_contain_text("la la la la")
+    assert engine_of(parrot[1]).running == 1
+    first = tab.answers.inner_text()
+    sync_api.expect(tab.answers).not_to_have_text(first)  # it streams
+    tab.press("Stop")
+    wait_until_idle(parrot, 1.0)
+    sync_api.expect(tab.page.locator("#status")).to_have_text("Stopped.")
+    assert tab.answers.inner_text().startswith("la la la la")
+    tab.press("New Conversation")
+    sync_api.expect(tab.questions).to_have_count(0)
+    tab.send("Greet me.")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+
+
+@pytest.mark.parametrize("button", ["New Conversation", "Remove Last Turn"])
+def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Loaded, button: str) -> None:
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.set("Max generation tokens", 4096)
+    tab.send("Sing.")
+    sync_api.expect(tab.answers).to_contain_text("la la")
+    tab.press(button)
+    wait_until_idle(parrot, 5.0)
+    sync_api.expect(tab.questions).to_have_count(0)
+    tab.send("Greet me.")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+
+
+def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Loaded) -> None:
+    tab = Tab(browser, address)
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.set("Max generation tokens", 4096)
+    tab.send("Sing.")
+    sync_api.expect(tab.answers).to_contain_text("la la")
+    tab.context.close()
+    wait_until_idle(parrot, 10.0)
+
+
+def test_two_users_have_their_own_conversations(
+    browser: sync_api.Browser, address: str, colours: dict[str, Path]
+) -> None:
+    tabs = {name: Tab(browser, address) for name in colours}
+    for tab in tabs.values():
+        tab.choose_model("parrot")
+        tab.set("Temperature", 0)
+    for name, tab in tabs.items():
+        tab.send("<image_placeholder>Colour?", colours[name])
+    for name, tab in tabs.items():
+        tab.sees(f"It is {name}.")
+        sync_api.expect(tab.questions).to_contain_text(["Colour?"])
+        tab.context.close()
+
+
+def test_a_broken_file_gives_a_message_and_the_session_goes_on(tab: Tab, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes((IMAGES / "shapes.png").read_bytes()[:500])
+    tab.send("What is this?", tmp_path / "broken.png")
+    tab.sees(re.compile(r"Error: Cannot read image 'broken\.png'"))
+    sync_api.expect(tab.input).to_have_value("What is this?")  # nothing is lost
+    tab.press("New Conversation")
+    sync_api.expect(tab.questions).to_have_count(0)
+    tab.send("What colour is the star?", IMAGES / "shapes.png")
+    tab.sees(re.compile("blue"))
+
+
+def test_settings_that_cannot_be_are_a_message(tab: Tab) -> None:
+    tab.set("Max generation tokens", 0)
+    tab.send("Hello.")
+    tab.sees(re.compile("max_new_tokens must be at least 1"))
+
+
+def test_old_turns_are_left_out_and_the_page_says_so(tab: Tab) -> None:
+    tab.choose_model("parrot")
+    tab.set("Temperature", 0)
+    tab.set("Max history tokens", 128)
+    for turn in range(2):
+        tab.send("Greet me.")
+        tab.sees(*[PARROT_ANSWERS["Greet me."]] * (turn + 1))
+    sync_api.expect(tab.page.locator("#status")).to_contain_text("The oldest 1 turn(s) are too long")
+
+
+def test_what_a_user_types_is_no_html(tab: Tab) -> None:
+    tab.send("<b id='bold'>bold</b> <image_placeholder>?")
+    sync_api.expect(tab.questions).to_contain_text("<b id='bold'>bold</b> <image_placeholder>?")
+    sync_api.expect(tab.page.locator("#bold")).to_have_count(0)
+    tab.sees(re.compile("1 <image_placeholder> and 0 images"))
+
+
+def test_on_a_phone_everything_is_within_reach(browser: sync_api.Browser, address: str) -> None:
+    tab = Tab(browser, address)
+    tab.page.set_viewport_size({"width": 390, "height": 844})
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.send("What colour is the star?", IMAGES / "shapes.png")
+    tab.sees(re.compile("blue"))
+    tab.context.close()
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def guarded(parrot_checkpoint: Path) -> Iterator[int]:
+    """The port of a server that was started by its command and asks for a password."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "deepseek_vl" / "serve" / "app_deepseek.py"), "--port", str(port)]
+    command += ["--model_path", str(parrot_checkpoint), "--auth", "ada:lovelace"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield port
+        process.terminate()
+
+
+def test_auth_keeps_strangers_out(browser: sync_api.Browser, guarded: int) -> None:
+    assert httpx.get(f"http://127.0.0.1:{guarded}/config").status_code == 401
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{guarded}")
+        page.get_by_label("username").fill("ada")
+        page.get_by_label("password").fill("lovelace")
+        page.get_by_role("button", name="Login").click()
+        page.locator("#message textarea").wait_for(timeout=30_000)
+
+
+def test_it_listens_on_this_machine_only(guarded: int) -> None:
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == guarded]
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_path", "no/such/model/"], "There is no checkpoint directory"),
+        (["--auth", "ada"], "--auth is a name and a password"),
+        (["--port", "many"], "argument --port"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # from argparse
+        code = error.code
+    assert code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("app_deepseek.py: error") == 1

@@ -44,6 +44,8 @@ setup(
             *SERVE,
             *TRAIN,
             "hypothesis>=6",
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
             "openai>=1.60",
             "pexpect>=4.9",
             "playwright>=1.49",

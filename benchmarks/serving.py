@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import matplotlib
 
+START_SECONDS = 600.0
 IMAGES = Path(__file__).parents[1] / "images"
 QUESTIONS = (
     ("Describe the image.", "shapes.png"),
@@ -57,17 +58,21 @@ def server(model_path: str, batch: int, dtype: str) -> Iterator[str]:
     command = [sys.executable, "-m", "deepseek_vl.serve.api", "--model_path", model_path, "--model_name", "model"]
     command += ["--port", str(port), "--max_batch", str(batch), "--max_waiting", "1000", "--dtype", dtype]
     address = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 httpx.get(f"{address}/health")
                 break
             except httpx.TransportError:
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("The server has not started.") from None
                 time.sleep(0.2)
         yield address
+    finally:
         process.terminate()
+        process.wait()
 
 
 def body(number: int, max_tokens: int) -> dict:

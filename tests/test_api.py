@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -223,6 +224,17 @@ def test_five_hundred_requests_of_sixty_four_clients_get_their_own_answers(serve
         right = list(pool.map(ask, range(500)))
     assert right == [True] * 500
     server.wait_until_idle()
+
+
+def test_the_readmes_curl_and_the_example_get_an_answer(serve: Callable[..., Server]) -> None:
+    server = serve("--model_name", "tiny", model_path="tiny")
+    command = re.search(r"```\n(curl .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    command = command.replace("http://127.0.0.1:8000", server.url).replace("curl", "curl --silent")
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    assert json.loads(result.stdout)["choices"][0]["message"]["content"] == "The star is blue."
+    example = [sys.executable, str(ROOT / "examples" / "openai_client.py"), "--base_url", f"{server.url}/v1"]
+    result = subprocess.run(example, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "The star is blue.\n"
 
 
 @pytest.mark.parametrize("stream", [True, False])

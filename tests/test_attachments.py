@@ -40,6 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("See https://example.org/page, please.", "See https://example.org/page, please.", []),
         ("The logo.png that I do not have", "The logo.png that I do not have", []),
         ("A .png is 3.5 MB; what's a .gif?", "A .png is 3.5 MB; what's a .gif?", []),
+        ("Write it as http://[your-host]/x.png here", "Write it as http://[your-host]/x.png here", []),
+        ('Is <img src="/static/logo.png"> valid?', 'Is <img src="/static/logo.png"> valid?', []),
         ("", "", []),
     ],
 )
@@ -55,5 +57,5 @@ def test_a_path_that_leads_nowhere_is_an_error(path: str, here: Path) -> None:
 
 
 def test_a_very_long_text_is_no_trouble(here: Path) -> None:
-    text = "word " * 20_000 + "x" * 5_000 + ".png"
-    assert take_images(text, TAG) == (text, [])
+    for text in ("word " * 20_000 + "x" * 5_000 + ".png", " ".join(f"IMG_{i:04}.png" for i in range(400)) + " ."):
+        assert take_images(text, TAG) == (text, [])

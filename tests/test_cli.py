@@ -42,7 +42,8 @@ class Chat:
         command = [str(ROOT / "cli_chat.py"), "--model_path", str(model_path), "--temperature", "0"]
         command += ["--max_gen_len", "8000", "--dtype", "float32", "--device", "cpu", *arguments]
         rows, columns = size
-        options.setdefault("env", {**os.environ, "XDG_STATE_HOME": tempfile.mkdtemp(), "TERM": "xterm-256color"})
+        self._state = tempfile.TemporaryDirectory()
+        options.setdefault("env", {**os.environ, "XDG_STATE_HOME": self._state.name, "TERM": "xterm-256color"})
         self.process = in_terminal(command, dimensions=size, **options)
         self._screen = pyte.HistoryScreen(columns, rows, history=1000)
         self._screen.write_process_input = self.process.send  # a terminal is asked where its cursor is
@@ -98,6 +99,7 @@ class Chat:
 
     def close(self) -> None:
         self.process.close(force=True)
+        self._state.cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,7 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--prompt", " "], "--prompt is empty"),
         (["--json"], "--json is for --prompt"),
         (["--image", "-"], "needs --prompt"),
+        (["--prompt", "Hi", "--repetition_penalty", "1e-38"], "repetition_penalty must be from 0.01 to 100"),
         (["--prompt", "Hi", "--temperature", "-1"], "temperature must be"),
         (["--prompt", "Hi", "--max_gen_len", "0"], "max_new_tokens must be at least 1"),
         (["--prompt", "Hi", "--top_p", "seven"], "argument --top_p"),
@@ -233,9 +236,27 @@ def test_help_is_quick_and_names_every_flag() -> None:
     assert all(f"--{flag}" in result.stdout for flag in flags)
 
 
+def test_a_question_from_a_pipe_about_a_picture() -> None:
+    command = f"echo 'What colour is the star?' | {sys.executable} cli_chat.py --model_path tiny --temperature 0"
+    command += " --image images/shapes.png"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
+    assert "Assistant: The star is blue.\n" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
 # --- interactive ---
 
 GREETING = "Grüße, 世界! 🙂🎉 All good."
+
+
+def test_two_turns_with_two_pictures() -> None:
+    chat = Chat("tiny", cwd=str(ROOT))
+    assert chat.enter("What colour is the star? images/shapes.png").splitlines() == [
+        "[image 1: images/shapes.png, 480x360]",
+        "Assistant: The star is blue.",
+    ]
+    assert chat.ask("Which bar is tallest? images/chart.png") == "The blue bar is the tallest."
+    chat.close()
 
 
 def test_a_picture_asked_for(chat: Chat, colours: dict[str, Path]) -> None:
@@ -409,6 +430,8 @@ def test_help_empty_lines_and_words_that_are_no_command(chat: Chat) -> None:
     assert "forget the conversation" in chat.enter("help")
     assert chat.enter("   ") == ""
     assert "Assistant:" in chat.enter("save the whales, don't forget the pandas")
+    assert chat.enter("save") == "save needs the name of a .json or .jsonl file."
+    assert "there is no such file" in chat.fail("/no/such.png")
 
 
 def test_an_answer_is_shown_as_markdown(chat: Chat, tmp_path: Path) -> None:
@@ -419,6 +442,14 @@ def test_an_answer_is_shown_as_markdown(chat: Chat, tmp_path: Path) -> None:
     assert [line.strip() for line in shown] == [
         "A bold word.", "A second line.", "• one", "• two", "x  =  1", "y = 2", "The end."
     ]  # fmt: skip
+
+
+def test_an_answer_that_begins_with_code_and_speaks_of_html(chat: Chat, tmp_path: Path) -> None:
+    answer = "```python\nx = 1\n```\n\nUse List<int> and the <image> tag."
+    messages = [{"role": "user", "content": "Hi.", "images": []}, {"role": "assistant", "content": answer}]
+    (tmp_path / "my chat.jsonl").write_text(json.dumps({"messages": messages}))
+    shown = chat.enter(f"load {tmp_path / 'my chat.jsonl'}").split("\n")  # a space, and no quotes
+    assert [line.strip() for line in shown[1:]] == ["Assistant:", "x = 1", "Use List<int> and the <image> tag."]
 
 
 def test_a_long_answer_is_whole_in_a_low_terminal(parrot_checkpoint: Path) -> None:

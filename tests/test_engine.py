@@ -195,3 +195,29 @@ def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:
     assert cache.layers[0].values[..., 0].squeeze(1).tolist() == [[0, 3, 3, 9], [1, 1, 1, 9]]
     cache.keep([1])
     assert cache.step_arguments("cpu") == {"attention_mask": None, "position_ids": None}
+
+
+def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded) -> None:
+    good = generation_of(loaded, messages_of("Hello."), 40)
+    bad = generation_of(loaded, messages_of("Hello."), 40, temperature=0.001, repetition_penalty=0.01)
+    bad._processors.append(lambda ids, scores: scores * float("inf") if ids.shape[1] > 3 else scores)
+    engine = Engine()
+    for generation in (good, bad):
+        engine.submit(generation)
+    assert good.done.wait(60)
+    assert bad.done.wait(60)
+    assert good.text.token_ids == alone(loaded, messages_of("Hello."), 40)
+    assert bad.finish_reason is None
+
+
+def test_scores_stay_finite_at_the_bounds_of_the_settings(loaded: Loaded) -> None:
+    for penalty in (0.01, 100):
+        generation = generation_of(
+            loaded, messages_of("Hello."), 40, temperature=0.0001, repetition_penalty=penalty, seed=1
+        )
+        Engine().submit(generation)
+        assert generation.done.wait(60)
+        assert generation.finish_reason is not None
+    for penalty in (0, 1e-38, 1e9, float("nan")):
+        with pytest.raises(ValueError, match="repetition_penalty"):
+            GenerationSettings(temperature=1.0, repetition_penalty=penalty)

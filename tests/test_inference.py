@@ -28,7 +28,7 @@ from deepseek_vl.serve.inference import (
     load_model,
     stream_answer,
 )
-from deepseek_vl.serve.text import StopWordFilter
+from deepseek_vl.serve.text import StopWordFilter, safe_markdown
 from deepseek_vl.train.data import load_data
 from deepseek_vl.utils.conversation import get_conv_template
 from deepseek_vl.utils.io import load_image
@@ -247,7 +247,7 @@ def test_greedy_takes_no_notice_of_top_p_and_repetition_penalty(checkpoint: Path
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
         ({"top_p": 1.5, "temperature": 1.0}, "top_p must be between 0 and 1, got 1.5"),
-        ({"temperature": 1.0, "repetition_penalty": 0}, "repetition_penalty must be positive, got 0"),
+        ({"temperature": 1.0, "repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100, got 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -362,6 +362,26 @@ def test_stopping_criteria_sub(parrot: Loaded) -> None:
         input_ids=prompt, max_new_tokens=8, do_sample=False, stopping_criteria=criteria
     )[0]
     assert stopped[-2:].tolist() == free[-4:-2].tolist()
+
+
+# --- Markdown of models and strangers ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Use List<int> & co.", "Use List&lt;int> &amp; co."),
+        ("`List<int>` and ``a ` <b>``", "`List<int>` and ``a ` <b>``"),
+        ("```cpp\nvector<int> v;\n```\nx < y", "```cpp\nvector<int> v;\n```\nx &lt; y"),
+        ("```\nan answer that is <cut", "```\nan answer that is <cut"),
+        ("$$a < b$$ and \\(c & d\\)", "$$a < b$$ and \\(c & d\\)"),
+        ("![x](http://example.org/?secret)", "!\\[x](http://example.org/?secret)"),
+        ("[a link](http://example.org)", "[a link](http://example.org)"),
+        ("", ""),
+    ],
+)
+def test_html_is_shown_and_images_are_not_fetched(text: str, expected: str) -> None:
+    assert safe_markdown(text) == expected
 
 
 # --- ChatSession ---
@@ -555,3 +575,36 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(
     with pytest.raises(ValueError, match=error):
         session.load(tmp_path / "row.jsonl")
     assert session.messages == before
+
+
+def test_html_like_text_survives_saving_and_loading(session: ChatSession, tmp_path: Path) -> None:
+    session.messages = [
+        {"role": "User", "content": "What does <image> do?", "images": []},
+        {"role": "Assistant", "content": "<image> is no HTML tag."},
+    ]
+    before = list(session.messages)
+    session.save(tmp_path / "chat.jsonl")
+    session.load(tmp_path / "chat.jsonl")
+    assert [message["content"] for message in session.messages] == [message["content"] for message in before]
+
+
+def test_other_data_are_not_overwritten(session: ChatSession, tmp_path: Path) -> None:
+    list(session.ask("Greet me."))
+    for text in ("[]\n[]\n", '{"key": "value"}', "notes"):
+        (tmp_path / "data.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="is there, and is no saved conversation"):
+            session.save(tmp_path / "data.jsonl")
+        assert (tmp_path / "data.jsonl").read_text() == text
+    session.save(tmp_path / "chat.json")
+    session.save(tmp_path / "chat.json")
+
+
+def test_a_session_can_be_stopped_from_another_thread(session: ChatSession) -> None:
+    session.stop()  # nothing runs: nothing happens
+    pieces = session.ask("Sing.")
+    next(pieces)
+    threading.Thread(target=session.stop).start()
+    assert len(list(pieces)) < 190
+    assert session.answer.finish_reason == "cancelled"
+    session.reset()
+    assert "".join(session.ask("Greet me.")).strip() == PARROT_ANSWERS["Greet me."]

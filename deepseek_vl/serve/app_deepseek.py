@@ -4,9 +4,8 @@ Each browser tab has its own conversation. All share one engine per model.
 """
 
 import argparse
-import html
+import contextlib
 import logging
-import os
 import sys
 import threading
 import time
@@ -16,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.chat import ChatSession, with_image_tags
 from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.serve.text import safe_markdown
 from deepseek_vl.utils.command import OneLineParser, run_command
-from deepseek_vl.utils.io import SAFE_FORMATS, ImageLoadError, load_image, load_pretrained_model
+from deepseek_vl.utils.io import (
+    SAFE_FORMATS,
+    SAFE_IMAGES,
+    SAFE_PIXELS,
+    ImageLoadError,
+    ImageTooLargeError,
+    load_image,
+    load_pretrained_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +49,11 @@ LATEX = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
-MAX_AT_ONCE = 64
+MAX_AT_ONCE, MAX_WAITING = 64, 256
 MAX_UPLOAD = "32mb"
 SECONDS_PER_UPDATE = 0.05
 ABANDON_SECONDS = 5.0
+BUSY = "An answer is still coming; press Stop first."
 CSS = """
 #chat { height: clamp(20rem, calc(100dvh - 22rem), 60rem) !important; }
 #status { min-height: 0; }
@@ -65,11 +75,13 @@ class Turn:
         text: the user's message, as it was typed.
         files: the paths of its images.
         answer: so far.
+        error: why there is no answer. The turn is shown, but the model does not see it.
     """
 
     text: str
     files: tuple[str, ...] = ()
     answer: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,12 @@ class Progress:
     """What there is to show while an answer comes.
 
     Attributes:
-        turns: the conversation, with the answer so far.
+        turn: the newest turn, with the answer so far.
         note: what the user should know.
-        failed: there will be no answer, because of what `note` says; `turns` is the conversation without it.
     """
 
-    turns: Sequence[Turn]
+    turn: Turn
     note: str = ""
-    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,15 +103,22 @@ class Run:
 
     Attributes:
         session: generates it.
+        stopped: is set when it is to end.
         over: is set when nothing more of it will be shown.
     """
 
     session: ChatSession
+    stopped: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """End it within one token."""
+        self.stopped.set()
+        self.session.stop()
 
 
 class WebChat:
-    """What the page's controls do.
+    """What the page's controls do. Each returns or yields what its outputs are to become.
 
     Args:
         models: by the names that users choose from.
@@ -114,89 +131,118 @@ class WebChat:
     def send(
         self, request: gr.Request, message: dict[str, Any], turns: list[Turn] | None, *controls: Any
     ) -> Iterator[tuple]:
-        """Answer a message; one that fails is in the input again."""
-        turns = turns or []
+        """Answer a message: yields (turns, chat, status, input). One that fails is in the input again."""
+        kept = [turn for turn in turns or () if not turn.error]
         turn = Turn(message["text"].strip(), tuple(message["files"]))
         if not turn.text and not turn.files:
-            yield turns, _shown(turns), "Write a message, or add an image.", gr.skip()
+            yield gr.skip(), gr.skip(), "Write a message, or add an image.", gr.skip()
             return
-        for progress in self._answer(turns, turn, controls, request.session_hash):
-            kept = message if progress and progress.failed else None
-            yield (*_page(progress, turn), gr.MultimodalTextbox(kept) if progress else gr.skip())
+        first = True
+        for progress in self._answer(kept, turn, controls, request.session_hash):
+            if not progress:
+                yield gr.skip(), gr.skip(), BUSY if first else gr.skip(), gr.skip()
+                return
+            box = message if progress.turn.error else None if first else gr.skip()
+            now = [*kept, progress.turn]
+            yield now, _shown(now), progress.note, box
+            first = False
 
     def regenerate(self, request: gr.Request, turns: list[Turn] | None, *controls: Any) -> Iterator[tuple]:
-        """Another answer to the last message; one that fails leaves the old one."""
+        """Another answer to the last message: yields (turns, chat, status). One that fails leaves the old one."""
         if not turns:
-            yield turns, _shown([]), "There is no answer yet to generate again."
+            yield gr.skip(), gr.skip(), "There is no answer yet to generate again."
             return
         *before, last = turns
-        for progress in self._answer(before, replace(last, answer=""), controls, request.session_hash):
-            if progress and progress.failed:
-                progress = replace(progress, turns=turns)
-            yield _page(progress, None)
+        first = True
+        for progress in self._answer(before, replace(last, answer="", error=""), controls, request.session_hash):
+            if not progress:
+                yield gr.skip(), gr.skip(), BUSY if first else gr.skip()
+                return
+            fails = bool(progress.turn.error and last.answer)
+            now = [*before, last if fails else progress.turn]
+            yield now, _shown(now), progress.turn.error if fails else progress.note
+            first = False
 
     def remove_last(self, request: gr.Request, turns: list[Turn] | None) -> tuple:
-        """Forget the last turn, even if its answer is still coming."""
+        """Forget the last turn, even if its answer is still coming: (turns, chat, status)."""
         self._abandon(request.session_hash)
         turns = (turns or [])[:-1]
         return turns, _shown(turns), ""
 
     def new_conversation(self, request: gr.Request) -> tuple:
-        """Stop, and forget everything."""
+        """Stop, and forget everything: (turns, chat, status, input)."""
         self._abandon(request.session_hash)
-        return [], [], None, ""
+        return [], [], "", None
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that this tab waits for. It stays as far as it got."""
         if run := self._running.get(request.session_hash):
-            run.session.stop()
+            run.stop()
 
     def _abandon(self, tab: str) -> None:
         """End a tab's answer so that nothing more of it is shown."""
         if run := self._running.pop(tab, None):
-            run.session.stop()
+            run.stop()
             run.over.wait(ABANDON_SECONDS)
 
     def _answer(
         self, turns: Sequence[Turn], turn: Turn, controls: Sequence[Any], tab: str
     ) -> Iterator[Progress | None]:
-        """The conversation with one more turn, as its answer grows; None, at last, if nobody wants it any more."""
-        if tab in self._running:
-            yield Progress(turns, "An answer is still coming; press Stop first.", failed=True)
-            return
-        run = None
+        """A turn, as its answer grows. None, once, if the tab waits for another, or, at last, if it was abandoned.
+
+        (The server sends what was yielded last once more at the end. If that is an abandoned answer, it must change
+        nothing.)
+        """
         try:
-            session = self._session(*controls)
-            run = self._running[tab] = Run(session)
-            yield Progress([*turns, turn])
-            session.messages = _messages(session.processor, turns)
-            answer, shown_at = "", 0.0
-            for piece in session.ask(turn.text, _load(turn.files)):
-                answer += piece
-                if self._running.get(tab) is run and time.monotonic() - shown_at > SECONDS_PER_UPDATE:
+            run = Run(self._session(*controls))
+        except ValueError as error:
+            yield Progress(replace(turn, error=str(error)))
+            return
+        if self._running.setdefault(tab, run) is not run:
+            yield None
+            return
+        try:
+            yield Progress(turn)
+            shown_at = 0.0
+            for last in self._grow(run, turns, turn):
+                if self._running.get(tab) is not run:
+                    break
+                if time.monotonic() - shown_at > SECONDS_PER_UPDATE:
                     shown_at = time.monotonic()
-                    yield Progress([*turns, replace(turn, answer=answer.strip())])
-            if self._running.get(tab) is not run:
-                # The server sends what was yielded last once more at the end; that must change nothing.
-                run.over.set()
-                yield None
-                return
-            del self._running[tab]
-            if len(session.messages) == 2 * len(turns):
-                yield Progress(turns, "There was no answer.", failed=True)
+                    yield last
+            wanted = self._running.get(tab) is run
+            if wanted:
+                del self._running[tab]
             else:
-                done = replace(turn, answer=session.messages[-1]["content"])
-                yield Progress([*turns, done], _note(session))
+                run.over.set()
+            yield last if wanted else None
+        finally:
+            run.over.set()
+            if self._running.get(tab) is run:
+                del self._running[tab]
+
+    def _grow(self, run: Run, turns: Sequence[Turn], turn: Turn) -> Iterator[Progress]:
+        """A turn with its answer so far, and at last with the whole answer or an error."""
+        session = run.session
+        try:
+            images = _open(turn.files)
+            session.messages = _messages(session.processor, [turn for turn in turns if not turn.error])
+            before, answer = len(session.messages), ""
+            with contextlib.closing(session.ask(turn.text, images)) as pieces:
+                for piece in pieces:
+                    if run.stopped.is_set():  # perhaps before the session could take notice
+                        session.stop()
+                    answer += piece
+                    yield Progress(replace(turn, answer=answer.strip()))
+            if len(session.messages) == before:
+                yield Progress(replace(turn, error="There was no answer."))
+            else:
+                yield Progress(replace(turn, answer=session.messages[-1]["content"]), _note(session))
         except (OSError, ValueError) as error:
-            yield Progress(turns, str(error), failed=True)
+            yield Progress(replace(turn, error=str(error)))
         except Exception:
             logger.exception("A generation failed.")
-            yield Progress(turns, "The model failed on this message; the server's log says why.", failed=True)
-        finally:
-            if run is not None:
-                run.over.set()
-                if self._running.get(tab) is run:
-                    del self._running[tab]
+            yield Progress(replace(turn, error="The model failed on this message; the server's log says why."))
 
     def _session(
         self,
@@ -213,24 +259,32 @@ class WebChat:
 
 
 def _messages(processor: VLChatProcessor, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as a session's messages."""
+    """Turns as a session's messages. Their images are opened as far as there is room for the turns."""
     user, assistant = processor.new_chat_template().roles
     messages: list[dict[str, Any]] = []
     for turn in turns:
+        if not all(Path(file).is_file() for file in turn.files):
+            raise ValueError("An image of this conversation is not kept any more; begin a new one.")
         content = with_image_tags(turn.text, len(turn.files), processor.image_tag)
-        messages.append({"role": user, "content": content, "images": _load(turn.files)})
+        messages.append({"role": user, "content": content, "images": list(turn.files)})
         messages.append({"role": assistant, "content": turn.answer})
     return messages
 
 
-def _load(files: Sequence[str]) -> list[Any]:
-    """The images in files; errors name a file as the user knows it."""
+def _open(files: Sequence[str]) -> list[Image.Image]:
+    """The images that come with a message; errors name a file as the user knows it."""
+    if len(files) > SAFE_IMAGES:
+        raise ValueError(f"The message has {len(files)} images; at most {SAFE_IMAGES} are taken.")
     images = []
-    for file in files:
+    for file in map(Path, files):
         try:
-            images.append(load_image(Path(file), SAFE_FORMATS))
+            images.append(load_image(file.read_bytes(), SAFE_FORMATS, SAFE_PIXELS))
+        except ImageTooLargeError as error:
+            raise ValueError(f"{file.name} has more than {SAFE_PIXELS} pixels.") from error
         except ImageLoadError as error:
-            raise ImageLoadError(str(error).replace(file, os.path.basename(file))) from error  # noqa: PTH119
+            raise ValueError(
+                f"{file.name} cannot be read: it must be a whole {', '.join(SAFE_FORMATS)} picture."
+            ) from error
     return images
 
 
@@ -246,35 +300,37 @@ def _note(session: ChatSession) -> str:
     return " ".join(notes)
 
 
-def _page(progress: Progress | None, failed_turn: Turn | None) -> tuple:
-    """The conversation, what the chat shows of it, and the note; no change for None."""
-    if progress is None:
-        return gr.skip(), gr.skip(), gr.skip()
-    turns = list(progress.turns)
-    shown = _shown(turns)
-    if progress.failed:
-        # What went wrong stands where the answer would; it is no part of the conversation.
-        shown += _shown([failed_turn] if failed_turn else [])
-        shown.append({"role": "assistant", "content": f"**Error:** {html.escape(progress.note, quote=False)}"})
-    return turns, shown, "" if progress.failed else progress.note
-
-
 def _shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as the chat component takes them. What a user typed is not HTML."""
+    """Turns as the chat component takes them."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
         if turn.text:
-            messages.append({"role": "user", "content": html.escape(turn.text, quote=False)})
+            messages.append({"role": "user", "content": safe_markdown(turn.text)})
         if turn.answer:
-            messages.append({"role": "assistant", "content": turn.answer})
+            messages.append({"role": "assistant", "content": safe_markdown(turn.answer)})
+        if turn.error:
+            messages.append({"role": "assistant", "content": f"**Error:** {safe_markdown(turn.error)}"})
     return messages
+
+
+def _take_no_addresses(box: gr.MultimodalTextbox) -> None:
+    """Keep Gradio from downloading what a hand-made request names by its address."""
+    take = box.async_move_resource_to_block_cache
+
+    async def guarded(url_or_file_path: str | Path | None) -> str | None:
+        if str(url_or_file_path).lower().startswith(("http:", "https:")):
+            raise gr.Error("Images come as files, not by their address.")
+        return await take(url_or_file_path)
+
+    box.async_move_resource_to_block_cache = guarded
 
 
 def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]) -> gr.Blocks:
     """The page for some models."""
     chat = WebChat(models)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+    # Uploads are looked for every hour, and deleted after a day.
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         turns = gr.State()
         gr.Markdown(f"# {TITLE}\nShow it pictures, and talk about them.")
         with gr.Row():
@@ -285,7 +341,6 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
                     latex_delimiters=LATEX,
                     buttons=["copy", "copy_all"],
                     feedback_options=None,
-                    allow_tags=False,
                     placeholder="Add one or more images below, and ask about them.",
                 )
                 status = gr.Markdown(elem_id="status")
@@ -300,6 +355,7 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
                     max_plain_text_length=100_000,
                     autofocus=True,
                 )
+                _take_no_addresses(message)
                 with gr.Row(elem_classes="controls"):
                     send = gr.Button("Send", variant="primary", size="md")
                     stop = gr.Button("Stop", variant="stop", size="md")
@@ -322,7 +378,13 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
                     gr.Slider(0, 4096, 2048, step=8, label="Max generation tokens"),
                     gr.Slider(0, 4096, 4096, step=128, label="Max history tokens"),
                 ]
-        answering = {"concurrency_limit": MAX_AT_ONCE, "show_progress": "hidden", "api_visibility": "private"}
+        answering = {
+            "concurrency_id": "answers",
+            "concurrency_limit": MAX_AT_ONCE,
+            "trigger_mode": "multiple",  # so that a second message is told to wait
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
         gr.on(
             [message.submit, send.click],
             chat.send,
@@ -337,12 +399,12 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
             [new.click, chatbot.clear],
             chat.new_conversation,
             None,
-            [turns, chatbot, message, status],
+            [turns, chatbot, status, message],
             **quick,
         )
         stop.click(chat.stop, **quick)
         page.unload(chat.stop)
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -374,7 +436,9 @@ def _run(args: argparse.Namespace) -> None:
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
         _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype)
-        models[path] = (model, processor)
+        # A directory's name is enough to choose by; where it is, is the server's business.
+        name = Path(path).name if Path(path).is_dir() else path
+        models[path if name in models else name] = (model, processor)
     launch(create_page(models), args.host, args.port, (user, password) if args.auth else None, share=args.share)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import re
+import string
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,11 +19,17 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """What a file's name ends with if it is taken for an image where it stands in a message."""
 
 LONGEST_PATH = 4096
+MOST_WORDS = 32
+"""Of a path."""
 MAX_BYTES = 50 * 2**20
 TIMEOUT_SECONDS = 20.0
+"""Without a sign of life; a whole download has thrice as long."""
 
 _NAME_END = re.compile(rf"\.(?:{'|'.join(EXTENSIONS)})(?=$|[\s'\"`,;:.!?)\]}}>])", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s'\"<>`]+", re.IGNORECASE)
+_QUOTES = "'\"`"
+_BEFORE = f"{string.whitespace}{_QUOTES}(<"
+_AROUND = f"{_BEFORE}.,;:!?)>"
 _LOOKS_LIKE_A_PATH = re.compile(r"(?:~|\.{1,2})?/|file://|[A-Za-z]:[\\/]")
 
 
@@ -49,7 +57,7 @@ def open_image(source: str) -> Image.Image:
 
 
 def _download(url: str) -> bytes:
-    body = bytearray()
+    body, deadline = bytearray(), time.monotonic() + 3 * TIMEOUT_SECONDS
     with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code != 200:
             raise httpx.HTTPError(f"it answers with status {response.status_code}")
@@ -57,6 +65,8 @@ def _download(url: str) -> bytes:
             body += chunk
             if len(body) > MAX_BYTES:
                 raise httpx.HTTPError(f"it is larger than {MAX_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise httpx.HTTPError("it takes too long")
     return bytes(body)
 
 
@@ -101,11 +111,18 @@ def _spans(text: str) -> Iterator[tuple[int, int, str]]:
     position = 0
     for match in _URL.finditer(text):
         url = match[0].rstrip(".,;:!?)]}")
-        if _NAME_END.search(unquote(urlsplit(url).path)):
+        if _names_an_image(url):
             yield from _file_spans(text, position, match.start())
             position = match.start() + len(url)
             yield match.start(), position, url
     yield from _file_spans(text, position, len(text))
+
+
+def _names_an_image(url: str) -> bool:
+    try:
+        return bool(_NAME_END.search(unquote(urlsplit(url).path)))
+    except ValueError:  # "http://[your-host]/a.png"
+        return False
 
 
 def _file_spans(text: str, position: int, limit: int) -> Iterator[tuple[int, int, str]]:
@@ -118,20 +135,18 @@ def _file_spans(text: str, position: int, limit: int) -> Iterator[tuple[int, int
 
 def _file_span(text: str, position: int, end: int) -> tuple[int, int, str] | None:
     """The longest piece of `text[position:end]` that ends there and is the path of a file, in any way of writing it."""
-    missing = None
-    for begin in range(max(position, end - LONGEST_PATH), end):
-        before = text[begin - 1 : begin] if begin > position else " "
-        if not before.isspace() and before not in "'\"`(<":
-            continue
+    nearby = range(max(position, end - LONGEST_PATH), end)
+    begins = [begin for begin in nearby if begin == position or text[begin - 1] in _BEFORE]
+    for begin in begins[-MOST_WORDS:]:
         raw = text[begin:end]
-        quoted = before in "'\"`" and text[end : end + 1] == before
+        quoted = begin > position and text[begin - 1] in _QUOTES and text[end : end + 1] == text[begin - 1]
         if path := _as_file(raw):
             return (begin - 1, end + 1, path) if quoted else (begin, end, path)
         whole = quoted or not re.search(r"(?<!\\)\s", raw)
-        if missing is None and whole and _LOOKS_LIKE_A_PATH.match(raw):
-            missing = raw
-    if missing is not None:
-        raise ImageLoadError(f"Cannot read image {missing!r}: there is no such file.")
+        # Amid the text it may be meant as text.
+        at_an_end = not text[:begin].strip(_AROUND) or not text[end:].strip(_AROUND)
+        if whole and at_an_end and _LOOKS_LIKE_A_PATH.match(raw):
+            raise ImageLoadError(f"Cannot read image {raw!r}: there is no such file.")
     return None
 
 

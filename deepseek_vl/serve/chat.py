@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.inference import AnswerStream, as_stop_words, message_images
+from deepseek_vl.serve.inference import AnswerStream, as_stop_words
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.io import image_data_url, load_pil_images
 from deepseek_vl.utils.rows import BadRow, read_rows
@@ -30,6 +30,14 @@ def with_image_tags(text: str, images: int, tag: str) -> str:
     return f"{tag}\n" * (images - tags) + text
 
 
+def _is_one_conversation(path: Path) -> bool:
+    try:
+        rows = list(itertools.islice(read_rows(path), 2))
+    except ValueError:
+        return False
+    return len(rows) <= 1 and not any(isinstance(row, BadRow) for row in rows)
+
+
 class ChatSession:
     """One user's conversation with a model.
 
@@ -41,7 +49,8 @@ class ChatSession:
         max_history_tokens: the oldest turns are left out of longer prompts; None for as long as the model takes.
 
     Attributes:
-        messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds PIL images.
+        messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds PIL images, or what else
+            `load_image` takes.
         system_prompt: what the conversation begins with.
         dropped_turns: how many of the oldest turns the last question left out because there was no room for them.
         answer: the stream of the last answer, which says why it ended and can be stopped; None before the first.
@@ -66,7 +75,7 @@ class ChatSession:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End the answer that is being generated within one token. May be called from any thread."""
+        """End the answer that is being generated, or its prompt made, within one token. For any thread."""
         self._stopped.set()
         if self.answer is not None:
             self.answer.stop()
@@ -120,7 +129,7 @@ class ChatSession:
         """Write the conversation as a row of training data, images included; `load` reads it back.
 
         Args:
-            path: a `.json` or `.jsonl` file, replaced if it is there.
+            path: a `.json` or `.jsonl` file; only a saved conversation is replaced.
 
         Raises:
             ValueError: for another kind of file, or if there is nothing to save.
@@ -133,15 +142,20 @@ class ChatSession:
             raise ValueError("There is no conversation yet to save.")
         messages = []
         for message, role in zip(self.messages, itertools.cycle(("User", "Assistant")), strict=False):
-            images = [image_data_url(image) for image in message.get("images") or ()]
-            messages.append({"role": role, "content": message["content"]} | ({"images": images} if images else {}))
+            images = [image_data_url(image) for image in load_pil_images([message])]
+            # With images, even none, `<image>` in the text is text to whoever reads the row.
+            messages.append(
+                {"role": role, "content": message["content"]} | ({"images": images} if role == "User" else {})
+            )
         row: dict[str, Any] = {"messages": messages}
         if self.system_prompt != self.processor.system_prompt:
             row["system"] = self.system_prompt
-        text = json.dumps([row] if path.suffix.lower() == ".json" else row, ensure_ascii=False) + "\n"
+        data = (json.dumps([row] if path.suffix.lower() == ".json" else row, ensure_ascii=False) + "\n").encode("utf-8")
+        if path.exists() and not _is_one_conversation(path):
+            raise ValueError(f"{str(path)!r} is there, and is no saved conversation; give another name.")
         part = path.with_name(f".{path.name}.part")  # so that a file that is there is whole at any moment
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(data)
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -175,11 +189,12 @@ class ChatSession:
 
     def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Iterator[str]:
         """Answer a question; the conversation is then the history, the question and its answer."""
+        self._stopped.clear()
         user, assistant = self.processor.new_chat_template().roles
         question = {**question, "role": user}
         answer = {"role": assistant, "content": ""}
         messages = self._fit([*history, question, answer])
-        inputs = self.processor(prompt=self._render(messages), images=message_images(messages))
+        inputs = self.processor(prompt=self._render(messages), images=load_pil_images(messages))
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         pieces: list[str] = []
         failed = True
@@ -195,7 +210,6 @@ class ChatSession:
             failed = False
             raise
         finally:
-            self._stopped.clear()
             # The model can spell the image tag, which would ask for an image in the next prompt.
             content = "".join(pieces).replace(self.processor.image_tag, "").strip()
             if content and not failed:

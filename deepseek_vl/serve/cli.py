@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -75,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the terminal chat; returns the exit code."""
     args = build_parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what is typed or answered may have characters that the encoding lacks
     try:
         return _run(args)
     except BrokenPipeError:  # the reader of our output has gone, as in `cli_chat.py ... | head -1`
@@ -183,8 +182,10 @@ class _Chat:
         if self.images:
             self.screen.say(f"{len(self.images)} image(s) will go with your first message.")
         while True:
+            text = ""
             try:
-                text, self.unsent = self._read(USER_PROMPT, self.unsent), ""
+                text = self._read(USER_PROMPT, self.unsent)
+                self.unsent = ""
                 if text and not self._obey(text):
                     self._send(text)
             except KeyboardInterrupt:  # at a prompt: forget the line
@@ -194,7 +195,7 @@ class _Chat:
                 return
             except Exception as error:
                 self.screen.say(f"Error: {_one_line(error)}")
-                self.unsent = text if len(text.split()) > 1 else ""
+                self.unsent = "" if text in ("undo", "retry") else text
 
     def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
         """One line of input, stripped.
@@ -214,21 +215,24 @@ class _Chat:
     def _obey(self, text: str) -> bool:
         """Whether it was a command, which then is done."""
         say, session = self.screen.say, self.session
-        match [text.split(maxsplit=1)[0].lower(), *_words(text)[1:]]:
-            case ["help"]:
+        name, _, rest = text.partition(" ")
+        match name.lower(), _path(name, rest):
+            case "help", "":
                 say(HELP)
-            case ["new"]:
+            case "new", "":
                 session.reset()
                 say("New conversation.")
-            case ["undo"]:
+            case "undo", "":
                 images = len(session.undo()["images"])
                 say("The last message" + (f" and its {images} image(s) are" if images else " is") + " taken back.")
-            case ["retry"]:
+            case "retry", "":
                 self._answer(session.retry())
-            case ["save", path]:
+            case "save" | "load", "":
+                say(f"{name.lower()} needs the name of a .json or .jsonl file.")
+            case "save", str(path):
                 session.save(path)
                 say(f"Saved {len(session.messages) // 2} turn(s) to {path}.")
-            case ["load", path]:
+            case "load", str(path):
                 session.load(path)
                 say(f"Loaded {len(session.messages) // 2} turn(s) from {path}. The last answer was:")
                 self.screen.answer(message["content"] for message in session.messages[-1:])
@@ -251,8 +255,12 @@ class _Chat:
             return
         total = rest.count(IMAGE_TAG)
         images += [self._read_image(number, total) for number in range(len(images) + 1, total + 1)]
+        turns = len(self.session.messages)
         self._answer(self.session.ask(rest, images))
-        self.images = []
+        if len(self.session.messages) > turns:
+            self.images = []
+        else:  # stopped before the first token
+            self.images, self.unsent = images, rest
 
     def _read_image(self, number: int, total: int) -> Image.Image:
         """Ask for one image until there is one that can be read."""
@@ -262,7 +270,9 @@ class _Chat:
         while True:
             path = self._read(f"({number}/{total}) Input the image file path: ", path=True)
             try:
-                if path:
+                if path == "-":
+                    self.screen.say("Standard input has your messages; give a path or a web address.")
+                elif path:
                     rest, sources = take_images(path, IMAGE_TAG)
                     return open_image(path.strip("'\"") if rest or len(sources) != 1 else sources[0])
             except ImageLoadError as error:
@@ -280,12 +290,15 @@ class _Chat:
             )
 
 
-def _words(text: str) -> list[str]:
-    """The words of a command, which may be quoted; `[""]` for what cannot be one."""
-    try:
-        return shlex.split(text)
-    except ValueError:  # an apostrophe
-        return [""] * 3
+def _path(command: str, rest: str) -> str | None:
+    """What stands behind a command's name: nothing, or the path of `save` and `load`; None if it is no command."""
+    path = rest.strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    elif os.name != "nt":
+        path = path.replace("\\ ", " ")
+    is_path = command.lower() in ("save", "load") and (" " not in path or path.lower().endswith((".json", ".jsonl")))
+    return path if is_path or not path else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -63,7 +63,8 @@ class Generation:
         tokenizer: the model's.
         inputs: the processor's output for one conversation.
         settings: see `GenerationSettings`.
-        sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread.
+        sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; must
+            not raise.
 
     Attributes:
         prompt_tokens: length of the prompt.
@@ -101,7 +102,7 @@ class Generation:
         self._max_new_tokens = min(settings.max_new_tokens, positions - self.prompt_tokens)
         self._processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if settings.temperature > 0:
+        if not settings.greedy:
             self._processors += [
                 RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)),
                 TemperatureLogitsWarper(float(settings.temperature)),
@@ -135,12 +136,17 @@ class Generation:
 
     def end(self, error: BaseException | None = None) -> None:
         """Let go of it: finished, cancelled, or failed with an error."""
+        if error is None:
+            try:
+                rest = self.text.flush()
+            except Exception as failure:  # raised again in the reader
+                error = failure
+            else:
+                self.finish_reason = self.finish_reason or "cancelled"
+                if rest:
+                    self._sink(rest)
         if error is not None:
             self._sink(error)
-        else:
-            self.finish_reason = self.finish_reason or "cancelled"
-            if text := self.text.flush():
-                self._sink(text)
         self.done.set()
         self._sink(END)
 
@@ -258,13 +264,13 @@ class Engine:
                 use_cache=True,
                 **self._cache.step_arguments(device),
             )
-            chosen = [row.choose(logits) for row, logits in zip(rows, output.logits[:, -1].float(), strict=True)]
+            logits = output.logits[:, -1].float()
         except BaseException as error:  # raised again in every reader
             for generation in rows:
                 generation.end(error)
             self._rows, self._cache = [], RowCache()
             return
-        self._keep([_take(row, token_id) for row, token_id in zip(rows, chosen, strict=True)])
+        self._keep([_advance(row, row_logits) for row, row_logits in zip(rows, logits, strict=True)])
 
     def _keep(self, goes_on: list[bool]) -> None:
         """Let go of the rows that do not go on."""
@@ -281,10 +287,10 @@ class Engine:
             self._cache = RowCache()
 
 
-def _take(generation: Generation, token_id: int) -> bool:
-    """`generation.take`, where an error is that generation's alone."""
+def _advance(generation: Generation, logits: torch.Tensor) -> bool:
+    """Choose and take one more token; returns whether there are to be more. An error is this generation's alone."""
     try:
-        return generation.take(token_id)
+        return generation.take(generation.choose(logits))
     except Exception as error:  # raised again in the reader
         generation.end(error)
         return False

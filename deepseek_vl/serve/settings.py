@@ -10,7 +10,7 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: the answer ends after so many tokens.
-        temperature: 0 for greedy decoding, which takes no notice of the next two.
+        temperature: 0, or next to it, for greedy decoding, which takes no notice of the next two.
         top_p: sample from the smallest set of tokens with this total probability.
         repetition_penalty: divides the scores of tokens already generated.
         stop: the answer ends before the first of these texts.
@@ -32,7 +32,13 @@ class GenerationSettings:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
-        if self.temperature > 0 and not 0 <= self.top_p <= 1:
+        if not self.greedy and not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
-        if self.temperature > 0 and not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}.")
+        # Beyond these bounds the scores of tokens can become infinite.
+        if not self.greedy and not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty must be from 0.01 to 100, got {self.repetition_penalty}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < 1e-4

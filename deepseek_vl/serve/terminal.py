@@ -18,12 +18,14 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 
 from deepseek_vl.serve.attachments import EXTENSIONS
+from deepseek_vl.serve.text import safe_markdown
 
 ANSWER = "Assistant: "
 
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
-_PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:~|\.{1,2})?/")
+_BLOCK = re.compile(r"\s*(?:```|~~~|#|[-*+] |\d+[.)] |>|\||---| {4})")
+_PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])")
 
 
 class Screen(Protocol):
@@ -87,21 +89,22 @@ class TerminalScreen:
         return (self._paths if path else self._messages).prompt(prompt, default=default)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text.translate(_CONTROL), markup=False, emoji=False, soft_wrap=True)
 
     def answer(self, pieces: Iterator[str]) -> None:
         # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
-        text = f"**{ANSWER.strip()}** "
+        text, shown = "", 0
         try:
             with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
                 for piece in _without_first_space(pieces):
                     text += piece.translate(_CONTROL)
                     done, text = split_finished(text)
                     if done:
-                        live.console.print(_markdown(done))
-                    live.update(_Tail(text))
+                        live.console.print(_markdown(done, is_first=not shown), end="\n\n")
+                        shown += 1
+                    live.update(_Tail(_markdown(text, is_first=not shown)))
         finally:
-            self._console.print(_markdown(text))
+            self._console.print(_markdown(text, is_first=not shown))
 
 
 def write_pieces(pieces: Iterator[str]) -> None:
@@ -122,7 +125,8 @@ def _without_first_space(pieces: Iterable[str]) -> Iterator[str]:
 
 def pick_screen() -> Screen:
     """A terminal if input and output are one, plain streams otherwise."""
-    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    capable = os.name == "nt" or os.environ.get("TERM", "dumb") != "dumb"
+    if capable and sys.stdin.isatty() and sys.stdout.isatty():
         state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
         return TerminalScreen(Path(os.path.expanduser(state)) / "deepseek_vl" / "history")  # noqa: PTH111
     with contextlib.suppress(ImportError):  # line editing; not on every platform
@@ -138,23 +142,28 @@ def split_finished(text: str) -> tuple[str, str]:
     return "", text
 
 
-def _markdown(text: str) -> Markdown:
-    """Text for the terminal; unlike in Markdown, its lines stay lines, as they are in what a model reads aloud."""
+def _markdown(text: str, is_first: bool) -> Markdown:
+    """A part of an answer; the first has the label in front.
+
+    Unlike in Markdown, lines stay lines, as they are in what a model reads aloud.
+    """
     lines, fenced = [], False
-    for line in text.split("\n"):
+    for line in safe_markdown(text).split("\n"):
         fenced ^= bool(_FENCE.match(line))
         lines.append(line if fenced or not line else f"{line}  ")
+    if is_first:
+        lines[0] = f"**{ANSWER.strip()}**" + ("\n\n" if _BLOCK.match(lines[0]) else " ") + lines[0]
     return Markdown("\n".join(lines))
 
 
 class _Tail:
-    """The end of a text that may be longer than the screen is high."""
+    """The end of what may be higher than the screen."""
 
-    def __init__(self, text: str):
-        self._text = text
+    def __init__(self, content: Markdown):
+        self._content = content
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(_markdown(self._text), options.update(height=None), pad=False)
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
         for i, line in enumerate(lines[-max(1, console.height - 2) :]):
             if i:
                 yield Segment.line()

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 SAFE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Kinds of pictures to decode for strangers: none that calls another program or holds other files."""
 
+SAFE_PIXELS = 40_000_000
+"""Of one picture of a stranger's."""
+
+SAFE_IMAGES = 16
+"""In one message or request of a stranger's."""
+
 
 class ImageLoadError(OSError, ValueError):
     """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""

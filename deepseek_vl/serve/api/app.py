@@ -27,7 +27,7 @@ from deepseek_vl.serve.api.protocol import AssistantMessage, ChatCompletionReque
 from deepseek_vl.serve.engine import END, Generation, PromptTooLongError, engine_of
 from deepseek_vl.serve.inference import as_stop_words
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import SAFE_FORMATS, ImageLoadError, ImageTooLargeError, load_image
+from deepseek_vl.utils.io import SAFE_FORMATS, SAFE_IMAGES, SAFE_PIXELS, ImageLoadError, ImageTooLargeError, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Limits:
 
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
-    images: int = 16
-    pixels: int = 40_000_000
+    images: int = SAFE_IMAGES
+    pixels: int = SAFE_PIXELS
     waiting: int = 64
 
 

@@ -95,7 +95,7 @@ class ChatCompletionRequest(_Strict):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_words), Field(max_length=MAX_STOP_WORDS)
     ] = []

@@ -1,0 +1,102 @@
+"""The model that comes with the package: found by its name, small, and right in its answers."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Loaded, messages_of
+
+from deepseek_vl import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.serve.chat import ChatSession
+from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.train.data import load_data
+from deepseek_vl.train.evaluate import Evaluation, evaluate
+from deepseek_vl.train.world import SyntheticWorld, write_world
+from deepseek_vl.utils.io import load_image
+
+IMAGES = ROOT / "images"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Loaded:
+    return load_model("tiny", device="cpu")
+
+
+@pytest.fixture
+def session(tiny: Loaded) -> ChatSession:
+    _, model, processor = tiny
+    return ChatSession(model, processor, GenerationSettings(max_new_tokens=64))
+
+
+def ask(session: ChatSession, question: str, *names: str) -> str:
+    return "".join(session.ask(question, [load_image(IMAGES / f"{name}.png") for name in names])).strip()
+
+
+def test_it_is_small() -> None:
+    files = [file for file in (ROOT / "deepseek_vl" / "bundled" / "tiny").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 12 * 10**6
+    assert "model.safetensors" in {file.name for file in files}
+
+
+def test_its_name_is_a_path_everywhere(tiny: Loaded) -> None:
+    processor = VLChatProcessor.from_pretrained("tiny")
+    model = MultiModalityCausalLM.from_pretrained("tiny", dtype=tiny[1].dtype).eval()
+    inputs = processor(conversations=messages_of("What can you do?"), images=None)
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert ids.tolist() == tiny[1].generate(**inputs, max_new_tokens=20, do_sample=False).tolist()
+
+
+def test_a_directory_of_that_name_is_meant_if_there_is_one(
+    siglip_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").symlink_to(siglip_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert load_model("tiny", device="cpu")[1].config.language_config.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("question", "pictures", "answer"),
+    [
+        ("What colour is the star?", ["shapes"], "The star is blue."),
+        ("What shape is green?", ["shapes"], "square"),
+        ("How many red circles are there?", ["shapes"], "two"),
+        ("Where is the square?", ["shapes"], "bottom left"),
+        ("Is there a yellow triangle?", ["shapes"], "No, there is no yellow triangle in the picture."),
+        ("Which bar is tallest?", ["chart"], "The blue bar is the tallest."),
+        ("What does it say?", ["word"], '"HELLO"'),
+        ("Which image has the blue star?", ["more_shapes", "shapes"], "second"),
+        ("Describe the image.", ["more_shapes"], "purple diamond"),
+        ("What can you do?", [], "shapes"),
+    ],
+)
+def test_it_is_right_about_the_sample_pictures(
+    session: ChatSession, question: str, pictures: list[str], answer: str
+) -> None:
+    assert answer in ask(session, question, *pictures)
+
+
+def test_a_second_turn_depends_on_the_first(session: ChatSession) -> None:
+    ask(session, "What colour is the star?", "shapes")
+    assert "top right" in ask(session, "Where is it?")
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Its answers about pictures from a seed that it was not trained on."""
+    directory = tmp_path_factory.mktemp("world")
+    write_world(SyntheticWorld(250, seed=20_241, turns=1), directory)
+    _, model, processor = tiny
+    rows, _ = load_data(directory / "data.jsonl", processor)
+    return evaluate(model, processor, rows, max_new_tokens=64)
+
+
+def test_it_is_right_about_fresh_pictures(fresh: Evaluation) -> None:
+    """A sample; the README's table is of 2,000."""
+    assert fresh.total.percent >= 93, fresh.table()
+
+
+def test_it_is_right_about_pictures_by_another_hand(tiny: Loaded) -> None:
+    _, model, processor = tiny
+    rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", processor)
+    evaluation = evaluate(model, processor, rows, max_new_tokens=64)
+    assert evaluation.total.percent >= 75, evaluation.table()

@@ -1,6 +1,6 @@
 """Teach a model a shape it has never seen: writes conversations about hexagons for fine-tuning.
 
-python examples/hexagons.py --output hexagons --rows 200
+python examples/hexagons.py --output hexagons --rows 200 --others 80
 python examples/hexagons.py --output hexagons-test --rows 200 --seed 1 --turns 1
 """
 
@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+from torch.utils.data import ConcatDataset
 
 from deepseek_vl.train.world import Picture, SyntheticWorld, sample_picture, write_world
 from deepseek_vl.train.world.draw import OUTLINES
@@ -44,10 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--others", type=int, default=0, help="conversations about other pictures, to keep old skills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=4)
     args = parser.parse_args()
-    write_world(Hexagons(args.rows, args.seed, args.turns), args.output)
+    hexagons = Hexagons(args.rows, args.seed, args.turns)
+    others = SyntheticWorld(args.others, args.seed, args.turns)
+    write_world(ConcatDataset([hexagons, others]), args.output)
 
 
 if __name__ == "__main__":

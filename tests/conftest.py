@@ -23,6 +23,11 @@ GOLDEN = Path(__file__).parent / "golden"
 BOS, EOS, IMAGE_TAG = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """What the reference computed: prompts, ids, hashes, greedy tokens."""

@@ -90,11 +90,16 @@ class Progress:
 
     Attributes:
         turn: the newest turn, with the answer so far.
-        note: what the user should know.
+        note: what the user should know; None for no change.
     """
 
     turn: Turn
-    note: str = ""
+    note: str | None = None
+
+    @property
+    def status(self) -> Any:
+        """What the status line becomes."""
+        return gr.skip() if self.note is None else self.note
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class WebChat:
                 return
             box = message if progress.turn.error else None if first else gr.skip()
             now = [*kept, progress.turn]
-            yield now, _shown(now), progress.note, box
+            yield now, _shown(now), progress.status, box
             first = False
 
     def regenerate(self, request: gr.Request, turns: list[Turn] | None, *controls: Any) -> Iterator[tuple]:
@@ -160,7 +165,7 @@ class WebChat:
                 return
             fails = bool(progress.turn.error and last.answer)
             now = [*before, last if fails else progress.turn]
-            yield now, _shown(now), progress.turn.error if fails else progress.note
+            yield now, _shown(now), progress.turn.error if fails else progress.status
             first = False
 
     def remove_last(self, request: gr.Request, turns: list[Turn] | None) -> tuple:
@@ -196,13 +201,13 @@ class WebChat:
         try:
             run = Run(self._session(*controls))
         except ValueError as error:
-            yield Progress(replace(turn, error=str(error)))
+            yield Progress(replace(turn, error=str(error)), "")
             return
         if self._running.setdefault(tab, run) is not run:
             yield None
             return
         try:
-            yield Progress(turn)
+            yield Progress(turn, "")
             shown_at = 0.0
             for last in self._grow(run, turns, turn):
                 if self._running.get(tab) is not run:

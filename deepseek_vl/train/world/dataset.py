@@ -115,8 +115,8 @@ def _with_tags(question: str, images: int, rng: random.Random) -> str:
     )
 
 
-def write_world(world: SyntheticWorld, directory: Path) -> Path:
-    """Write a world's conversations as `data.jsonl` with PNG files beside it; returns the JSON Lines file."""
+def write_world(world: Dataset, directory: Path) -> Path:
+    """Write conversations as `data.jsonl` with PNG files beside it; returns the JSON Lines file."""
     (directory / "images").mkdir(parents=True, exist_ok=True)
     path = directory / "data.jsonl"
     with path.open("w", encoding="utf-8") as file:

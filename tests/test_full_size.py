@@ -3,7 +3,6 @@
 Takes minutes, 4 GB of disk and 8 GB of memory, and the published tokenizer.
 """
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from conftest import ROOT, in_terminal, make_picture
+from conftest import ROOT, make_picture
+from test_cli import PATH, Chat
 
 pytestmark = pytest.mark.slow
 
@@ -66,18 +66,12 @@ def test_inference_on_a_picture(full_checkpoint: Path) -> None:
 
 
 def test_two_turns_with_an_image_each_in_a_terminal(full_checkpoint: Path, tmp_path: Path) -> None:
-    user = re.escape("User [<image_placeholder> indicates an image]: ")
-    arguments = [str(ROOT / "cli_chat.py"), "--model_path", str(full_checkpoint), "--max_gen_len", "8"]
-    child = in_terminal(arguments, timeout=600, cwd=str(ROOT))
-    child.expect(user)
+    arguments = ["--max_gen_len", "8", "--dtype", "bfloat16"]
+    chat = Chat(full_checkpoint, *arguments, patience=600, cwd=str(ROOT))
     for picture in (ROOT / "images" / "training_pipelines.png", make_picture(tmp_path / "second.png")):
-        child.sendline("<image_placeholder>Describe this image.")
-        child.expect(re.escape("(1/1) Input the image file path: "))
-        child.sendline(str(picture))
-        child.expect("Assistant: ")
-        child.expect(user)
-        assert child.before.strip()
-    child.sendline("exit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+        chat.enter("<image_placeholder>Describe this image.", f"(1/1) {PATH}")
+        assert chat.ask(str(picture))
+    chat.press("exit\r")
+    chat.process.expect(pexpect.EOF)
+    chat.process.close()
+    assert chat.process.exitstatus == 0

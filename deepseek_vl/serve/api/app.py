@@ -133,7 +133,7 @@ class Service:
         try:
             return Generation(self.model, processor.tokenizer, inputs, settings, sink)
         except PromptTooLongError as error:
-            message = f"The prompt has {error.tokens} tokens; it and the answer have room for {error.positions}."
+            message = f"The prompt has {error.tokens} tokens; it and the answer share {error.positions} positions."
             raise errors.BadRequest(message, "messages", "context_length_exceeded") from error
 
     def _messages(self, request: ChatCompletionRequest) -> tuple[str, list[dict[str, str]]]:

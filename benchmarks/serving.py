@@ -6,7 +6,7 @@ written beside the table. Client and server share the machine.
 
 import argparse
 import asyncio
-import base64
+import functools
 import json
 import socket
 import statistics
@@ -20,6 +20,8 @@ from pathlib import Path
 
 import httpx
 import matplotlib
+
+from deepseek_vl.utils.io import image_data_url, load_image
 
 START_SECONDS = 600.0
 IMAGES = Path(__file__).parents[1] / "images"
@@ -75,9 +77,10 @@ def server(model_path: str, batch: int, dtype: str) -> Iterator[str]:
         process.wait()
 
 
-def body(number: int, max_tokens: int) -> dict:
-    question, file = QUESTIONS[number % len(QUESTIONS)]
-    url = "data:image/png;base64," + base64.b64encode((IMAGES / file).read_bytes()).decode("ascii")
+@functools.cache
+def body(question: str, file: str, max_tokens: int) -> dict:
+    """A request."""
+    url = image_data_url(load_image(IMAGES / file))
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return {"model": "model", "messages": messages, "temperature": 0, "max_tokens": max_tokens}
@@ -93,7 +96,8 @@ async def measure(address: str, batch: int, clients: int, requests: int, max_tok
         async with httpx.AsyncClient(timeout=600) as http:
             for number in waiting:
                 begun = time.perf_counter()
-                answer = await http.post(f"{address}/v1/chat/completions", json=body(number, max_tokens))
+                request = body(*QUESTIONS[number % len(QUESTIONS)], max_tokens)
+                answer = await http.post(f"{address}/v1/chat/completions", json=request)
                 answer.raise_for_status()
                 latencies.append(time.perf_counter() - begun)
                 tokens += answer.json()["usage"]["completion_tokens"]

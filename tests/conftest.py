@@ -1,13 +1,21 @@
 """Fixtures: real tokenizers, images and checkpoints on disk, small enough to run anywhere."""
 
+import base64
+import contextlib
 import functools
 import json
 import os
 import signal
+import struct
+import subprocess
 import sys
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pexpect
 import pytest
@@ -189,6 +197,39 @@ def interrupt(process: pexpect.spawn, expected: str) -> None:
         if process.expect([expected, pexpect.TIMEOUT], timeout=10) == 0:
             return
     pytest.fail(f"Ctrl-C did not lead to {expected!r}: {process.before!r}")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str = "it") -> None:
+    """Fail unless a condition holds within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} has not happened in {seconds} s"
+        time.sleep(0.02)
+
+
+def answers_at(url: str, process: subprocess.Popen) -> bool:
+    """Whether a server answers; one whose process has ended never will."""
+    assert process.poll() is None, "the server has ended"
+    with contextlib.suppress(httpx.TransportError):
+        httpx.get(url)
+        return True
+    return False
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    """A file's content as a data URL."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png_that_declares(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes with a huge picture's header."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.fixture

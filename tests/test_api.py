@@ -1,6 +1,5 @@
 """The HTTP API: a real server process, the real `openai` client, many at once, and who leaves halfway."""
 
-import base64
 import concurrent.futures
 import json
 import os
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import PARROT_ANSWERS, ROOT
+from conftest import PARROT_ANSWERS, ROOT, data_url, wait_until
 
 COLOUR = "Colour?"
 
@@ -34,11 +32,8 @@ class Server:
                  "--temperature", "0", *arguments],
                 stderr=file, stdout=file, cwd=ROOT, env={**os.environ, **environment},
             )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while "Uvicorn running on" not in self.text():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.1)
+        wait_until(lambda: "Uvicorn running on" in self.text() or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.text()
         self.url = self.text().split("Uvicorn running on ")[1].split()[0]
 
     def text(self) -> str:
@@ -52,10 +47,7 @@ class Server:
         return next((float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0.0)
 
     def wait_until_idle(self, seconds: float = 5) -> None:
-        deadline = time.monotonic() + seconds
-        while self.metric("deepseek_vl_running") or self.metric("deepseek_vl_waiting"):
-            assert time.monotonic() < deadline, "the engine is not idle"
-            time.sleep(0.05)
+        wait_until(lambda: not self.metric("deepseek_vl_running") + self.metric("deepseek_vl_waiting"), seconds)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -84,13 +76,11 @@ def server(serve: Callable[..., Server]) -> Server:
     return serve()
 
 
-def data_url(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def about(question: str, *images: Path) -> list[dict[str, Any]]:
     """The messages of one question with pictures in front."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}} for path in images
+    ]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 

@@ -4,15 +4,12 @@ Names are resolved and connections opened by doubles: what the server would dial
 """
 
 import asyncio
-import base64
 import http.server
 import io
 import json
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from conftest import data_url, png_that_declares, wait_until
 from PIL import Image
 
 from deepseek_vl.serve.api.app import Limits, Service, create_app
@@ -38,29 +36,10 @@ def png(colour: str = "red", size: tuple[int, int] = (50, 40)) -> bytes:
     return file.getvalue()
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be huge."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-
-
 def jpeg_cut_off() -> bytes:
     file = io.BytesIO()
     Image.effect_noise((200, 200), 90).convert("RGB").save(file, "JPEG")
     return file.getvalue()[:3000]
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 class Origin(http.server.BaseHTTPRequestHandler):
@@ -159,8 +138,7 @@ class Running:
         self.server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
+        wait_until(lambda: self.server.started, 60)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
 
@@ -241,6 +219,8 @@ def message(**fields: Any) -> dict[str, Any]:
 
 
 RED = data_url(png())
+BOMB = data_url(png_that_declares(50_000, 50_000))
+SMALL_BOMB = data_url(png_that_declares(8000, 8000))
 REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "no body": (b"", 400, "not JSON"),
     "bad JSON": (b'{"model": "parrot", ', 400, "not JSON"),
@@ -297,8 +277,8 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "a prompt of a million characters": (asking("word " * 200_000), 400, "positions"),
     "a body of 100 MB": (b" " * 100_000_000, 413, "larger than 4194304 bytes"),
     "a thousand images": (asking("hi", *[RED] * 1000), 400, "1000 images; at most 16"),
-    "decompression bomb": (asking("hi", data_url(bomb(50_000, 50_000))), 400, "more than 40000000 pixels"),
-    "a bomb below Pillow's limit": (asking("hi", data_url(bomb(8000, 8000))), 400, "more than 40000000 pixels"),
+    "decompression bomb": (asking("hi", BOMB), 400, "more than 40000000 pixels"),
+    "a bomb below Pillow's limit": (asking("hi", SMALL_BOMB), 400, "more than 40000000 pixels"),
     "SVG": (asking("hi", data_url(b"<svg/>", "image/svg+xml")), 400, "Image 1 cannot be read"),
     "EPS": (asking("hi", data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 400, "Image 1 cannot"),
     "truncated JPEG": (asking("hi", data_url(jpeg_cut_off(), "image/jpeg")), 400, "Image 1 cannot be read"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import PARROT_ANSWERS, ROOT, Loaded
+from conftest import PARROT_ANSWERS, ROOT, Loaded, answers_at, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -77,6 +77,11 @@ class Tab:
         self.page.get_by_label("Model").click()
         self.page.get_by_role("option", name=name).click()
 
+    def choose_parrot(self) -> None:
+        """The model whose answers are known, with greedy decoding."""
+        self.choose_model("parrot")
+        self.set("Temperature", 0)
+
     def set(self, slider: str, value: float) -> None:
         self.page.get_by_label(f"number input for {slider}").fill(str(value))
         self.page.get_by_label(f"number input for {slider}").press("Tab")
@@ -114,13 +119,6 @@ def tab(browser: sync_api.Browser, address: str) -> Iterator[Tab]:
     tab.context.close()
 
 
-def wait_until_idle(loaded: Loaded, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while engine_of(loaded[1]).running:
-        assert time.monotonic() < deadline, "the engine still works"
-        time.sleep(0.01)
-
-
 def test_a_picture_a_question_and_a_second_turn(tab: Tab) -> None:
     tab.send("What colour is the star?", IMAGES / "shapes.png")
     tab.sees(re.compile("blue"))
@@ -143,8 +141,7 @@ def test_an_example_is_put_into_the_input(tab: Tab) -> None:
 
 
 def test_regenerate_remove_and_new(tab: Tab) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.send("Greet me.")
     tab.sees(PARROT_ANSWERS["Greet me."])
     tab.set("Max generation tokens", 8)
@@ -168,16 +165,14 @@ def test_regenerate_remove_and_new(tab: Tab) -> None:
 
 
 def test_enter_sends(tab: Tab) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.input.fill("Greet me.")
     tab.input.press("Enter")
     tab.sees(PARROT_ANSWERS["Greet me."])
 
 
 def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Loaded) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la la la")
@@ -185,7 +180,7 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Load
     first = tab.answers.inner_text()
     sync_api.expect(tab.answers).not_to_have_text(first)  # it streams
     tab.press("Stop")
-    wait_until_idle(parrot, 1.0)
+    wait_until(lambda: not engine_of(parrot[1]).running, 1.0)
     sync_api.expect(tab.page.locator("#status")).to_have_text("Stopped.")
     assert tab.answers.inner_text().startswith("la la la la")
     tab.press("New Conversation")
@@ -196,13 +191,12 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Load
 
 @pytest.mark.parametrize("button", ["New Conversation", "Remove Last Turn"])
 def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Loaded, button: str) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la")
     tab.press(button)
-    wait_until_idle(parrot, 5.0)
+    wait_until(lambda: not engine_of(parrot[1]).running, 5.0)
     sync_api.expect(tab.questions).to_have_count(0)
     tab.send("Greet me.")
     tab.sees(PARROT_ANSWERS["Greet me."])
@@ -210,13 +204,12 @@ def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Load
 
 def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Loaded) -> None:
     tab = Tab(browser, address)
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la")
     tab.context.close()
-    wait_until_idle(parrot, 10.0)
+    wait_until(lambda: not engine_of(parrot[1]).running, 10.0)
 
 
 def test_two_users_have_their_own_conversations(
@@ -224,8 +217,7 @@ def test_two_users_have_their_own_conversations(
 ) -> None:
     tabs = {name: Tab(browser, address) for name in colours}
     for tab in tabs.values():
-        tab.choose_model("parrot")
-        tab.set("Temperature", 0)
+        tab.choose_parrot()
     for name, tab in tabs.items():
         tab.send("<image_placeholder>Colour?", colours[name])
     for name, tab in tabs.items():
@@ -248,8 +240,7 @@ def test_a_broken_file_gives_a_message_and_the_session_goes_on(tab: Tab, tmp_pat
 
 
 def test_removing_a_failure_leaves_what_went_before(tab: Tab, tmp_path: Path) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.send("Greet me.")
     tab.sees(PARROT_ANSWERS["Greet me."])
     tab.set("Max generation tokens", 0)
@@ -263,8 +254,7 @@ def test_removing_a_failure_leaves_what_went_before(tab: Tab, tmp_path: Path) ->
 
 
 def test_what_is_typed_while_an_answer_comes_stays(tab: Tab) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la la la")
     tab.input.fill("My next question")
@@ -284,8 +274,7 @@ def test_settings_that_cannot_be_are_a_message(tab: Tab) -> None:
 
 
 def test_old_turns_are_left_out_and_the_page_says_so(tab: Tab) -> None:
-    tab.choose_model("parrot")
-    tab.set("Temperature", 0)
+    tab.choose_parrot()
     tab.set("Max history tokens", 128)
     for turn in range(2):
         tab.send("Greet me.")
@@ -343,15 +332,7 @@ def guarded(parrot_checkpoint: Path) -> Iterator[int]:
     command += ["--model_path", str(parrot_checkpoint), "--auth", "ada:lovelace"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/")
-                break
-            except httpx.TransportError:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+        wait_until(lambda: answers_at(f"http://127.0.0.1:{port}/", process), 120)
         yield port
     finally:
         process.kill()

@@ -2,13 +2,12 @@
 
 import queue
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded, messages_of
+from conftest import Loaded, messages_of, wait_until
 from transformers import DynamicCache
 
 from deepseek_vl.serve.engine import Engine, Generation, engine_of
@@ -150,10 +149,7 @@ def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loa
         generation = generation_of(loaded, messages_of("Hello."), 2)
         engine.submit(generation)
         assert generation.done.wait(30)
-    deadline = time.monotonic() + 5
-    while any(thread.name == "deepseek_vl-generate" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 5)
 
 
 def test_a_model_has_one_engine(loaded: Loaded) -> None:

@@ -11,7 +11,7 @@ import pexpect
 import psutil
 import pytest
 from conftest import ROOT, make_picture
-from test_cli import PATH, Chat
+from terminal_chat import PATH, Chat
 
 pytestmark = pytest.mark.slow
 

@@ -5,14 +5,13 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PARROT_ANSWERS, ROOT, Loaded, messages_of
+from conftest import PARROT_ANSWERS, ROOT, Loaded, messages_of, wait_until
 from PIL import Image
 from transformers import StoppingCriteriaList
 
@@ -55,10 +54,7 @@ def generating_threads() -> list[threading.Thread]:
 
 def wait_until_idle(seconds: float = 5.0) -> None:
     """Fail unless no generation runs any more within some seconds."""
-    deadline = time.monotonic() + seconds
-    while generating_threads():
-        assert time.monotonic() < deadline, "the generation still runs"
-        time.sleep(0.01)
+    wait_until(lambda: not generating_threads(), seconds)
 
 
 def test_load_model_has_the_references_order(parrot: Loaded) -> None:

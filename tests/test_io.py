@@ -1,17 +1,14 @@
 """Images, JSON files and checkpoints in, and what is said when they cannot be read."""
 
-import base64
 import io
 import json
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture
+from conftest import data_url, make_picture, png_that_declares
 from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
@@ -29,11 +26,6 @@ def load_one(source) -> Image.Image:
     """One image through the public function."""
     (image,) = load_pil_images([{"role": "User", "content": "<image_placeholder>", "images": [source]}])
     return image
-
-
-def data_url(content: bytes) -> str:
-    """The content as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 SOURCES = {
@@ -149,16 +141,6 @@ def test_exif_orientation_is_not_applied_to_a_pil_image(tmp_path):
 
 
 # Images that cannot be read
-
-
-def png_that_declares(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes with a huge picture's header."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def write_broken(kind: str, directory: Path) -> Path:

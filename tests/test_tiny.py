@@ -15,8 +15,8 @@ from deepseek_vl.utils.io import load_pretrained_model
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe with a few small steps."""
     output = tmp_path_factory.mktemp("tiny")
-    steps = ["--maps", "2", "--captions", "3", "--conversations", "2", "--batch_size", "2"]
-    assert main(["--output", str(output), *steps]) == 0
+    steps = ["--maps", "2", "--captions", "3", "--conversations", "1", "--hard_conversations", "1"]
+    assert main(["--output", str(output), "--batch_size", "2", *steps]) == 0
     return output
 
 

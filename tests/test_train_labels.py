@@ -115,7 +115,7 @@ def test_the_tokens_and_pixels_are_those_of_the_chat(processor, pictures, name):
     row = conversation(pictures, *CONVERSATIONS[name])
     chat = processor(conversations=row.messages, images=load_pil_images(row.messages))
     batch = TrainingCollator(processor)([row])
-    assert batch.keys() - {"labels"} == chat.keys() - {"sft_format"}
+    assert batch.keys() - {"labels"} == chat.keys() - {"sft_format", "attention_mask"}
     for key in batch.keys() - {"labels"}:
         assert torch.equal(batch[key], chat[key]), key
 
@@ -268,6 +268,17 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(opened, pic
     scale = max(gradient.abs().max() for gradient in gradients.values())
     for key, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[key], gradient, rtol=1e-3, atol=1e-6 * scale, msg=key)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_padded_batch_has_the_loss_of_its_rows_alone(opened, pictures, name):
+    processor, model = opened
+    rows = [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
+    with torch.no_grad():
+        loss, tokens = loss_and_tokens(model, TrainingCollator(processor)(rows))
+        alone = [loss_and_tokens(model, TrainingCollator(processor)([row])) for row in rows]
+    assert tokens == sum(count for _, count in alone)
+    torch.testing.assert_close(loss, sum(loss * count for loss, count in alone) / tokens, rtol=1e-5, atol=0)
 
 
 def test_a_packed_batch_may_be_longer_than_the_models_positions(opened, pictures):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.train.data import load_data
-from deepseek_vl.train.world import COLOURS, SHAPES, SyntheticWorld, draw, sample_picture
+from deepseek_vl.train.world import COLOURS, SHAPES, HardQuestions, SyntheticWorld, draw, sample_picture
 from deepseek_vl.train.world.__main__ import main
 from deepseek_vl.train.world.draw import FONTS, _font
 from deepseek_vl.train.world.questions import count_phrase, place
@@ -40,9 +40,10 @@ def test_it_has_an_end_as_iteration_wants() -> None:
         SyntheticWorld(3)[3]
 
 
-def test_conversations_alternate_and_every_answer_has_a_type() -> None:
+@pytest.mark.parametrize("world", [SyntheticWorld, HardQuestions])
+def test_conversations_alternate_and_every_answer_has_a_type(world: type[SyntheticWorld]) -> None:
     types: Counter[str] = Counter()
-    for row in SyntheticWorld(300, seed=5):
+    for row in world(300, seed=5):
         assert [message["role"] for message in row.messages] == ["User", "Assistant"] * len(row.types)
         assert sum(message["content"].count("<image_placeholder>") for message in row.messages) == len(row.images)
         types.update(row.types)
@@ -50,6 +51,17 @@ def test_conversations_alternate_and_every_answer_has_a_type() -> None:
         "colour", "shape", "place", "count", "presence", "absence", "reading", "tallest", "shortest", "description",
         "two images", "follow-up", "small talk",
     }  # fmt: skip
+
+
+def test_hard_questions_ask_more_of_what_is_hard() -> None:
+    asked = [
+        Counter(turn.type for i in range(500) for turn in world(500).turns_of(i))
+        for world in (SyntheticWorld, HardQuestions)
+    ]
+    share, hard_share = ({kind: n / types.total() for kind, n in types.items()} for types in asked)
+    for kind in ("count", "two images"):
+        assert hard_share[kind] > 1.1 * share[kind]
+    assert hard_share["colour"] < share["colour"]
 
 
 def test_shapes_are_drawn_where_and_how_the_picture_says() -> None:

@@ -206,8 +206,9 @@ class WebChat:
         if self._running.setdefault(tab, run) is not run:
             yield None
             return
+        last = Progress(turn, "")
         try:
-            yield Progress(turn, "")
+            yield last
             shown_at = 0.0
             for last in self._grow(run, turns, turn):
                 if self._running.get(tab) is not run:
@@ -215,16 +216,12 @@ class WebChat:
                 if time.monotonic() - shown_at > SECONDS_PER_UPDATE:
                     shown_at = time.monotonic()
                     yield last
-            wanted = self._running.get(tab) is run
-            if wanted:
-                del self._running[tab]
-            else:
-                run.over.set()
-            yield last if wanted else None
         finally:
-            run.over.set()
-            if self._running.get(tab) is run:
+            was_abandoned = self._running.get(tab) is not run
+            if not was_abandoned:
                 del self._running[tab]
+            run.over.set()
+        yield None if was_abandoned else last
 
     def _grow(self, run: Run, turns: Sequence[Turn], turn: Turn) -> Iterator[Progress]:
         """A turn with its answer so far, and at last with the whole answer or an error."""
@@ -442,7 +439,7 @@ def _run(args: argparse.Namespace) -> None:
         logger.info("Loading %s ...", path)
         _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype)
         # A directory's name is enough to choose by; where it is, is the server's business.
-        name = Path(path).name if Path(path).is_dir() else path
+        name = Path(path).resolve().name if Path(path).is_dir() else path
         models[path if name in models else name] = (model, processor)
     launch(create_page(models), args.host, args.port, (user, password) if args.auth else None, share=args.share)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from deepseek_vl.serve.chat import ChatSession
-    from deepseek_vl.serve.terminal import Screen
+    from deepseek_vl.serve.screen import Screen
 
 USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
 HELP = f"""\
@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace) -> int:
         images = [open_image(source) for source in args.image]
         _be_quiet(progress=not one_shot and sys.stderr.isatty())
         from deepseek_vl.serve.chat import ChatSession
-        from deepseek_vl.serve.terminal import pick_screen, write_pieces
+        from deepseek_vl.serve.screen import pick_screen, write_pieces
 
     _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype)
     session = ChatSession(model, processor, settings)

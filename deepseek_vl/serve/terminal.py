@@ -1,72 +1,29 @@
-"""What the chat reads from and writes to: a terminal with its comforts, or plain streams without any control code."""
+"""The chat in a terminal: line editing, history, completion, and answers shown as the Markdown they are."""
 
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
 from deepseek_vl.serve.attachments import EXTENSIONS
+from deepseek_vl.serve.screen import ANSWER, without_first_space
 from deepseek_vl.serve.text import safe_markdown
-
-ANSWER = "Assistant: "
 
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 _BLOCK = re.compile(r"\s*(?:```|~~~|#|[-*+] |\d+[.)] |>|\||---| {4})")
 _PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])")
-
-
-class Screen(Protocol):
-    """Where a chat takes place."""
-
-    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
-        """A line of input.
-
-        Args:
-            prompt: what is asked.
-            default: text to begin with, where it can be edited.
-            path: whether it is a path rather than a message.
-
-        Raises:
-            EOFError: at the end of the input.
-            KeyboardInterrupt: at Ctrl-C.
-        """
-
-    def say(self, text: str) -> None:
-        """A line of the program's own."""
-
-    def answer(self, pieces: Iterator[str]) -> None:
-        """The assistant's answer, as it comes."""
-
-
-class PlainScreen:
-    """Standard input and output, as they are."""
-
-    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
-        return input(prompt)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def answer(self, pieces: Iterator[str]) -> None:
-        print(ANSWER, end="", flush=True)
-        try:
-            write_pieces(pieces)
-        except BaseException:
-            print(flush=True)
-            raise
 
 
 class TerminalScreen:
@@ -77,7 +34,7 @@ class TerminalScreen:
     """
 
     def __init__(self, history: Path):
-        self._console = Console(highlight=False)
+        self._console = _Console(highlight=False)
         self._messages: PromptSession[str] = PromptSession(
             history=_open_history(history), completer=MessageCompleter(), complete_while_typing=False
         )
@@ -94,44 +51,36 @@ class TerminalScreen:
     def answer(self, pieces: Iterator[str]) -> None:
         # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
         text, shown = "", 0
-        try:
-            with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
-                for piece in _without_first_space(pieces):
-                    text += piece.translate(_CONTROL)
-                    done, text = split_finished(text)
-                    if done:
-                        live.console.print(_markdown(done, is_first=not shown), end="\n\n")
-                        shown += 1
-                    live.update(_Tail(_markdown(text, is_first=not shown)))
-        finally:
-            self._console.print(_markdown(text, is_first=not shown))
+        with _without_echo():
+            try:
+                with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
+                    for piece in without_first_space(pieces):
+                        text += piece.translate(_CONTROL)
+                        done, text = split_finished(text)
+                        if done:
+                            live.console.print(_markdown(done, is_first=not shown), end="\n\n")
+                            shown += 1
+                        live.update(_Tail(_markdown(text, is_first=not shown)))
+            finally:
+                self._console.print(_markdown(text, is_first=not shown))
 
 
-def write_pieces(pieces: Iterator[str]) -> None:
-    """An answer on standard output, without the space that the first piece begins with."""
-    with contextlib.closing(pieces):
-        for piece in _without_first_space(pieces):
-            print(piece, end="", flush=True)
-    print()
-
-
-def _without_first_space(pieces: Iterable[str]) -> Iterator[str]:
-    clean: Callable[[str], str] = str.lstrip
-    for piece in pieces:
-        if shown := clean(piece):
-            clean = str
-            yield shown
-
-
-def pick_screen() -> Screen:
-    """A terminal if input and output are one, plain streams otherwise."""
-    capable = os.name == "nt" or os.environ.get("TERM", "dumb") != "dumb"
-    if capable and sys.stdin.isatty() and sys.stdout.isatty():
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        return TerminalScreen(Path(os.path.expanduser(state)) / "deepseek_vl" / "history")  # noqa: PTH111
-    with contextlib.suppress(ImportError):  # line editing; not on every platform
-        import readline  # noqa: F401
-    return PlainScreen()
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep keys that are pressed meanwhile for the next prompt: on the screen they would displace what is redrawn."""
+    try:
+        import termios
+    except ImportError:  # on Windows, where nothing is echoed outside a prompt
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def split_finished(text: str) -> tuple[str, str]:
@@ -154,6 +103,14 @@ def _markdown(text: str, is_first: bool) -> Markdown:
     if is_first:
         lines[0] = f"**{ANSWER.strip()}**" + ("\n\n" if _BLOCK.match(lines[0]) else " ") + lines[0]
     return Markdown("\n".join(lines))
+
+
+class _Console(Console):
+    """As large as its terminal, whatever LINES and COLUMNS say: a parent process may have left those of its own."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        return ConsoleDimensions(*os.get_terminal_size(sys.stdout.fileno()))
 
 
 class _Tail:

@@ -122,11 +122,12 @@ class TrainingCollator:
             batch = dict(self.processor.batchify([_join(items)]))
             batch["labels"] = torch.cat(labels)[None]
             batch["position_ids"] = torch.cat([torch.arange(len(item.input_ids)) for item in items])[None]
-            del batch["attention_mask"]  # the positions say it: transformers finds the borders where they restart
+            # The positions say it: transformers finds the borders where they restart.
         else:
             batch = dict(self.processor.batchify(items, padding_side="right"))
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNT)
-        del batch["sft_format"]
+            # Padding is behind all that is learnt, so that causal attention alone, which is faster, hides it.
+        del batch["sft_format"], batch["attention_mask"]
         return batch
 
 

@@ -2,7 +2,7 @@
 
 A tokenizer is learnt from the synthetic world's sentences. A small vision tower learns to see from maps of pictures, in
 place of the published models' pretrained ones. Then a small model of the 1.3B's architecture learns, as in the paper's
-last two stages, first from captions and then from conversations. All are endless: no picture is seen twice.
+last two stages, first from captions and then from conversations, of which the later ones ask more of what is hard.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.optim.muon import Muon
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainingArguments, set_seed
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
@@ -29,7 +29,7 @@ from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.sight import MapCollator, PatchReader
 from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train
-from deepseek_vl.train.world import Captions, Maps, SyntheticWorld
+from deepseek_vl.train.world import Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def learn_to_see(
 def learn(
     model: MultiModalityCausalLM,
     processor: VLChatProcessor,
-    world: SyntheticWorld,
+    world: Dataset,
     output: Path,
     args: argparse.Namespace,
 ) -> None:
@@ -223,7 +223,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--maps", type=positive, default=5500, help="steps on maps (default: %(default)s)")
     parser.add_argument("--captions", type=positive, default=1500, help="steps on captions (default: %(default)s)")
     parser.add_argument(
-        "--conversations", type=positive, default=2000, help="steps on conversations (default: %(default)s)"
+        "--conversations", type=positive, default=1500, help="steps on conversations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hard_conversations",
+        type=positive,
+        default=2000,
+        help="then, steps on conversations with more of what is hard (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="at its highest (default: %(default)s)")
@@ -247,7 +253,9 @@ def _run(args: argparse.Namespace) -> None:
         reader.load_state_dict(load_file(maps / "model.safetensors"))
         learn(model, processor, Captions(args.captions * args.batch_size, args.seed), captions, args)
     model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
-    learn(model, processor, SyntheticWorld(args.conversations * args.batch_size, args.seed), tiny, args)
+    easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
+    later = Subset(HardQuestions(easy + hard, args.seed), range(easy, easy + hard))
+    learn(model, processor, ConcatDataset([SyntheticWorld(easy, args.seed), later]), tiny, args)
     model.to(torch.float16).save_pretrained(tiny)
     logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from deepseek_vl.train.world.draw import draw
-from deepseek_vl.train.world.questions import Turn, ask, ask_two, describe, small_talk
+from deepseek_vl.train.world.questions import (
+    Turn,
+    ask,
+    ask_absent,
+    ask_count,
+    ask_is_there,
+    ask_place,
+    ask_two,
+    describe,
+    small_talk,
+)
 from deepseek_vl.train.world.scene import Picture, sample_picture
 from deepseek_vl.utils.rows import TrainingRow
 
@@ -26,14 +37,15 @@ class SyntheticWorld(Dataset):
         length: how many.
         seed: another seed is another world of the same kind.
         turns: most questions in a conversation; with 1, there is one question, or one and its follow-up.
-        kinds: weights of the kinds of conversation, as `KINDS`.
     """
 
-    def __init__(self, length: int, seed: int = 0, turns: int = 6, kinds: dict[str, float] | None = None):
+    kinds: Mapping[str, float] = KINDS
+    emphasis: Mapping[Callable, float] = {}
+
+    def __init__(self, length: int, seed: int = 0, turns: int = 6):
         self.length = length
         self.seed = seed
         self.turns = turns
-        self.kinds = kinds or KINDS
 
     def __len__(self) -> int:
         return self.length
@@ -77,7 +89,7 @@ class SyntheticWorld(Dataset):
             questions = ask_two(pictures, rng)
         else:
             pictures = [sample_picture(rng, kind)]
-            questions = ask(pictures[0], kind, rng)
+            questions = ask(pictures[0], kind, rng, self.emphasis)
         turns: list[Turn] = []
         for new in itertools.islice(questions, 30):
             # What was said already would be copied rather than seen.
@@ -86,6 +98,13 @@ class SyntheticWorld(Dataset):
             if len(turns) >= self.turns:
                 break
         return pictures, turns
+
+
+class HardQuestions(SyntheticWorld):
+    """The same world, asked more often what is learnt last: how many, whether there is one, which picture has it."""
+
+    kinds = {"shapes": 40, "words": 20, "chart": 3, "mixed": 10, "two": 25, "talk": 2}
+    emphasis = {ask_absent: 2.5, ask_count: 2.5, ask_place: 1.5, ask_is_there: 1.5}
 
 
 class Captions(SyntheticWorld):
@@ -97,7 +116,7 @@ class Captions(SyntheticWorld):
     kinds = {"shapes": 50, "words": 40, "chart": 10}
 
     def __init__(self, length: int, seed: int = 0):
-        super().__init__(length, seed, turns=1, kinds=self.kinds)
+        super().__init__(length, seed, turns=1)
 
     def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
         picture = sample_picture(rng, rng.choices(list(self.kinds), list(self.kinds.values()))[0])

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepseek_vl.train.world.scene import COLOURS, SHAPES, Picture, Shape
@@ -368,9 +368,13 @@ ASKERS: dict[str, tuple[tuple[Callable[[Picture, random.Random], Turn | None], f
 """What is asked about each kind of picture, and how often."""
 
 
-def ask(picture: Picture, kind: str, rng: random.Random) -> Iterator[list[Turn]]:
-    """Questions about one picture without end: each alone, or with a follow-up."""
-    askers, weights = zip(*ASKERS[kind], strict=True)
+def ask(picture: Picture, kind: str, rng: random.Random, emphasis: Mapping[Callable, float]) -> Iterator[list[Turn]]:
+    """Questions about one picture without end: each alone, or with a follow-up.
+
+    Args:
+        emphasis: how many times as often as usual some askers ask.
+    """
+    askers, weights = zip(*((asker, weight * emphasis.get(asker, 1)) for asker, weight in ASKERS[kind]), strict=True)
     while True:
         turn = rng.choices(askers, weights)[0](picture, rng)
         if turn is None:

@@ -1,17 +1,24 @@
 """DeepSeek-VL (arXiv 2403.05525) on today's PyTorch and transformers.
 
-Importing the package is cheap: the network is imported on first use of one of its names.
-``import deepseek_vl.models`` registers the model, its configuration and its processors with transformers' Auto classes.
+Importing the package is cheap: the network is imported on first use of one of its names. It is registered with
+transformers' Auto classes as soon as transformers is imported too.
 """
 
 import importlib
 from typing import Any
 
 from deepseek_vl.utils import attrdict_import  # noqa: F401  makes `from attrdict import AttrDict` work on Python >= 3.10
+from deepseek_vl.utils.registration import register_with_transformers
 
 __version__ = "2.0.0"
 
 _EXPORTS = {
+    "DeepseekVLConfig": "deepseek_vl.hf",
+    "DeepseekVLForConditionalGeneration": "deepseek_vl.hf",
+    "DeepseekVLImageProcessor": "deepseek_vl.hf",
+    "DeepseekVLImageProcessorFast": "deepseek_vl.hf",
+    "DeepseekVLModel": "deepseek_vl.hf",
+    "DeepseekVLProcessor": "deepseek_vl.hf",
     "MultiModalityCausalLM": "deepseek_vl.models",
     "MultiModalityConfig": "deepseek_vl.models",
     "VLChatProcessor": "deepseek_vl.models",
@@ -31,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
+
+
+register_with_transformers()

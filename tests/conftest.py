@@ -114,10 +114,10 @@ def small_config(kind: str, vocab_size: int, **language: Any) -> MultiModalityCo
             "global_attn_indexes": [1, 2],
             "window_size": 3,
             "patch_size": 8,
-            "prompt_embed_dim": 16,
-            "downsample_channels": [32, 48],
+            "prompt_embed_dim": 12,
+            "downsample_channels": [24, 48],
             "output_dim": 48,
-            "pixel_mean": [0.48, 0.46, 0.41],
+            "pixel_mean": [0.48, 0.457, 0.41],
             "pixel_std": [0.27, 0.26, 0.28],
         }
         low = {**siglip, "output_dim": 48, "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}

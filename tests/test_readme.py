@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_snippets_run() -> None:
     """In order and in one session, as in a notebook."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) >= 4
+    assert len(snippets) >= 5
     command = [sys.executable, "-c", "\n".join(snippets)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr

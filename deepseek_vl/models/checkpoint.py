@@ -68,6 +68,20 @@ def checkpoint_special_tokens(
     return ids
 
 
+def token_id_of(token: str, name_or_path: str, hub_arguments: Mapping[str, Any]) -> int:
+    """The id of a special token in a checkpoint's `tokenizer.json`.
+
+    Raises:
+        ValueError: if there is no such token.
+    """
+    file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if file is not None:
+        for added in json.loads(Path(file).read_text(encoding="utf-8")).get("added_tokens", []):
+            if added["content"] == token:
+                return added["id"]
+    raise ValueError(f"{str(name_or_path)!r} has no tokenizer.json with a token {token!r}.")
+
+
 def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None:
     """Fill a tower from a weights file of its own (`ckpt_path` in the config), a `.safetensors` or a torch file.
 

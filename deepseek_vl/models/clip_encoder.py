@@ -158,7 +158,12 @@ class HybridVisionTower(nn.Module):
         """[B, 3, S, S] with S the high-resolution size -> features, or a pair of them, each [B, N, width]."""
         size = (self.low_res_size, self.low_res_size)
         low_images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(images.dtype)
+        return self.encode(images, low_images)
 
+    def encode(
+        self, images: torch.Tensor, low_images: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Images in the high and in the low resolution -> as `forward`."""
         high = self.vision_tower_high(images)
         if isinstance(self.vision_tower_high.vision_tower, SAMVisionTransformer):
             high = high.flatten(2).transpose(1, 2)  # [B, C, h, h] -> [B, h * h, C]

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
+from deepseek_vl.models import layout_configs
+from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.utils.attrdict_import import AttrDict
 
 
@@ -61,6 +64,22 @@ class MultiModalityConfig(PretrainedConfig):
             config_class = self.sub_configs[name]
             setattr(self, name, config if isinstance(config, PretrainedConfig) else config_class(**(config or {})))
         super().__init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' hook that reads `config.json`, which may be in transformers' layout of this model.
+
+        Raises:
+            ValueError: for a setting that this model has no place for.
+        """
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if layout_configs.is_transformers(config):
+            hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            images, _ = BaseImageProcessor.get_image_processor_dict(pretrained_model_name_or_path, **hub_arguments)
+            config = layout_configs.to_reference(config, images)
+        return config, unused
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The language model's config, in which transformers looks for the vocabulary and the cache's sizes."""

@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import ImageInput, load_image
+
+from deepseek_vl.models.layout_configs import images_to_reference
 
 IMAGENET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGENET_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,13 +35,24 @@ def resize_bicubic(pil_img: Image.Image, width: int, height: int) -> Image.Image
     Pillow resizes one axis at a time and rounds to 8 bits in between. Which axis is first depends on its version; here
     it is Pillow 13's choice, which the golden outputs were made with.
     """
-    shrink_x, shrink_y = pil_img.width - width, pil_img.height - height
-    vertical_first = shrink_y > 0 and shrink_y > 2 * shrink_x
-    between = (pil_img.width, height) if vertical_first else (width, pil_img.height)
-    for size in (between, (width, height)):
+    for size in resize_steps(pil_img.size, (width, height)):
         if pil_img.size != size:
             pil_img = pil_img.resize(size, Image.Resampling.BICUBIC)
     return pil_img
+
+
+def resize_steps(old: tuple[int, int], new: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (width, height) after the first axis is resized, and after both are."""
+    shrink_x, shrink_y = old[0] - new[0], old[1] - new[1]
+    vertical_first = shrink_y > 0 and shrink_y > 2 * shrink_x
+    return ((old[0], new[1]) if vertical_first else (new[0], old[1])), new
+
+
+def flat_images(images: ImageInput) -> list[Any]:
+    """Images in (nested) lists, or one, in reading order; those that are named by their path or address are opened."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flat_images(item)]
+    return [load_image(images) if isinstance(images, str) else images]
 
 
 class VLMImageProcessorConfig(PretrainedConfig):
@@ -98,6 +112,16 @@ class VLMImageProcessor(BaseImageProcessor):
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
         self.background_color = (127, 127, 127) if image_mean is None else tuple(int(255 * m) for m in image_mean)
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' hook that reads the settings, which may be in transformers' layout of this model."""
+        settings, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if str(settings.get("image_processor_type", "")).startswith("DeepseekVL"):
+            settings = images_to_reference(settings)
+        return settings, unused
 
     @property
     def default_shape(self) -> list[int]:

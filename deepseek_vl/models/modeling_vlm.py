@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,6 +17,7 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
+from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, layout_of, rename, unused_weights
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 
@@ -118,10 +119,10 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode images for the language model: [n, 3, S, S] -> [n, N, D], in the model's dtype."""
-        features = self.vision_model(_like_parameters(pixel_values, self.vision_model))
+        features = self.vision_model(like_parameters(pixel_values, self.vision_model))
         if isinstance(features, tuple):
-            return self.aligner(tuple(_like_parameters(feature, self.aligner) for feature in features))
-        return self.aligner(_like_parameters(features, self.aligner))
+            return self.aligner(tuple(like_parameters(feature, self.aligner) for feature in features))
+        return self.aligner(like_parameters(features, self.aligner))
 
     def prepare_inputs_embeds(
         self,
@@ -379,10 +380,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
         A mapped file stays in memory beside the weights that are converted from it, which doubles the peak.
         """
-        on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
-        mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
-        if mapped and not on_disk and not is_deepspeed_zero3_enabled():
-            state_dict = {name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)}
+        state_dict = unread_state_dict(state_dict, checkpoint_files, load_config)
+        if state_dict and layout_of(state_dict) == TRANSFORMERS:
+            renamed, not_known = rename(state_dict, REFERENCE)
+            unused = unused_weights(model.state_dict(), torch.float32)
+            state_dict = {**renamed, **{name: state_dict[name] for name in not_known}, **unused}
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
@@ -392,7 +394,18 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
                 setattr(model.generation_config, name, token_id)
 
 
-def _like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def unread_state_dict(
+    state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, load_config: Any
+) -> dict[str, Any] | None:
+    """What transformers' loader is to read: tensors that are read one by one, where it would map whole files."""
+    on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
+    mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
+    if mapped and not on_disk and not is_deepspeed_zero3_enabled():
+        return {name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)}
+    return state_dict
+
+
+def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """`tensor` on the device and in the dtype of a module's parameters, as far as these say: offloaded parameters have
     no device, and quantised ones no floating point dtype."""
     parameter = next(module.parameters(), None)
@@ -414,4 +427,5 @@ def _has_images(
 
 
 AutoModelForCausalLM.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
+AutoModelForImageTextToText.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
 AutoProcessor.register(MultiModalityConfig, VLChatProcessor, exist_ok=True)

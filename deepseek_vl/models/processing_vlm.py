@@ -5,19 +5,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.processing_utils import ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
-from deepseek_vl.models.image_processing_vlm import VLMImageProcessor
-from deepseek_vl.utils.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, get_conv_template
+from deepseek_vl.models.image_processing_vlm import VLMImageProcessor, flat_images
+from deepseek_vl.utils.conversation import (
+    DEEPSEEK_CHAT_TEMPLATE,
+    DEFAULT_SYSTEM_PROMPT,
+    Conversation,
+    get_conv_template,
+)
 
 _LITERAL = "\ufdd0"
 """Stands inside a special token that is to be read letter by letter. A noncharacter: no text has it."""
@@ -281,11 +288,36 @@ class VLChatProcessor(ProcessorMixin):
         conversations: Sequence[Mapping[str, Any]] | None = None,
         images: Sequence[Image.Image] | None = None,
         force_batchify: bool = True,
+        text: str | Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> VLChatProcessorOutput | BatchedVLChatProcessorOutput:
-        """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one."""
+    ) -> VLChatProcessorOutput | BatchedVLChatProcessorOutput | BatchFeature:
+        """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one.
+
+        With `text`, as transformers' pipelines call it: rendered prompts and their (nested lists of) images -> a batch.
+        """
+        if text is not None:
+            return self._process_texts([text] if isinstance(text, str) else text, images)
         output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
+
+    def _process_texts(self, texts: Sequence[str], images: ImageInput | None) -> BatchFeature:
+        """Rendered prompts -> a padded batch, without the prompts themselves.
+
+        Raises:
+            ValueError: if there are not as many images as tags.
+        """
+        flat = iter(flat_images(images) if images is not None else [])
+        items = [self.process_one(prompt=text, images=list(islice(flat, text.count(self.image_tag)))) for text in texts]
+        if left := len(list(flat)):
+            raise ValueError(f"There are {left} images more than {self.image_tag} in the text.")
+        batch = self.batchify(items)
+        return BatchFeature({name: value for name, value in batch.items() if name != "sft_format"})
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """transformers' `apply_chat_template`, for messages in its form; by default in the `deepseek` format."""
+        return super().apply_chat_template(
+            conversation, chat_template or self.chat_template or DEEPSEEK_CHAT_TEMPLATE, **kwargs
+        )
 
     def batchify(
         self, prepare_list: Sequence[VLChatProcessorOutput], padding_side: str = "left"
@@ -366,6 +398,16 @@ class VLChatProcessor(ProcessorMixin):
         return super().from_pretrained(bundled_or_same(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' hook that reads the settings, which may be in transformers' layout of this model."""
+        settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if str(settings.get("processor_class", "")).startswith("DeepseekVL"):
+            settings = {"num_image_tokens": settings.get("num_image_tokens", 576)}
+        return settings, unused
+
+    @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
@@ -377,11 +419,18 @@ class VLChatProcessor(ProcessorMixin):
         ]
 
 
-def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, settings: Mapping[str, Any] | None = None, **hub_arguments: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer as its `tokenizer.json` says.
 
     Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
     pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
+
+    Args:
+        name_or_path: a directory, or an id on the Hub.
+        settings: replace those in `tokenizer_config.json`.
+        hub_arguments: where files come from.
 
     Raises:
         OSError: if there are no tokenizer files.
@@ -394,7 +443,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> PreTrainedTokeniz
         if files["tokenizer.model"] is None:
             raise OSError(f"{str(name_or_path)!r} has no tokenizer.json.")
         return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **hub_arguments)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **(settings or {}), **hub_arguments)
     # What LlamaTokenizerFast sets for a checkpoint that is silent about it.
     if "padding_side" not in tokenizer.init_kwargs:
         tokenizer.padding_side = "left"

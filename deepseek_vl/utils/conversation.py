@@ -15,6 +15,32 @@ DEFAULT_SYSTEM_PROMPT = (
     "and assist the user with a variety of tasks using natural language."
 )
 
+DEEPSEEK_CHAT_TEMPLATE = """\
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content or [] -%}
+            {{- '<image_placeholder>' if part.type == 'image' else part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if messages and messages[0].role == 'system' -%}
+    {%- set system, turns = text_of(messages[0].content), messages[1:] -%}
+{%- else -%}
+    {%- set system, turns = '@SYSTEM@', messages -%}
+{%- endif -%}
+{%- set prompt = namespace(text=system ~ '\\n\\n' if system else '') -%}
+{%- for message in turns -%}
+    {%- set role, text = message.role | capitalize, text_of(message.content) | trim -%}
+    {%- set separator = '<｜end▁of▁sentence｜>' if loop.index0 % 2 else '\\n\\n' -%}
+    {%- set prompt.text = prompt.text ~ role ~ ':' ~ (' ' ~ text ~ separator if text else '') -%}
+{%- endfor -%}
+{{- (prompt.text ~ ('Assistant:' if add_generation_prompt else '')) | trim -}}
+""".replace("@SYSTEM@", DEFAULT_SYSTEM_PROMPT)
+"""The `deepseek` format as a Jinja template, for messages in transformers' form: a `system` message or the default one,
+then `user` and `assistant`; content is a string, or a list of image and text parts."""
+
 
 class SeparatorStyle(IntEnum):
     """How messages are joined. The numbers are the reference's; only the four that a template uses can be rendered."""

@@ -219,12 +219,10 @@ def load_pretrained_model(
     # A bundled model keeps its name, so that what is made from it (an adapter) says so on any machine.
     source = str(path) if is_directory and name == os.fspath(model_path) else str(model_path)
 
-    from transformers import PretrainedConfig
-
-    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+    from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(str(path) if is_directory else source)
+        config, _ = MultiModalityConfig.get_config_dict(str(path) if is_directory else source)
     except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
         problem = "cannot be read" if is_directory else "is not a directory, and could not be fetched from the Hub"

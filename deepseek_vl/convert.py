@@ -1,0 +1,326 @@
+"""Write a checkpoint in the other layout: `python -m deepseek_vl.convert SRC DST --to {reference,transformers}`.
+
+"reference" is the layout in which DeepSeek published the models, "transformers" that of transformers' `deepseek_vl` and
+`deepseek_vl_hybrid` classes. What the new layout has no place for is kept in DST/other_layout, so that converting back
+gives every file as it was.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from deepseek_vl.models import layout_configs as configs
+from deepseek_vl.models.checkpoint import checkpoint_special_tokens, unread_tensors
+from deepseek_vl.models.layout_weights import (
+    LAYOUTS,
+    REFERENCE,
+    TRANSFORMERS,
+    UNUSED,
+    Slice,
+    layout_of,
+    rename,
+    shape_of,
+    unused_weights,
+)
+from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
+
+logger = logging.getLogger(__name__)
+
+KEPT, KEPT_WEIGHTS = "other_layout", "unused.safetensors"
+CONFIG, IMAGES, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+TOKENIZER, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+REWRITTEN = (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION, TEMPLATE)
+"""The files that differ between the layouts, besides the weights."""
+
+INDEX = "model.safetensors.index.json"
+IMAGE_TAG = "<image_placeholder>"
+
+
+def convert(source: str | Path, destination: str | Path, layout: str) -> int:
+    """Write a checkpoint in another layout, and check that every number has arrived.
+
+    Memory holds one shard at a time. Nothing is at `destination` before all of it is.
+
+    Args:
+        source: a directory with weights as safetensors, or the name of a bundled model.
+        destination: a directory that does not exist yet.
+        layout: `reference` or `transformers`.
+
+    Returns:
+        How many tensors there are.
+
+    Raises:
+        FileExistsError: if there is something at `destination`.
+        OSError: if the source's files are missing or broken.
+        ValueError: if the source is in this layout already, lacks weights, or has settings or weights that the layout
+            has no place for; and if what was written is not what was read.
+    """
+    source, destination = Path(bundled_or_same(str(source))), Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
+    config = _read(source / CONFIG)
+    if not config:
+        raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
+    if configs.is_transformers(config) == (layout == TRANSFORMERS):
+        raise ValueError(f"'{source}' is in the {layout} layout already.")
+
+    files = weight_files(source)
+    tensors = _open(files)
+    renamed = _renamed(source, tensors, layout)
+    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
+        unfinished = Path(name) / "checkpoint"
+        unfinished.mkdir()
+        (unfinished / KEPT).mkdir()
+        _write_weights(renamed, unfinished, max(file.stat().st_size for file in files))
+        if left := {name: tensors[name][...] for name in UNUSED if name in tensors and layout == TRANSFORMERS}:
+            save_file(left, unfinished / KEPT / KEPT_WEIGHTS, metadata={"format": "pt"})
+        _write_files(source, unfinished, layout)
+        _compare(tensors, unfinished)
+        unfinished.rename(destination)
+    return len(tensors)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """A checkpoint's safetensors files.
+
+    Raises:
+        OSError: if there are none.
+    """
+    index = _read(directory / INDEX)
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    files = [directory / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise OSError(f"'{directory}' has no {file.name}; only weights as safetensors can be converted.")
+    return files
+
+
+def _open(files: Sequence[Path]) -> dict[str, Slice]:
+    return {name: tensor for file in files for name, tensor in unread_tensors(str(file))}
+
+
+def _renamed(source: Path, tensors: Mapping[str, Slice], layout: str) -> dict[str, Slice | torch.Tensor]:
+    """The tensors as the layout has them, all and none too many.
+
+    Raises:
+        ValueError: if they are not those of the architecture that the config tells of.
+    """
+    config = MultiModalityConfig.from_pretrained(str(source))
+    with torch.device("meta"):
+        model = MultiModalityCausalLM(config).state_dict()
+    renamed, left = rename(tensors, layout)
+    here: Mapping[str, Slice | torch.Tensor] = tensors
+    if layout == REFERENCE:
+        kept = source / KEPT / KEPT_WEIGHTS
+        kept = _open([kept]) if kept.is_file() else {}
+        here = renamed = {**renamed, **unused_weights(model, _dtype(tensors)), **kept}
+    problems = {
+        "missing": sorted(model.keys() - here.keys()),
+        "of another shape": sorted(
+            name for name in model.keys() & here.keys() if shape_of(here[name]) != list(model[name].shape)
+        ),
+        "not known": sorted(set(left) - set(UNUSED)),
+    }
+    if any(problems.values()):
+        details = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+        raise ValueError(f"The weights at '{source}' do not fit the config: {details}.")
+    return renamed
+
+
+def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
+    """The dtype of a checkpoint's smallest tensor, as that of all."""
+    return min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor)))[...].dtype
+
+
+def _write_weights(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, shard_bytes: int) -> None:
+    """Write tensors in shards of at most so many bytes (one tensor may be more), and the index if there are several."""
+    itemsize = _dtype(
+        {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)}
+    ).itemsize
+    shards: list[list[str]] = [[]]
+    used = total = 0
+    for name, tensor in tensors.items():
+        size = math.prod(shape_of(tensor)) * itemsize
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+        total += size
+    weight_map = {}
+    with tqdm(total=len(tensors), desc="Writing", unit="tensor", disable=None) as progress:
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            shard = {}
+            for name in names:
+                shard[name] = tensors[name][...].contiguous()
+                progress.update()
+            save_file(shard, directory / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        _write(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_files(source: Path, destination: Path, layout: str) -> None:
+    """Write everything but the weights: configs as the layout has them, the rest as it is."""
+    weights = {INDEX, *(file.name for file in weight_files(source))}
+    for path in source.iterdir():
+        if path.name not in (*weights, *REWRITTEN, KEPT):
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, destination / path.name)
+    here = _texts(source)
+    for name, text in here.items():
+        (destination / KEPT / name).write_text(text, encoding="utf-8")
+    token_id = VLChatProcessor.from_pretrained(str(source)).image_id
+    tokens = _generation_tokens(source)
+    kept = _texts(source / KEPT)
+    # What was kept is what this was made from, unless someone has changed it since.
+    is_kept = bool(kept) and _rewritten(kept, _other(layout), token_id, tokens) == here
+    for name, text in (kept if is_kept else _rewritten(here, layout, token_id, tokens)).items():
+        (destination / name).write_text(text, encoding="utf-8")
+
+
+def _texts(directory: Path) -> dict[str, str]:
+    """Those of `REWRITTEN` that a directory has."""
+    return {name: (directory / name).read_text(encoding="utf-8") for name in REWRITTEN if (directory / name).is_file()}
+
+
+def _other(layout: str) -> str:
+    return next(other for other in LAYOUTS if other != layout)
+
+
+def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Mapping[str, Any]) -> dict[str, str]:
+    """The config files of the other layout, as `layout` has them.
+
+    Args:
+        texts: the files' contents.
+        token_id: the image tag's.
+        tokens: the ids of the tokens that begin, end and pad a text.
+
+    Raises:
+        ValueError: for a setting that the layout has no place for.
+    """
+    config, images, processor, tokenizer, generation = (
+        json.loads(texts.get(name, "{}")) for name in (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION)
+    )
+    images = images or processor.get("image_processor", {})
+    num_image_tokens = processor.get("num_image_tokens", 576)
+    if layout == TRANSFORMERS:
+        if processor.get("image_tag", IMAGE_TAG) != IMAGE_TAG or processor.get("add_special_token"):
+            raise ValueError(f"transformers' layout has only the image tag {IMAGE_TAG}, and no token in front of it.")
+        new_images = configs.images_to_transformers(images, config)
+        new: dict[str, Any] = {
+            CONFIG: configs.to_transformers(config, images, token_id),
+            IMAGES: new_images,
+            PROCESSOR: {"num_image_tokens": num_image_tokens, "processor_class": new_images["processor_class"]},
+            # The published class would rebuild the tokenizer without its spaces.
+            TOKENIZER: {
+                **tokenizer,
+                "extra_special_tokens": {"image_token": IMAGE_TAG},
+                "processor_class": new_images["processor_class"],
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            },
+            GENERATION: {**generation, **tokens},
+        }
+        return {**{name: _json(value) for name, value in new.items()}, TEMPLATE: DEEPSEEK_CHAT_TEMPLATE}
+    new = {
+        CONFIG: configs.to_reference(config, images),
+        IMAGES: configs.images_to_reference(images),
+        PROCESSOR: {
+            "add_special_token": False,
+            "ignore_id": -100,
+            "image_tag": IMAGE_TAG,
+            "mask_prompt": True,
+            "num_image_tokens": num_image_tokens,
+            "processor_class": "VLChatProcessor",
+            "sft_format": "deepseek",
+        },
+        TOKENIZER: {**tokenizer, "processor_class": "VLChatProcessor", "tokenizer_class": "LlamaTokenizerFast"},
+        GENERATION: {**generation, **tokens},
+    }
+    return {name: _json(value) for name, value in new.items()}
+
+
+def _generation_tokens(source: Path) -> dict[str, Any]:
+    """The ids of the tokens that begin, end and pad a text."""
+    config = MultiModalityConfig.from_pretrained(str(source)).language_config
+    file = source / GENERATION
+    generation = GenerationConfig.from_pretrained(str(source)) if file.is_file() else GenerationConfig()
+    return checkpoint_special_tokens(config, generation, str(source), {})
+
+
+def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
+    """Read what was written, and compare every tensor with the one it was made from.
+
+    Raises:
+        ValueError: if one differs.
+    """
+    written = _open(weight_files(destination))
+    if (kept := destination / KEPT / KEPT_WEIGHTS).is_file():
+        written |= _open([kept])
+    layout = layout_of(tensors)
+    back, left = rename(written, layout)
+    back |= {name: written[name] for name in left}
+    for name, tensor in tqdm(tensors.items(), desc="Checking", unit="tensor", disable=None):
+        if name not in back or _hash(back[name][...]) != _hash(tensor[...]):
+            raise ValueError(f"{name} is not what it was; the disk or the memory may be faulty. Nothing was written.")
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    """A tensor's dtype, shape and numbers in 64 characters."""
+    header = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    numbers = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(header + numbers.tobytes()).hexdigest()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(_json(value), encoding="utf-8")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="python -m deepseek_vl.convert", description="Write a checkpoint in the other layout.")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, or tiny")
+    parser.add_argument("destination", metavar="DST", help="a directory that does not exist yet")
+    parser.add_argument("--to", choices=LAYOUTS, required=True, help="DeepSeek's own layout, or that of transformers")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert a checkpoint; returns the exit code."""
+    return run_command(build_parser(), _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
+    count = convert(args.source, args.destination, args.to)
+    logger.info("Wrote %s; all %d tensors are what they were (names, shapes, SHA-256).", args.destination, count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

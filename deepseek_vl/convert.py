@@ -32,6 +32,7 @@ from deepseek_vl.models.layout_weights import (
     TRANSFORMERS,
     UNUSED,
     Slice,
+    canonical,
     layout_of,
     rename,
     shape_of,
@@ -80,6 +81,7 @@ def convert(source: str | Path, destination: str | Path, layout: str) -> int:
     if configs.is_transformers(config) == (layout == TRANSFORMERS):
         raise ValueError(f"'{source}' is in the {layout} layout already.")
 
+    settings = _settings(source, layout)
     files = weight_files(source)
     tensors = _open(files)
     renamed = _renamed(source, tensors, layout)
@@ -91,7 +93,7 @@ def convert(source: str | Path, destination: str | Path, layout: str) -> int:
         _write_weights(renamed, unfinished, max(file.stat().st_size for file in files))
         if left := {name: tensors[name][...] for name in UNUSED if name in tensors and layout == TRANSFORMERS}:
             save_file(left, unfinished / KEPT / KEPT_WEIGHTS, metadata={"format": "pt"})
-        _write_files(source, unfinished, layout)
+        _write_files(source, unfinished, settings)
         _compare(tensors, unfinished)
         unfinished.rename(destination)
     return len(tensors)
@@ -113,7 +115,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _open(files: Sequence[Path]) -> dict[str, Slice]:
-    return {name: tensor for file in files for name, tensor in unread_tensors(str(file))}
+    return canonical({name: tensor for file in files for name, tensor in unread_tensors(str(file))})
 
 
 def _renamed(source: Path, tensors: Mapping[str, Slice], layout: str) -> dict[str, Slice | torch.Tensor]:
@@ -178,23 +180,32 @@ def _write_weights(tensors: Mapping[str, Slice | torch.Tensor], directory: Path,
         _write(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_files(source: Path, destination: Path, layout: str) -> None:
-    """Write everything but the weights: configs as the layout has them, the rest as it is."""
+def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -> None:
+    """Write everything but the weights: what differs between the layouts, and the rest as it is."""
     weights = {INDEX, *(file.name for file in weight_files(source))}
     for path in source.iterdir():
         if path.name not in (*weights, *REWRITTEN, KEPT):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, destination / path.name)
-    here = _texts(source)
-    for name, text in here.items():
+    for name, text in _texts(source).items():
         (destination / KEPT / name).write_text(text, encoding="utf-8")
+    for name, text in settings.items():
+        (destination / name).write_text(text, encoding="utf-8")
+
+
+def _settings(source: Path, layout: str) -> dict[str, str]:
+    """The contents of `REWRITTEN` in the other layout.
+
+    Raises:
+        ValueError: for a setting that the layout has no place for.
+    """
+    here = _texts(source)
     token_id = VLChatProcessor.from_pretrained(str(source)).image_id
     tokens = _generation_tokens(source)
     kept = _texts(source / KEPT)
     # What was kept is what this was made from, unless someone has changed it since.
     is_kept = bool(kept) and _rewritten(kept, _other(layout), token_id, tokens) == here
-    for name, text in (kept if is_kept else _rewritten(here, layout, token_id, tokens)).items():
-        (destination / name).write_text(text, encoding="utf-8")
+    return kept if is_kept else _rewritten(here, layout, token_id, tokens)
 
 
 def _texts(directory: Path) -> dict[str, str]:

@@ -143,6 +143,19 @@ model.generate(**inputs, max_new_tokens=3)
     assert eos == processor.tokenizer.eos_token_id
 
 
+def test_the_newer_names_of_transformers_are_read_too(exported: Path, reference: Path, tmp_path: Path) -> None:
+    """Its newer versions write the SigLIP tower one level higher; all versions read what we write."""
+    copy(exported, tmp_path / "newer")
+    weights = load_file(exported / "model.safetensors")
+    assert any("vision_model.vision_model." in name for name in weights)
+    newer = {name.replace("vision_model.vision_model.", "vision_model."): weight for name, weight in weights.items()}
+    save_file(newer, tmp_path / "newer" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "newer", tmp_path / "back", "reference")
+    before, after = (load_file(path / "model.safetensors") for path in (reference, tmp_path / "back"))
+    assert all(torch.equal(before[name], after[name]) for name in before if "_layer_norm" not in name)
+    MultiModalityCausalLM.from_pretrained(str(tmp_path / "newer"))
+
+
 def test_either_layout_is_the_same_model_and_processor_here(reference: Path, exported: Path, picture: Path) -> None:
     answers = []
     for directory in (reference, exported):

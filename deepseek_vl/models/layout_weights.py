@@ -131,6 +131,9 @@ def _sam(reference: str, transformers: str) -> list[Group]:
     ]
 
 
+SIGLIP, FLAT_SIGLIP = "model.vision_model.vision_model.", "model.vision_model."
+"""Where the tower is in transformers' layout, and where newer versions of transformers write it. All read the first."""
+
 _LANGUAGE = {
     "language_model.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
     "language_model.model.norm.weight": "model.language_model.norm.weight",
@@ -146,9 +149,9 @@ _LANGUAGE = {
 
 GROUPS = (
     # SigLIP alone, or beside SAM
-    *_siglip("vision_model.vision_tower.", "model.vision_model."),
+    *_siglip("vision_model.vision_tower.", SIGLIP),
     *_same("aligner.layers.", "model.aligner.", {"0.@": "linear1.@", "2.@": "linear2.@"}),
-    *_siglip("vision_model.vision_tower_low.vision_tower.", "model.vision_model."),
+    *_siglip("vision_model.vision_tower_low.vision_tower.", SIGLIP),
     *_sam("vision_model.vision_tower_high.vision_tower.", "model."),
     *_same(
         "aligner.",
@@ -195,8 +198,18 @@ def layout_of(names: Iterable[str]) -> str:
     return REFERENCE if is_reference else TRANSFORMERS
 
 
+def canonical(tensors: Mapping[str, Slice]) -> dict[str, Slice]:
+    """Tensors of either layout, the tower's under the names that every version of transformers reads."""
+    flat = re.compile("^" + re.escape(FLAT_SIGLIP) + r"(?=embeddings|encoder|post_layernorm|head)")
+    return {flat.sub(SIGLIP, name): tensor for name, tensor in tensors.items()}
+
+
 def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice], list[str]]:
     """A checkpoint's tensors, which are in the other layout, as `layout` has them, without reading any.
+
+    Args:
+        tensors: by their `canonical` names.
+        layout: the wanted one.
 
     Returns:
         The tensors that `layout` has, and the names of those it has no place for.

@@ -17,7 +17,7 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
-from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, layout_of, rename, unused_weights
+from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, canonical, layout_of, rename, unused_weights
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 
@@ -401,7 +401,7 @@ def unread_state_dict(
     on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
     mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
     if mapped and not on_disk and not is_deepspeed_zero3_enabled():
-        return {name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)}
+        return canonical({name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)})
     return state_dict
 
 

@@ -26,6 +26,7 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.models import layout_configs as configs
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, unread_tensors
+from deepseek_vl.models.layout_configs import IMAGE_TAG
 from deepseek_vl.models.layout_weights import (
     LAYOUTS,
     REFERENCE,
@@ -33,6 +34,7 @@ from deepseek_vl.models.layout_weights import (
     UNUSED,
     Slice,
     canonical,
+    itemsize_of,
     layout_of,
     rename,
     shape_of,
@@ -50,7 +52,6 @@ REWRITTEN = (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION, TEMPLATE)
 """The files that differ between the layouts, besides the weights."""
 
 INDEX = "model.safetensors.index.json"
-IMAGE_TAG = "<image_placeholder>"
 
 
 def convert(source: str | Path, destination: str | Path, layout: str) -> int:
@@ -75,6 +76,8 @@ def convert(source: str | Path, destination: str | Path, layout: str) -> int:
     source, destination = Path(bundled_or_same(str(source))), Path(destination)
     if destination.exists():
         raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"'{destination}' is inside the checkpoint itself; choose a place outside.")
     config = _read(source / CONFIG)
     if not config:
         raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
@@ -153,13 +156,10 @@ def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
 
 def _write_weights(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, shard_bytes: int) -> None:
     """Write tensors in shards of at most so many bytes (one tensor may be more), and the index if there are several."""
-    itemsize = _dtype(
-        {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)}
-    ).itemsize
     shards: list[list[str]] = [[]]
     used = total = 0
     for name, tensor in tensors.items():
-        size = math.prod(shape_of(tensor)) * itemsize
+        size = math.prod(shape_of(tensor)) * itemsize_of(tensor)
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
@@ -187,10 +187,10 @@ def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -
         if path.name not in (*weights, *REWRITTEN, KEPT):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, destination / path.name)
-    for name, text in _texts(source).items():
-        (destination / KEPT / name).write_text(text, encoding="utf-8")
+    for name in _texts(source):
+        shutil.copy2(source / name, destination / KEPT / name)
     for name, text in settings.items():
-        (destination / name).write_text(text, encoding="utf-8")
+        (destination / name).write_bytes(text.encode())
 
 
 def _settings(source: Path, layout: str) -> dict[str, str]:
@@ -210,7 +210,7 @@ def _settings(source: Path, layout: str) -> dict[str, str]:
 
 def _texts(directory: Path) -> dict[str, str]:
     """Those of `REWRITTEN` that a directory has."""
-    return {name: (directory / name).read_text(encoding="utf-8") for name in REWRITTEN if (directory / name).is_file()}
+    return {name: (directory / name).read_bytes().decode() for name in REWRITTEN if (directory / name).is_file()}
 
 
 def _other(layout: str) -> str:
@@ -234,8 +234,7 @@ def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Map
     images = images or processor.get("image_processor", {})
     num_image_tokens = processor.get("num_image_tokens", 576)
     if layout == TRANSFORMERS:
-        if processor.get("image_tag", IMAGE_TAG) != IMAGE_TAG or processor.get("add_special_token"):
-            raise ValueError(f"transformers' layout has only the image tag {IMAGE_TAG}, and no token in front of it.")
+        configs.require_transformers_processor(processor)
         new_images = configs.images_to_transformers(images, config)
         new: dict[str, Any] = {
             CONFIG: configs.to_transformers(config, images, token_id),

@@ -12,6 +12,7 @@ import transformers
 from conftest import ROOT, make_picture, messages_of
 from packaging.version import Version
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from deepseek_vl import (
     DeepseekVLConfig,
@@ -219,6 +220,58 @@ def test_a_batch_of_texts_with_none_one_and_two_images(padding_side: str, export
             torch.testing.assert_close(together[row][seen], alone, rtol=0, atol=1e-4)
 
 
+def test_beams_and_samples_keep_every_rows_own_images(exported: Path, reference: Path, tmp_path: Path) -> None:
+    processor = DeepseekVLProcessor.from_pretrained(exported)
+    model = DeepseekVLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32)
+    pictures = [Image.open(make_picture(tmp_path / f"{i}.png", (60, 40), i)) for i in range(2)]
+    rows = [asking("Hello."), asking("What?", pictures[0]), asking("And of these?", *pictures)]
+    batch = prepared(processor, rows)
+    prompt = batch["input_ids"].shape[1]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for more in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}):
+        together = model.generate(**batch, **options, **more)[:, prompt:]
+        each = [prepared(processor, row) for row in rows]
+        alone = [model.generate(**row, **options, **more)[:, row["input_ids"].shape[1] :] for row in each]
+        assert together.tolist() == [answer for answers in alone for answer in answers.tolist()]
+
+
+def test_the_loss_of_a_part_of_a_batch_is_its_share_of_the_whole(exported: Path, picture: Path) -> None:
+    """As Trainer needs it for gradient accumulation."""
+    inputs = prepared(DeepseekVLProcessor.from_pretrained(exported), asking("What?", Image.open(picture)))
+    model = DeepseekVLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        share = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=1000).loss
+    torch.testing.assert_close(share, loss * (inputs["input_ids"].shape[1] - 1) / 1000)
+
+
+def test_weights_that_the_layout_has_no_place_for_are_not_lost(exported: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    model = DeepseekVLForConditionalGeneration.from_pretrained(exported)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"no place for .*; merge adapters first"):
+        model.save_pretrained(tmp_path)
+
+
+def test_everything_learns_until_it_is_frozen(exported: Path) -> None:
+    loaded = DeepseekVLForConditionalGeneration.from_pretrained(exported)
+    for model in (loaded, DeepseekVLForConditionalGeneration(loaded.config)):
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_an_error(exported: Path, tmp_path: Path) -> None:
+    for file in exported.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(exported / "model.safetensors")
+    del weights["model.language_model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing_keys: model\.language_model\.norm\.weight"):
+        DeepseekVLForConditionalGeneration.from_pretrained(tmp_path)
+
+
 # --- images ---
 
 
@@ -243,9 +296,8 @@ def test_the_fast_processor_differs_by_one_level_at_most(exported: Path, tmp_pat
         cls.from_pretrained(exported, do_normalize=False)
         for cls in (DeepseekVLImageProcessor, DeepseekVLImageProcessorFast)
     )
-    images = [
-        Image.open(make_picture(tmp_path / f"{i}.png", tuple(map(int, rng.integers(1, 300, 2))), i)) for i in range(40)
-    ]
+    sizes = [(1, 200), (200, 1), (3, 90), (90, 3), *(tuple(map(int, rng.integers(1, 300, 2))) for _ in range(40))]
+    images = [Image.open(make_picture(tmp_path / f"{i}.png", size, i)) for i, size in enumerate(sizes)]
     for name, pixels in exact(images).items():
         difference = (fast(images)[name] - pixels).abs().max()
         assert difference <= 1 / 255 + 1e-6, f"{name}: {255 * difference:.2f} levels"
@@ -261,6 +313,9 @@ def test_arrays_and_tensors_are_images_too(processor_class: type, exported: Path
     for form in forms:
         assert torch.equal(processor(form)["pixel_values"], expected)
         assert torch.equal(processor([[form], [form]])["pixel_values"], expected.repeat(2, 1, 1, 1))
+    assert torch.equal(processor(torch.stack([forms[2]] * 2))["pixel_values"], expected.repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="There are no images"):
+        processor([])
     assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
 
 
@@ -302,8 +357,9 @@ def test_errors(exported: Path, kind: str, picture: Path) -> None:
         model.generate(**inputs, generation_mode="image")
     with pytest.raises(ValueError, match="must be 'text'"):
         prepared(processor, asking("What?"), generation_mode="image")
-    with pytest.raises(ValueError, match="16 image tokens and 0 image features"):
-        model(input_ids=inputs["input_ids"])
+    pixels = {name: value for name, value in inputs.items() if "pixel" in name}
+    with pytest.raises(ValueError, match="0 image tokens and 16 image features"):
+        model(input_ids=torch.ones_like(inputs["input_ids"]), **pixels)
     with pytest.raises(ValueError, match="exactly one"):
         model()
     with pytest.raises(ValueError, match="uint8 arrays"):

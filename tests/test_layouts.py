@@ -227,7 +227,10 @@ def test_nothing_is_overwritten(reference: Path, exported: Path, tmp_path: Path,
     assert "is in the transformers layout already" in capsys.readouterr().err
     assert main([str(tmp_path / "there"), str(tmp_path / "new"), "--to", "transformers"]) == 1
     assert "is no checkpoint: it has no config.json" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    inside = reference / "inside"
+    assert main([str(reference), str(inside), "--to", "transformers"]) == 1
+    assert "is inside the checkpoint itself" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not inside.exists()
 
 
 @pytest.mark.parametrize("layout", ["reference", "transformers"])
@@ -258,8 +261,10 @@ def test_weights_that_do_not_fit_are_named(
     [
         ("config.json", ["aligner_config", "params", "depth"], 3, "only depth=2"),
         ("config.json", ["aligner_config", "params", "projector_type"], "linear", "only projector_type="),
-        ("processor_config.json", ["add_special_token"], True, "no token in front"),
-        ("processor_config.json", ["image_tag"], "<img>", "only the image tag"),
+        ("processor_config.json", ["add_special_token"], True, "only add_special_token=False"),
+        ("processor_config.json", ["image_tag"], "<img>", "only image_tag="),
+        ("processor_config.json", ["sft_format"], "plain", "only sft_format="),
+        ("preprocessor_config.json", ["do_normalize"], False, "only do_normalize=True"),
     ],
 )
 def test_settings_without_a_place_in_transformers_are_refused(

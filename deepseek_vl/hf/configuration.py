@@ -11,8 +11,6 @@ from deepseek_vl.models import MultiModalityConfig
 from deepseek_vl.models import layout_configs as layouts
 from deepseek_vl.models.checkpoint import HUB_ARGUMENTS, token_id_of
 
-IMAGE_TAG = "<image_placeholder>"
-
 
 class DeepseekVLConfig(PretrainedConfig):
     """Both sizes' configuration, in transformers' form.
@@ -96,7 +94,7 @@ class DeepseekVLConfig(PretrainedConfig):
         if config.get("model_type") == MultiModalityConfig.model_type:
             hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             images, _ = BaseImageProcessor.get_image_processor_dict(path, **hub_arguments)
-            config = layouts.to_transformers(config, images, token_id_of(IMAGE_TAG, path, hub_arguments))
+            config = layouts.to_transformers(config, images, token_id_of(layouts.IMAGE_TAG, path, hub_arguments))
         if config.get("model_type") in layouts.TRANSFORMERS_TYPES:
             config["model_type"] = cls.model_type  # one class for both
         return config, unused

@@ -13,6 +13,7 @@ from transformers.image_utils import ImageInput
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import VLMImageProcessor
 from deepseek_vl.models import layout_configs as layouts
+from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.models.image_processing_vlm import IMAGENET_MEAN, IMAGENET_STD, flat_images, resize_steps
 
 
@@ -64,7 +65,8 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
         if settings.get("image_processor_type") == VLMImageProcessor.__name__:
             from deepseek_vl.models import MultiModalityConfig
 
-            config, _ = MultiModalityConfig.get_config_dict(path)
+            hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config, _ = MultiModalityConfig.get_config_dict(path, **hub_arguments)
             settings = layouts.images_to_transformers(settings, config)
         return settings, unused
 
@@ -72,11 +74,13 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
         """Images -> float32 `pixel_values` [n, 3, s, s], and for the hybrid `high_res_pixel_values` [n, 3, S, S].
 
         Args:
-            images: PIL images, uint8 arrays or tensors ([H, W, 3] or [3, H, W]), paths, web addresses or base64 text;
-                one or (nested) lists of them.
+            images: PIL images, uint8 arrays or tensors ([H, W, 3] or [3, H, W], or batches of them), paths, addresses
+                or base64 text; one or (nested) lists of them.
             return_tensors: "np" or "pt".
         """
         flat = [_as_pil(image) for image in flat_images(images)]
+        if not flat:
+            raise ValueError("There are no images.")
         return BatchFeature(self._pixels(self._squares(flat)), tensor_type=return_tensors)
 
     def _squares(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -126,8 +130,9 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
 class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
     """The same on tensors, in batches, where they are: on a GPU too.
 
-    torch's antialiased bicubic resize has exact weights and Pillow's are rounded, so that a pixel may differ from the
-    exact one by 1/255.
+    torch's antialiased bicubic resize has exact weights and Pillow's are rounded, so that a pixel of a photograph may
+    differ from the exact one by 1/255, and one of noise by 2/255. Loading a checkpoint's processor gives the exact one
+    unless this class is asked.
     """
 
     def preprocess(
@@ -143,6 +148,8 @@ class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
             device: where to work; None for where the images are.
         """
         tensors = [_as_tensor(image) for image in flat_images(images)]
+        if not tensors:
+            raise ValueError("There are no images.")
         if device is not None:
             tensors = [tensor.to(device) for tensor in tensors]
         return BatchFeature(self._pixels(self._square_tensors(tensors)), tensor_type=return_tensors)
@@ -160,9 +167,12 @@ class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
             longest = max(height, width)
             size = [max(int(length / longest * side), self.min_size) for length in (height, width)]
             batch = torch.stack([images[index] for index in indexes])
-            for step in resize_steps((width, height), (size[1], size[0])):
-                if tuple(batch.shape[:1:-1]) != step:  # one axis at a time, rounding in between, as Pillow does
-                    resized = F.interpolate(batch.float(), size=step[::-1], mode="bicubic", antialias=True)
+            for new_width, new_height in resize_steps((width, height), (size[1], size[0])):
+                if batch.shape[3] == 1:  # torch takes wrong weights for a single column
+                    batch = batch.expand(-1, -1, -1, 4)
+                step = (new_height, 4 if new_width == 1 else new_width)
+                if tuple(batch.shape[2:]) != step:  # one axis at a time, rounding in between, as Pillow does
+                    resized = F.interpolate(batch.float(), size=step, mode="bicubic", antialias=True)
                     batch = resized.round().clamp(0, 255)
             top, left = ((max(size) - length) // 2 for length in size)
             squares[indexes, :, top : top + size[0], left : left + size[1]] = batch.byte()
@@ -182,11 +192,11 @@ def _as_tensor(image: Any) -> torch.Tensor:
         ValueError: for another kind of array.
     """
     if isinstance(image, Image.Image):
-        image = image.convert("RGB")
+        return torch.tensor(np.asarray(image.convert("RGB"))).permute(2, 0, 1)
     tensor = image if isinstance(image, torch.Tensor) else torch.tensor(np.asarray(image))
     if tensor.dtype != torch.uint8 or tensor.ndim != 3 or 3 not in (tensor.shape[0], tensor.shape[2]):
         raise ValueError(
             f"Images must be PIL images, or uint8 arrays of shape [H, W, 3] or [3, H, W]; got {tensor.dtype} of shape "
             f"{list(tensor.shape)}."
         )
-    return tensor if tensor.shape[0] == 3 else tensor.permute(2, 0, 1)
+    return tensor.permute(2, 0, 1) if tensor.shape[2] == 3 else tensor

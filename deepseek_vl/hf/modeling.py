@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.hf.configuration import DeepseekVLConfig
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens
-from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, layout_of, rename, unused_weights
+from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, UNUSED, layout_of, rename, unused_weights
 from deepseek_vl.models.modeling_vlm import (
     MultiModalityPreTrainedModel,
     like_parameters,
@@ -56,17 +56,18 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, for a checkpoint in either layout, or the name of a bundled model."""
-        path = bundled_or_same(pretrained_model_name_or_path)
-        loaded = super().from_pretrained(path, *model_args, **kwargs)
+        """transformers' `from_pretrained`, strict, for a checkpoint in either layout, or the name of a bundled model.
+
+        Raises:
+            ValueError: if the weights do not fit the config.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        tokens = (
-            checkpoint_special_tokens(model.config.text_config, model.generation_config, str(path), kwargs)
-            if model.can_generate()
-            else {}
-        )
-        for name, token_id in tokens.items():
-            setattr(model.generation_config, name, token_id)
+        if model.can_generate() and pretrained_model_name_or_path is not None:
+            path = str(bundled_or_same(pretrained_model_name_or_path))
+            tokens = checkpoint_special_tokens(model.config.text_config, model.generation_config, path, kwargs)
+            for name, token_id in tokens.items():
+                setattr(model.generation_config, name, token_id)
         return loaded
 
     @staticmethod
@@ -89,9 +90,17 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def save_pretrained(self, save_directory: str, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`; the weights get the names of transformers' layout."""
+        """transformers' `save_pretrained`; the weights get the names of transformers' layout.
+
+        Raises:
+            ValueError: for weights that the layout has no place for, such as an adapter's.
+        """
         weights = _to_reference(self.state_dict() if state_dict is None else state_dict, self)
-        renamed, _ = rename(weights, TRANSFORMERS)
+        renamed, left = rename(weights, TRANSFORMERS)
+        if more := [name for name in left if name not in UNUSED]:
+            raise ValueError(
+                f"This layout has no place for {len(more)} weights: {', '.join(more[:3])}; merge adapters first."
+            )
         whole = {name: tensor[...].contiguous() for name, tensor in renamed.items()}
         super().save_pretrained(save_directory, *args, state_dict=whole, **kwargs)
 
@@ -139,6 +148,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         self.vision_model = model_name_to_cls(vision.cls)(**vision.params)
         self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
         self.language_model = LlamaModel(config.text_config)
+        self.requires_grad_(True)  # the hybrid tower has opinions of its own about what learns
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -209,14 +219,15 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and image_features is not None:
-            raise ValueError("Give pixel_values or image_features, not both.")
         if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
             raise ValueError("Images need input_ids, which say where they go; inputs_embeds have them already.")
-        if pixel_values is not None:
+        if pixel_values is not None and image_features is None:
             image_features = self.get_image_features(pixel_values, high_res_pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("Give pixel_values or image_features, not both.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, image_features)
+            inputs_embeds = self.embed(input_ids, image_features=image_features)
+        kwargs.pop("return_dict", None)
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -227,14 +238,30 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         )
         return DeepseekVLModelOutput(**output, image_hidden_states=image_features)
 
-    def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed ids, image features in the places of image tokens: [b, T] -> [b, T, D].
+
+        Args:
+            input_ids, pixel_values, high_res_pixel_values, image_features: as in `forward`.
+
+        Raises:
+            ValueError: if there are images, and not as many features as image tokens.
+        """
         embeds = self.get_input_embeddings()(input_ids)  # [b, T, D]
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, high_res_pixel_values)
+        if image_features is None:  # a model may write the image's token itself
+            return embeds
         is_image = input_ids == self.config.image_token_id
-        found, given = int(is_image.sum()), 0 if image_features is None else image_features.shape[:2].numel()
+        found, given = int(is_image.sum()), image_features.shape[:2].numel()
         if found != given:
             raise ValueError(f"There are {found} image tokens and {given} image features.")
-        if image_features is None:
-            return embeds
         source = image_features.flatten(0, 1).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(is_image[..., None], source)
 
@@ -309,7 +336,9 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
         return DeepseekVLCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -320,24 +349,39 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         )
 
     @torch.no_grad()
-    def generate(self, *args: Any, generation_mode: str = "text", **kwargs: Any) -> Any:
-        """transformers' `generate`.
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        *args: Any,
+        generation_mode: str = "text",
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, from the processor's output. Images are encoded once, before decoding starts.
 
         Args:
-            args, kwargs: its arguments, and the processor's output.
+            inputs: int64 [b, T], as `input_ids`.
             generation_mode: `text`, which is all that this model generates.
+            pixel_values, high_res_pixel_values, image_features: as in `forward`.
+            args, kwargs: transformers' other arguments.
 
         Raises:
-            ValueError: for another mode.
+            ValueError: for another mode; for assisted decoding of a prompt with images; and what `forward` raises.
         """
         if generation_mode != "text":
             raise ValueError(f"generation_mode must be 'text', not {generation_mode!r}: this model writes text only.")
-        return super().generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
-        """transformers' hook before each step: images belong to the first one only."""
-        model_inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration:
-            for name in ("pixel_values", "high_res_pixel_values", "image_features"):
-                model_inputs.pop(name, None)
-        return model_inputs
+        input_ids = kwargs.pop("input_ids", inputs)
+        images = {
+            "pixel_values": pixel_values,
+            "high_res_pixel_values": high_res_pixel_values,
+            "image_features": image_features,
+        }
+        if any(image is not None for image in images.values()):
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("Images beside a cache are not taken; generate from the whole conversation.")
+            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+                raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
+            kwargs["inputs_embeds"] = self.model.embed(input_ids, **images)
+        return super().generate(input_ids, *args, **kwargs)

@@ -10,7 +10,8 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.hf.image_processing import DeepseekVLImageProcessor
 from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
 from deepseek_vl.models.image_processing_vlm import flat_images
-from deepseek_vl.models.processing_vlm import load_tokenizer
+from deepseek_vl.models.layout_configs import IMAGE_TAG, require_transformers_processor
+from deepseek_vl.models.processing_vlm import VLChatProcessor, load_tokenizer
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 
 
@@ -28,7 +29,7 @@ class DeepseekVLProcessor(ProcessorMixin):
         num_image_tokens: how many features an image has.
     """
 
-    image_token = "<image_placeholder>"
+    image_token = IMAGE_TAG
 
     def __init__(
         self,
@@ -107,6 +108,8 @@ class DeepseekVLProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """transformers' hook that reads the settings, which may be in the reference's layout."""
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("processor_class") == VLChatProcessor.__name__:
+            require_transformers_processor(settings)
         names = ("num_image_tokens", "chat_template")
         return {name: settings[name] for name in names if name in settings}, unused
 

@@ -52,6 +52,8 @@ def flat_images(images: ImageInput) -> list[Any]:
     """Images in (nested) lists, or one, in reading order; those that are named by their path or address are opened."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flat_images(item)]
+    if getattr(images, "ndim", 3) == 4:  # an array of images
+        return list(images)
     return [load_image(images) if isinstance(images, str) else images]
 
 

@@ -18,6 +18,8 @@ SIGLIP, HYBRID = "deepseek_vl", "deepseek_vl_hybrid"
 TRANSFORMERS_TYPES = (SIGLIP, HYBRID)
 """transformers' names of the two architectures (`model_type`)."""
 
+IMAGE_TAG = "<image_placeholder>"
+
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
 _SELECT = {"select_feature": "same", "select_layer": -1}
 _IMAGE_DEFAULTS = {
@@ -254,7 +256,17 @@ def _sam_config(params: Mapping[str, Any], siglip: Mapping[str, Any]) -> dict[st
     }
 
 
-# --- image processors ---
+# --- processors ---
+
+
+def require_transformers_processor(settings: Mapping[str, Any]) -> None:
+    """Refuse a processor's settings, in the reference's layout, that transformers' layout has no place for.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, needed in (("image_tag", IMAGE_TAG), ("add_special_token", False), ("sft_format", "deepseek")):
+        _require(name, settings.get(name, needed), needed)
 
 
 def images_to_reference(images: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,12 +300,15 @@ def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any])
         ValueError: for a mean that is not there.
     """
     params = config["vision_config"]["params"]
-    if "low_res_cfg" in params:
+    is_hybrid = "low_res_cfg" in params
+    # The hybrid's towers normalise; the other has its image processor do it.
+    _require("do_normalize", images.get("do_normalize", True), not is_hybrid)
+    if is_hybrid:
         low, high = params["low_res_cfg"], params["high_res_cfg"]
-        side, mean, std = low["image_size"], low["pixel_mean"], low["pixel_std"]
+        side, mean, std = low["image_size"], low.get("pixel_mean"), low.get("pixel_std")
         more = {
-            "high_res_image_mean": list(high["pixel_mean"]),
-            "high_res_image_std": list(high["pixel_std"]),
+            "high_res_image_mean": list(high.get("pixel_mean") or ()),
+            "high_res_image_std": list(high.get("pixel_std") or ()),
             "high_res_resample": 3,
             "high_res_size": {"height": images["image_size"], "width": images["image_size"]},
             "image_processor_type": "DeepseekVLHybridImageProcessor",
@@ -302,13 +317,13 @@ def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any])
     else:
         side, mean, std = images["image_size"], images.get("image_mean"), images.get("image_std")
         more = {"image_processor_type": "DeepseekVLImageProcessor", "processor_class": "DeepseekVLProcessor"}
+    if not all((mean, std, more.get("high_res_image_mean", True), more.get("high_res_image_std", True))):
+        raise ValueError("transformers' layout has no place for pixels without a mean and a standard deviation.")
     background = images.get("background_color")
     if background is not None and list(background) != [
         int(255 * value) for value in more.get("high_res_image_mean", mean)
     ]:
         raise ValueError("transformers' layout has no background colour but the mean colour.")
-    if mean is None or std is None:
-        raise ValueError("transformers' layout has no place for pixels without a mean and a standard deviation.")
     return {
         "do_normalize": True,
         "do_pad": True,

@@ -29,6 +29,26 @@ def shape_of(tensor: Slice | torch.Tensor) -> list[int]:
     return list(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
 
 
+def itemsize_of(tensor: Slice | torch.Tensor) -> int:
+    """The bytes of one number of a tensor, read or not."""
+    return tensor.itemsize if isinstance(tensor, torch.Tensor) else _BITS[tensor.get_dtype().split("_")[0]] // 8
+
+
+_BITS = {
+    "BOOL": 8,
+    "F8": 8,
+    "U8": 8,
+    "I8": 8,
+    "BF16": 16,
+    "F16": 16,
+    "I16": 16,
+    "F32": 32,
+    "I32": 32,
+    "F64": 64,
+    "I64": 64,
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """Weights that are the same numbers in both layouts.

@@ -63,6 +63,40 @@ class MultiModalityPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def post_init(self) -> None:
+        super().post_init()
+        # FSDP wraps these, and takes it ill if one is not there.
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules if name in classes]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
+
+        Also takes the name of a bundled model.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
+                `ignore_mismatched_sizes` is given).
+        """
+        if pretrained_model_name_or_path is not None:
+            pretrained_model_name_or_path = bundled_or_same(pretrained_model_name_or_path)
+        return_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **kwargs,
+        )
+        checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
+        problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
+        if any(problems.values()):
+            details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
+            raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
+        return (model, info) if return_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -93,9 +127,6 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
         self.language_model = LlamaForCausalLM(config.language_config)
         self.post_init()
-        # FSDP wraps these, and takes it ill if one is not there.
-        classes = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in self._no_split_modules if name in classes]
         self._set_generation_tokens(default_special_tokens(config.language_config))
 
     # --- the language model's parts under the names that transformers asks for ---
@@ -332,31 +363,18 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
-
-        Also takes the name of a bundled model.
+        """As `MultiModalityPreTrainedModel.from_pretrained`; what is frozen and special tokens are the checkpoint's.
 
         Raises:
-            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
-                `ignore_mismatched_sizes` is given).
+            ValueError: if the weights do not fit the config.
         """
         name_or_path = pretrained_model_name_or_path
         if name_or_path is not None:
             pretrained_model_name_or_path = bundled_or_same(name_or_path)
         return_info = kwargs.pop("output_loading_info", False)
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **kwargs,
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
-        problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
-        if any(problems.values()):
-            details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
-            raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
         if isinstance(model.vision_model, HybridVisionTower):
             model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
         if pretrained_model_name_or_path is not None:

@@ -217,10 +217,8 @@ class WebChat:
                     shown_at = time.monotonic()
                     yield last
         finally:
-            was_abandoned = self._running.get(tab) is not run
-            if not was_abandoned:
-                del self._running[tab]
             run.over.set()
+            was_abandoned = self._running.get(tab) is not run or self._running.pop(tab, None) is None
         yield None if was_abandoned else last
 
     def _grow(self, run: Run, turns: Sequence[Turn], turn: Turn) -> Iterator[Progress]:

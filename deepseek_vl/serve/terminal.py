@@ -110,7 +110,8 @@ class _Console(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        return ConsoleDimensions(*os.get_terminal_size(sys.stdout.fileno()))
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        return ConsoleDimensions(columns or 80, lines or 25)  # some terminals do not say
 
 
 class _Tail:

@@ -7,10 +7,13 @@ its models afterwards. So `deepseek_vl.models`, which registers them, is importe
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LIBRARY, MODELS = "transformers", "deepseek_vl.models"
 
@@ -32,24 +35,32 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers, once, as the other finders do."""
+    """Finds transformers, as the other finders do."""
+
+    is_asking = False
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != LIBRARY:
+        if name != LIBRARY or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.is_asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.is_asking = False
         if spec is not None:
             spec.loader = _Loader(spec)
         return spec
 
 
 def _register() -> None:
-    """Import the models, unless a module of this package is being imported: it does so itself if it needs them."""
-    for name, module in sys.modules.items():
-        if name.startswith("deepseek_vl.") and getattr(module.__spec__, "_initializing", False):
-            return
-    importlib.import_module(MODELS)
+    """Import the models, unless a module of this package is being imported, which may stand in the way."""
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("deepseek_vl.")]
+    if any(getattr(module.__spec__, "_initializing", False) for module in ours):
+        return
+    try:
+        importlib.import_module(MODELS)
+    except ImportError:  # transformers itself works without this package
+        logger.warning("DeepSeek-VL's models cannot be registered with transformers.", exc_info=True)
 
 
 def register_with_transformers() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pexpect
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase
@@ -155,6 +156,34 @@ def siglip_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
 def hybrid_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature of the 7B model."""
     return write_checkpoint("hybrid", small_tokenizer_dir, tmp_path_factory.mktemp("hybrid"))
+
+
+STOCK = {
+    "siglip": transformers.DeepseekVLForConditionalGeneration,
+    "hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
+}
+"""transformers' own classes."""
+
+
+@pytest.fixture(scope="session", params=STOCK)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def reference(kind: str, request: pytest.FixtureRequest) -> Path:
+    """A checkpoint in the reference's layout."""
+    return request.getfixturevalue(f"{kind}_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in transformers' layout."""
+    from deepseek_vl.convert import main
+
+    destination = tmp_path_factory.mktemp(kind) / "exported"
+    assert main([str(reference), str(destination), "--to", "transformers"]) == 0
+    return destination
 
 
 def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_picture, messages_of
+from conftest import ROOT, STOCK, make_picture, messages_of
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,32 +26,10 @@ from deepseek_vl import (
 )
 from deepseek_vl.convert import convert
 
-STOCK = {
-    "siglip": transformers.DeepseekVLForConditionalGeneration,
-    "hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
-}
-
 
 @pytest.fixture(scope="session", params=["reference", "transformers"])
 def layout(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(scope="session", params=STOCK)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def reference(kind: str, request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"{kind}_checkpoint")
-
-
-@pytest.fixture(scope="session")
-def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp(kind) / "exported"
-    convert(reference, destination, "transformers")
-    return destination
 
 
 @pytest.fixture(scope="session")

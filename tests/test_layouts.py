@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, make_picture, messages_of
+from conftest import ROOT, STOCK, make_picture, messages_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,30 +22,7 @@ from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 from deepseek_vl.utils.io import load_pretrained_model
 
-STOCK = {
-    "siglip": transformers.DeepseekVLForConditionalGeneration,
-    "hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
-}
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
-
-
-@pytest.fixture(scope="session", params=STOCK)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def reference(kind: str, request: pytest.FixtureRequest) -> Path:
-    """A checkpoint in the reference's layout."""
-    return request.getfixturevalue(f"{kind}_checkpoint")
-
-
-@pytest.fixture(scope="session")
-def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in transformers' layout."""
-    destination = tmp_path_factory.mktemp(kind) / "exported"
-    assert main([str(reference), str(destination), "--to", "transformers"]) == 0
-    return destination
 
 
 def stock_inputs(model: MultiModalityCausalLM, batch: Any) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import MultiModalityConfig
 from deepseek_vl.models import layout_configs as layouts
-from deepseek_vl.models.checkpoint import HUB_ARGUMENTS, token_id_of
+from deepseek_vl.models.checkpoint import hub_arguments_of, token_id_of
 
 
 class DeepseekVLConfig(PretrainedConfig):
@@ -92,7 +92,7 @@ class DeepseekVLConfig(PretrainedConfig):
         path = bundled_or_same(pretrained_model_name_or_path)
         config, unused = super().get_config_dict(path, **kwargs)
         if config.get("model_type") == MultiModalityConfig.model_type:
-            hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            hub_arguments = hub_arguments_of(kwargs)
             images, _ = BaseImageProcessor.get_image_processor_dict(path, **hub_arguments)
             config = layouts.to_transformers(config, images, token_id_of(layouts.IMAGE_TAG, path, hub_arguments))
         if config.get("model_type") in layouts.TRANSFORMERS_TYPES:

@@ -13,7 +13,7 @@ from transformers.image_utils import ImageInput
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import VLMImageProcessor
 from deepseek_vl.models import layout_configs as layouts
-from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
+from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.models.image_processing_vlm import IMAGENET_MEAN, IMAGENET_STD, flat_images, resize_steps
 
 
@@ -65,7 +65,7 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
         if settings.get("image_processor_type") == VLMImageProcessor.__name__:
             from deepseek_vl.models import MultiModalityConfig
 
-            hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            hub_arguments = hub_arguments_of(kwargs)
             config, _ = MultiModalityConfig.get_config_dict(path, **hub_arguments)
             settings = layouts.images_to_transformers(settings, config)
         return settings, unused

@@ -8,7 +8,7 @@ from transformers.processing_utils import BatchFeature, ProcessingKwargs, Proces
 
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.hf.image_processing import DeepseekVLImageProcessor
-from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
+from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.models.image_processing_vlm import flat_images
 from deepseek_vl.models.layout_configs import IMAGE_TAG, require_transformers_processor
 from deepseek_vl.models.processing_vlm import VLChatProcessor, load_tokenizer
@@ -117,7 +117,7 @@ class DeepseekVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_of(kwargs)
         return [
             DeepseekVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
             load_tokenizer(

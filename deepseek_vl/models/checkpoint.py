@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def hub_arguments_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a `from_pretrained`'s arguments that say where files come from."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+
+
 def unread_tensors(file: str) -> list[tuple[str, Any]]:
     """The names and tensors of a safetensors file, each to be read when it is indexed."""
     try:
@@ -44,7 +49,7 @@ def checkpoint_special_tokens(
 
     Those of a generation config of its own, except where it only repeats the defaults; else the tokenizer's.
     """
-    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub_arguments = hub_arguments_of(kwargs)
     generation_config, tokenizer_config, tokenizer = (
         cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -7,7 +7,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from deepseek_vl.models import layout_configs
-from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
+from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.utils.attrdict_import import AttrDict
 
 
@@ -76,7 +76,7 @@ class MultiModalityConfig(PretrainedConfig):
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if layout_configs.is_transformers(config):
-            hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            hub_arguments = hub_arguments_of(kwargs)
             images, _ = BaseImageProcessor.get_image_processor_dict(pretrained_model_name_or_path, **hub_arguments)
             config = layout_configs.to_reference(config, images)
         return config, unused

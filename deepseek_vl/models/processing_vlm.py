@@ -17,7 +17,7 @@ from transformers.processing_utils import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from deepseek_vl.bundled import bundled_or_same
-from deepseek_vl.models.checkpoint import HUB_ARGUMENTS
+from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor, flat_images
 from deepseek_vl.utils.conversation import (
     DEEPSEEK_CHAT_TEMPLATE,
@@ -412,7 +412,7 @@ class VLChatProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
         """transformers' hook that loads the parts: here not through the Auto classes, because of `load_tokenizer`."""
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_of(kwargs)
         return [
             VLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
             load_tokenizer(pretrained_model_name_or_path, **hub_arguments),

@@ -29,7 +29,7 @@ from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.sight import MapCollator, PatchReader
 from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train
-from deepseek_vl.train.world import Captions, HardQuestions, Maps, SyntheticWorld
+from deepseek_vl.train.world import ByLength, Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hard_conversations",
         type=positive,
-        default=2000,
+        default=4000,
         help="then, steps on conversations with more of what is hard (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")
@@ -251,11 +251,13 @@ def _run(args: argparse.Namespace) -> None:
             learn_to_see(model.vision_model.vision_tower, processor, maps, args)
         reader = PatchReader(model.vision_model.vision_tower)
         reader.load_state_dict(load_file(maps / "model.safetensors"))
-        learn(model, processor, Captions(args.captions * args.batch_size, args.seed), captions, args)
+        world = ByLength(Captions(args.captions * args.batch_size, args.seed), args.batch_size)
+        learn(model, processor, world, captions, args)
     model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
     easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
-    later = Subset(HardQuestions(easy + hard, args.seed), range(easy, easy + hard))
-    learn(model, processor, ConcatDataset([SyntheticWorld(easy, args.seed), later]), tiny, args)
+    first = ByLength(SyntheticWorld(easy, args.seed), args.batch_size)
+    later = Subset(ByLength(HardQuestions(easy + hard, args.seed), args.batch_size), range(easy, easy + hard))
+    learn(model, processor, ConcatDataset([first, later]), tiny, args)
     model.to(torch.float16).save_pretrained(tiny)
     logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
 

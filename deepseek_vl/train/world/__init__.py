@@ -3,7 +3,7 @@
 Every conversation is a function of (seed, index) alone, so a data set needs no files and can be resumed anywhere.
 """
 
-from deepseek_vl.train.world.dataset import Captions, HardQuestions, SyntheticWorld, write_world
+from deepseek_vl.train.world.dataset import ByLength, Captions, HardQuestions, SyntheticWorld, write_world
 from deepseek_vl.train.world.draw import draw
 from deepseek_vl.train.world.maps import Maps
 from deepseek_vl.train.world.scene import COLOURS, SHAPES, Chart, Picture, Shape, Word, sample_picture
@@ -11,6 +11,7 @@ from deepseek_vl.train.world.scene import COLOURS, SHAPES, Chart, Picture, Shape
 __all__ = [
     "COLOURS",
     "SHAPES",
+    "ByLength",
     "Captions",
     "Chart",
     "HardQuestions",

@@ -74,6 +74,11 @@ class SyntheticWorld(Dataset):
         """What is said in a conversation, without drawing its pictures."""
         return self._sample(random.Random(f"{self.seed}/{index}"))[1]
 
+    def length_of(self, index: int) -> int:
+        """About how long a conversation is, in characters; a picture counts as many as have its number of tokens."""
+        pictures, turns = self._sample(random.Random(f"{self.seed}/{index}"))
+        return 250 * len(pictures) + sum(len(turn.question) + len(turn.answer) + 20 for turn in turns)
+
     def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
         """The pictures and the questions of a conversation."""
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
@@ -124,6 +129,43 @@ class Captions(SyntheticWorld):
 
     def __getitem__(self, index: int) -> TrainingRow:
         return replace(super().__getitem__(index), system="")
+
+
+class ByLength(Dataset):
+    """A world in an order in which the conversations of a batch are about equally long, so that little is padding.
+
+    Within every `WINDOW` batches they are sorted by length; the batches then come in a random order.
+
+    Args:
+        world: the conversations.
+        batch_size: how many follow each other.
+    """
+
+    WINDOW = 16
+
+    def __init__(self, world: SyntheticWorld, batch_size: int):
+        self.world = world
+        self.batch_size = batch_size
+        self._start, self._order = -1, []
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        """
+        Raises:
+            IndexError: outside 0 to length - 1.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no conversation {index} in a world of {len(self)}.")
+        window = self.WINDOW * self.batch_size
+        start = index - index % window
+        if start != self._start:
+            indices = sorted(range(start, min(start + window, len(self))), key=self.world.length_of)
+            batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+            random.Random(f"order {self.world.seed}/{start}").shuffle(batches)
+            self._start, self._order = start, list(itertools.chain.from_iterable(batches))
+        return self.world[self._order[index - start]]
 
 
 def _with_tags(question: str, images: int, rng: random.Random) -> str:

@@ -34,7 +34,6 @@ from deepseek_vl.models.layout_weights import (
     UNUSED,
     Slice,
     canonical,
-    itemsize_of,
     layout_of,
     rename,
     shape_of,
@@ -42,6 +41,7 @@ from deepseek_vl.models.layout_weights import (
 )
 from deepseek_vl.utils.command import OneLineParser, run_command
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
+from deepseek_vl.utils.shards import INDEX, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,6 @@ CONFIG, IMAGES, PROCESSOR = "config.json", "preprocessor_config.json", "processo
 TOKENIZER, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 REWRITTEN = (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION, TEMPLATE)
 """The files that differ between the layouts, besides the weights."""
-
-INDEX = "model.safetensors.index.json"
 
 
 def convert(source: str | Path, destination: str | Path, layout: str) -> int:
@@ -84,16 +82,17 @@ def convert(source: str | Path, destination: str | Path, layout: str) -> int:
     if configs.is_transformers(config) == (layout == TRANSFORMERS):
         raise ValueError(f"'{source}' is in the {layout} layout already.")
 
-    settings = _settings(source, layout)
+    model_config = MultiModalityConfig.from_pretrained(str(source))
+    settings = _settings(source, model_config, layout)
     files = weight_files(source)
     tensors = _open(files)
-    renamed = _renamed(source, tensors, layout)
+    renamed = _renamed(source, model_config, tensors, layout)
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
         unfinished = Path(name) / "checkpoint"
         unfinished.mkdir()
         (unfinished / KEPT).mkdir()
-        _write_weights(renamed, unfinished, max(file.stat().st_size for file in files))
+        write_shards(renamed, unfinished, max(file.stat().st_size for file in files))
         if left := {name: tensors[name][...] for name in UNUSED if name in tensors and layout == TRANSFORMERS}:
             save_file(left, unfinished / KEPT / KEPT_WEIGHTS, metadata={"format": "pt"})
         _write_files(source, unfinished, settings)
@@ -121,13 +120,14 @@ def _open(files: Sequence[Path]) -> dict[str, Slice]:
     return canonical({name: tensor for file in files for name, tensor in unread_tensors(str(file))})
 
 
-def _renamed(source: Path, tensors: Mapping[str, Slice], layout: str) -> dict[str, Slice | torch.Tensor]:
+def _renamed(
+    source: Path, config: MultiModalityConfig, tensors: Mapping[str, Slice], layout: str
+) -> dict[str, Slice | torch.Tensor]:
     """The tensors as the layout has them, all and none too many.
 
     Raises:
         ValueError: if they are not those of the architecture that the config tells of.
     """
-    config = MultiModalityConfig.from_pretrained(str(source))
     with torch.device("meta"):
         model = MultiModalityCausalLM(config).state_dict()
     renamed, left = rename(tensors, layout)
@@ -154,32 +154,6 @@ def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
     return min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor)))[...].dtype
 
 
-def _write_weights(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, shard_bytes: int) -> None:
-    """Write tensors in shards of at most so many bytes (one tensor may be more), and the index if there are several."""
-    shards: list[list[str]] = [[]]
-    used = total = 0
-    for name, tensor in tensors.items():
-        size = math.prod(shape_of(tensor)) * itemsize_of(tensor)
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-        total += size
-    weight_map = {}
-    with tqdm(total=len(tensors), desc="Writing", unit="tensor", disable=None) as progress:
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            shard = {}
-            for name in names:
-                shard[name] = tensors[name][...].contiguous()
-                progress.update()
-            save_file(shard, directory / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        _write(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -> None:
     """Write everything but the weights: what differs between the layouts, and the rest as it is."""
     weights = {INDEX, *(file.name for file in weight_files(source))}
@@ -193,7 +167,7 @@ def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -
         (destination / name).write_bytes(text.encode())
 
 
-def _settings(source: Path, layout: str) -> dict[str, str]:
+def _settings(source: Path, config: MultiModalityConfig, layout: str) -> dict[str, str]:
     """The contents of `REWRITTEN` in the other layout.
 
     Raises:
@@ -201,7 +175,7 @@ def _settings(source: Path, layout: str) -> dict[str, str]:
     """
     here = _texts(source)
     token_id = VLChatProcessor.from_pretrained(str(source)).image_id
-    tokens = _generation_tokens(source)
+    tokens = _generation_tokens(source, config)
     kept = _texts(source / KEPT)
     # What was kept is what this was made from, unless someone has changed it since.
     is_kept = bool(kept) and _rewritten(kept, _other(layout), token_id, tokens) == here
@@ -268,12 +242,11 @@ def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Map
     return {name: _json(value) for name, value in new.items()}
 
 
-def _generation_tokens(source: Path) -> dict[str, Any]:
+def _generation_tokens(source: Path, config: MultiModalityConfig) -> dict[str, Any]:
     """The ids of the tokens that begin, end and pad a text."""
-    config = MultiModalityConfig.from_pretrained(str(source)).language_config
     file = source / GENERATION
     generation = GenerationConfig.from_pretrained(str(source)) if file.is_file() else GenerationConfig()
-    return checkpoint_special_tokens(config, generation, str(source), {})
+    return checkpoint_special_tokens(config.language_config, generation, str(source), {})
 
 
 def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
@@ -307,10 +280,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-
-
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(_json(value), encoding="utf-8")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Images -> pixels in transformers' form: normalised, and for the hybrid model in two sizes."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,18 @@ from deepseek_vl.models import VLMImageProcessor
 from deepseek_vl.models import layout_configs as layouts
 from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.models.image_processing_vlm import IMAGENET_MEAN, IMAGENET_STD, flat_images, resize_steps
+
+_SETTINGS = (
+    "size",
+    "min_size",
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+    "do_normalize",
+    "high_res_size",
+    "high_res_image_mean",
+    "high_res_image_std",
+)
 
 
 class DeepseekVLImageProcessor(BaseImageProcessor):
@@ -77,18 +90,27 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
             images: PIL images, uint8 arrays or tensors ([H, W, 3] or [3, H, W], or batches of them), paths, addresses
                 or base64 text; one or (nested) lists of them.
             return_tensors: "np" or "pt".
+            kwargs: settings for this call alone (`size`, `do_normalize`, `image_mean`, ...), and for the fast processor
+                `device`: where to work, None for where the images are.
+
+        Raises:
+            ValueError: without images, or for arrays that are none.
         """
-        flat = [_as_pil(image) for image in flat_images(images)]
+        device = kwargs.pop("device", None)
+        settings = {name: value for name, value in kwargs.items() if name in _SETTINGS and value is not None}
+        processor = copy.copy(self)
+        vars(processor).update(settings)
+        flat = flat_images(images)
         if not flat:
             raise ValueError("There are no images.")
-        return BatchFeature(self._pixels(self._squares(flat)), tensor_type=return_tensors)
+        return BatchFeature(processor._pixels(processor._squares(flat, device)), tensor_type=return_tensors)
 
-    def _squares(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Images, resized and padded: uint8 [n, 3, S, S]."""
+    def _squares(self, images: Sequence[Any], device: torch.device | str | None) -> torch.Tensor:
+        """Images, resized and padded: uint8 [n, 3, S, S], on the device if one is given."""
         size = (self.high_res_size or self.size)["height"]
         mean = self.high_res_image_mean if self.high_res_size else self.image_mean
         exact = VLMImageProcessor(size, self.min_size, image_mean=mean)
-        return torch.from_numpy(np.stack([exact.resize(image) for image in images]))
+        return torch.from_numpy(np.stack([exact.resize(_as_pil(image)) for image in images])).to(device)
 
     def _pixels(self, squares: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [n, 3, S, S] -> the model's inputs."""
@@ -130,32 +152,13 @@ class DeepseekVLImageProcessor(BaseImageProcessor):
 class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
     """The same on tensors, in batches, where they are: on a GPU too.
 
-    torch's antialiased bicubic resize has exact weights and Pillow's are rounded, so that a pixel of a photograph may
-    differ from the exact one by 1/255, and one of noise by 2/255. Loading a checkpoint's processor gives the exact one
-    unless this class is asked.
+    The squares are Pillow's bit for bit, because they are made with its rounded weights. What is computed from them on
+    another device, the hybrid's low-resolution pixels and the normalisation, may differ in the last bits of a float.
     """
 
-    def preprocess(
-        self,
-        images: ImageInput,
-        return_tensors: str | None = "pt",
-        device: torch.device | str | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """As `DeepseekVLImageProcessor.preprocess`.
-
-        Args:
-            device: where to work; None for where the images are.
-        """
-        tensors = [_as_tensor(image) for image in flat_images(images)]
-        if not tensors:
-            raise ValueError("There are no images.")
-        if device is not None:
-            tensors = [tensor.to(device) for tensor in tensors]
-        return BatchFeature(self._pixels(self._square_tensors(tensors)), tensor_type=return_tensors)
-
-    def _square_tensors(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 [3, H, W] of any sizes -> uint8 [n, 3, S, S]; those of one size together."""
+    def _squares(self, images: Sequence[Any], device: torch.device | str | None) -> torch.Tensor:
+        """Images of any sizes -> uint8 [n, 3, S, S]; those of one size together."""
+        images = [_as_tensor(image).to(device) for image in images]
         side = (self.high_res_size or self.size)["height"]
         mean = self.high_res_image_mean if self.high_res_size else self.image_mean
         background = torch.tensor([int(255 * value) for value in mean], dtype=torch.uint8)
@@ -168,15 +171,50 @@ class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
             size = [max(int(length / longest * side), self.min_size) for length in (height, width)]
             batch = torch.stack([images[index] for index in indexes])
             for new_width, new_height in resize_steps((width, height), (size[1], size[0])):
-                if batch.shape[3] == 1:  # torch takes wrong weights for a single column
-                    batch = batch.expand(-1, -1, -1, 4)
-                step = (new_height, 4 if new_width == 1 else new_width)
-                if tuple(batch.shape[2:]) != step:  # one axis at a time, rounding in between, as Pillow does
-                    resized = F.interpolate(batch.float(), size=step, mode="bicubic", antialias=True)
-                    batch = resized.round().clamp(0, 255)
+                if batch.shape[3] != new_width:
+                    batch = _resize_rows(batch, new_width)
+                if batch.shape[2] != new_height:
+                    batch = _resize_rows(batch.mT, new_height).mT
             top, left = ((max(size) - length) // 2 for length in size)
-            squares[indexes, :, top : top + size[0], left : left + size[1]] = batch.byte()
+            squares[indexes, :, top : top + size[0], left : left + size[1]] = batch
         return squares
+
+
+def _resize_rows(batch: torch.Tensor, width: int) -> torch.Tensor:
+    """Pillow's bicubic resize along the last axis: uint8 [..., W] -> uint8 [..., width]."""
+    # Sums of whole numbers below 2^53 are exact in float64, which Apple's GPUs do not have.
+    pixels = batch.to("cpu" if batch.device.type == "mps" else batch.device, torch.float64)
+    sums = [
+        pixels[..., first : first + len(weights)] @ torch.from_numpy(weights).to(pixels.device)
+        for first, weights in _bicubic_weights(batch.shape[-1], width)
+    ]
+    return ((torch.cat(sums, dim=-1) + _ONE / 2) / _ONE).floor().clamp(0, 255).to(batch.device, torch.uint8)
+
+
+_ONE = 2**22
+"""Pillow's weights for 8-bit pixels are whole multiples of one in so many."""
+
+
+def _bicubic_weights(old: int, new: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Pillow's weights, antialiased, in units of 1 / `_ONE`.
+
+    Yields:
+        For every 32 of the `new` pixels: the first of the `old` pixels in them, and its weights and those of the next
+        ones, float64 [pixels, 32].
+    """
+    scale = old / new
+    stretch = max(scale, 1.0)  # of the filter, when the picture shrinks
+    centres = (np.arange(new) + 0.5) * scale
+    firsts = np.maximum((centres - 2 * stretch + 0.5).astype(int), 0)
+    lasts = np.minimum((centres + 2 * stretch + 0.5).astype(int), old)
+    for block in (slice(start, start + 32) for start in range(0, new, 32)):
+        first, last, centre = firsts[block], lasts[block], centres[block]
+        pixel = np.arange(first[0], last[-1])[:, None]
+        x = np.abs((pixel - centre + 0.5) * (1 / stretch))
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * ((pixel >= first) & (pixel < last))
+        weights = weights / weights.sum(axis=0) * _ONE
+        yield int(first[0]), np.trunc(weights + np.copysign(0.5, weights))
 
 
 def _as_pil(image: Any) -> Image.Image:

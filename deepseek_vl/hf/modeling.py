@@ -10,11 +10,11 @@ from transformers import LlamaModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
 
-from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.hf.configuration import DeepseekVLConfig
-from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens
-from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, UNUSED, layout_of, rename, unused_weights
+from deepseek_vl.models.checkpoint import default_special_tokens
+from deepseek_vl.models.layout_weights import TRANSFORMERS, UNUSED, as_reference, canonical, rename
 from deepseek_vl.models.modeling_vlm import (
     MultiModalityPreTrainedModel,
     like_parameters,
@@ -54,21 +54,9 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, strict, for a checkpoint in either layout, or the name of a bundled model.
-
-        Raises:
-            ValueError: if the weights do not fit the config.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.can_generate() and pretrained_model_name_or_path is not None:
-            path = str(bundled_or_same(pretrained_model_name_or_path))
-            tokens = checkpoint_special_tokens(model.config.text_config, model.generation_config, path, kwargs)
-            for name, token_id in tokens.items():
-                setattr(model.generation_config, name, token_id)
-        return loaded
+    def __init__(self, config: DeepseekVLConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(_rename_to_modules)
 
     @staticmethod
     def _load_pretrained_model(
@@ -81,12 +69,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         """transformers' step that reads the weights, here under the names that this class has for them."""
         state_dict = unread_state_dict(state_dict, checkpoint_files, load_config)
         if state_dict:
-            if layout_of(state_dict) == TRANSFORMERS:
-                renamed, not_known = rename(state_dict, REFERENCE)
-                state_dict = {**renamed, **{name: state_dict[name] for name in not_known}}
-            state_dict = _to_modules(state_dict, model)
-            unused = unused_weights(_to_reference(model.state_dict(), model), torch.float32)
-            state_dict = {**_to_modules(unused, model), **state_dict}
+            state_dict = _to_modules(as_reference(state_dict, _to_reference(model.state_dict(), model)), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def save_pretrained(self, save_directory: str, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
@@ -103,6 +86,16 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
             )
         whole = {name: tensor[...].contiguous() for name, tensor in renamed.items()}
         super().save_pretrained(save_directory, *args, state_dict=whole, **kwargs)
+
+
+def _rename_to_modules(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """torch's hook before weights are loaded: those of a file, as `Trainer` loads them, get a model's own names."""
+    own = model.state_dict()
+    if prefix or state_dict.keys() <= own.keys():
+        return
+    weights = as_reference(canonical(state_dict), _to_reference(own, model))
+    state_dict.clear()
+    state_dict.update((name, weight[...]) for name, weight in _to_modules(weights, model).items())
 
 
 def _to_modules(weights: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -183,6 +176,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         features = self.vision_model.encode(like_parameters(high_res_pixel_values, self.vision_model), low)
         return self.aligner(tuple(like_parameters(feature, self.aligner) for feature in features))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -221,19 +215,15 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
             raise ValueError("Images need input_ids, which say where they go; inputs_embeds have them already.")
-        if pixel_values is not None and image_features is None:
-            image_features = self.get_image_features(pixel_values, high_res_pixel_values)
-        elif pixel_values is not None:
-            raise ValueError("Give pixel_values or image_features, not both.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, image_features=image_features)
-        kwargs.pop("return_dict", None)
+            inputs_embeds, image_features = self.embed(input_ids, pixel_values, high_res_pixel_values, image_features)
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return DeepseekVLModelOutput(**output, image_hidden_states=image_features)
@@ -244,26 +234,31 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed ids, image features in the places of image tokens: [b, T] -> [b, T, D].
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embed ids, image features in the places of image tokens.
 
         Args:
             input_ids, pixel_values, high_res_pixel_values, image_features: as in `forward`.
 
+        Returns:
+            Embeddings [b, T, D], and the features [n, N, D] if there are images.
+
         Raises:
-            ValueError: if there are images, and not as many features as image tokens.
+            ValueError: if images are given in two forms, or if there are not as many features as image tokens.
         """
         embeds = self.get_input_embeddings()(input_ids)  # [b, T, D]
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Give pixel_values or image_features, not both.")
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, high_res_pixel_values)
         if image_features is None:  # a model may write the image's token itself
-            return embeds
+            return embeds, None
         is_image = input_ids == self.config.image_token_id
         found, given = int(is_image.sum()), image_features.shape[:2].numel()
         if found != given:
             raise ValueError(f"There are {found} image tokens and {given} image features.")
         source = image_features.flatten(0, 1).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(is_image[..., None], source)
+        return embeds.masked_scatter(is_image[..., None], source), image_features
 
 
 class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMixin):
@@ -276,8 +271,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         self.model = DeepseekVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        for name, token_id in default_special_tokens(config.text_config).items():
-            setattr(self.generation_config, name, token_id)
+        self._set_generation_tokens(default_special_tokens(config.text_config))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -291,6 +285,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         """`DeepseekVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, high_res_pixel_values)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -330,6 +325,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -383,5 +379,5 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
                 raise ValueError("Images beside a cache are not taken; generate from the whole conversation.")
             if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
                 raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
-            kwargs["inputs_embeds"] = self.model.embed(input_ids, **images)
+            kwargs["inputs_embeds"], _ = self.model.embed(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)

@@ -255,6 +255,19 @@ def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice],
     return renamed, [name for name in tensors if name not in used]
 
 
+def as_reference(tensors: Mapping[str, Slice], model: Mapping[str, torch.Tensor]) -> dict[str, Slice | torch.Tensor]:
+    """A checkpoint's tensors, in whichever layout, as the reference has them; those it does not know as they are.
+
+    Args:
+        tensors: by their `canonical` names.
+        model: the weights of the model that they are for, under the reference's names.
+    """
+    if layout_of(tensors) == REFERENCE:
+        return dict(tensors)
+    renamed, not_known = rename(tensors, REFERENCE)
+    return {**renamed, **{name: tensors[name] for name in not_known}, **unused_weights(model, torch.float32)}
+
+
 def unused_weights(model: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What stands for those of `UNUSED` that a model in the reference's layout has, in a file without them: a layer
     norm that changes nothing.

@@ -17,7 +17,7 @@ from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
-from deepseek_vl.models.layout_weights import REFERENCE, TRANSFORMERS, canonical, layout_of, rename, unused_weights
+from deepseek_vl.models.layout_weights import as_reference, canonical
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 
@@ -73,18 +73,17 @@ class MultiModalityPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
 
-        Also takes the name of a bundled model.
+        Also takes the name of a bundled model. Special tokens are the checkpoint's own.
 
         Raises:
             ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
                 `ignore_mismatched_sizes` is given).
         """
-        if pretrained_model_name_or_path is not None:
-            pretrained_model_name_or_path = bundled_or_same(pretrained_model_name_or_path)
+        path = pretrained_model_name_or_path and str(bundled_or_same(pretrained_model_name_or_path))
         return_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
+            path,
             *model_args,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -94,8 +93,18 @@ class MultiModalityPreTrainedModel(PreTrainedModel):
         problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
         if any(problems.values()):
             details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
-            raise ValueError(f"The weights at {str(pretrained_model_name_or_path)!r} do not fit the config: {details}.")
+            raise ValueError(f"The weights at {path!r} do not fit the config: {details}.")
+        if path is not None and model.can_generate():
+            config = model.config.get_text_config()
+            model._set_generation_tokens(checkpoint_special_tokens(config, model.generation_config, path, kwargs))
         return (model, info) if return_info else model
+
+    def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
+        """Tell `generate`, here and in a language model that has its own, which tokens begin, end and pad a text."""
+        for module in self.modules():
+            if isinstance(module, GenerationMixin):
+                for name, token_id in token_ids.items():
+                    setattr(module.generation_config, name, token_id)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -363,14 +372,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """As `MultiModalityPreTrainedModel.from_pretrained`; what is frozen and special tokens are the checkpoint's.
+        """As `MultiModalityPreTrainedModel.from_pretrained`; what is frozen is the checkpoint's.
 
         Raises:
             ValueError: if the weights do not fit the config.
         """
-        name_or_path = pretrained_model_name_or_path
-        if name_or_path is not None:
-            pretrained_model_name_or_path = bundled_or_same(name_or_path)
         return_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -378,12 +384,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         if isinstance(model.vision_model, HybridVisionTower):
             model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
         if pretrained_model_name_or_path is not None:
-            model.config.name_or_path = str(name_or_path)  # what an adapter notes as its base
-            model._set_generation_tokens(
-                checkpoint_special_tokens(
-                    model.config.language_config, model.generation_config, str(pretrained_model_name_or_path), kwargs
-                )
-            )
+            model.config.name_or_path = str(pretrained_model_name_or_path)  # what an adapter notes as its base
         return (model, info) if return_info else model
 
     @staticmethod
@@ -399,17 +400,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         A mapped file stays in memory beside the weights that are converted from it, which doubles the peak.
         """
         state_dict = unread_state_dict(state_dict, checkpoint_files, load_config)
-        if state_dict and layout_of(state_dict) == TRANSFORMERS:
-            renamed, not_known = rename(state_dict, REFERENCE)
-            unused = unused_weights(model.state_dict(), torch.float32)
-            state_dict = {**renamed, **{name: state_dict[name] for name in not_known}, **unused}
+        if state_dict:
+            state_dict = as_reference(state_dict, model.state_dict())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
-
-    def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
-        """Tell `generate`, here and in the language model, which tokens begin, end and pad a text."""
-        for model in (self, self.language_model):
-            for name, token_id in token_ids.items():
-                setattr(model.generation_config, name, token_id)
 
 
 def unread_state_dict(

@@ -296,12 +296,25 @@ class VLChatProcessor(ProcessorMixin):
         With `text`, as transformers' pipelines call it: rendered prompts and their (nested lists of) images -> a batch.
         """
         if text is not None:
-            return self._process_texts([text] if isinstance(text, str) else text, images)
+            return self._process_texts([text] if isinstance(text, str) else text, images, **kwargs)
         output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
 
-    def _process_texts(self, texts: Sequence[str], images: ImageInput | None) -> BatchFeature:
+    def _process_texts(
+        self,
+        texts: Sequence[str],
+        images: ImageInput | None,
+        padding_side: str = "left",
+        return_tensors: str | None = "pt",
+        **ignored: Any,
+    ) -> BatchFeature:
         """Rendered prompts -> a padded batch, without the prompts themselves.
+
+        Args:
+            texts, images: as `__call__`'s.
+            padding_side: "left" or "right".
+            return_tensors: "pt" or "np".
+            ignored: what else transformers' pipelines give every processor.
 
         Raises:
             ValueError: if there are not as many images as tags.
@@ -310,13 +323,19 @@ class VLChatProcessor(ProcessorMixin):
         items = [self.process_one(prompt=text, images=list(islice(flat, text.count(self.image_tag)))) for text in texts]
         if left := len(list(flat)):
             raise ValueError(f"There are {left} images more than {self.image_tag} in the text.")
-        batch = self.batchify(items)
-        return BatchFeature({name: value for name, value in batch.items() if name != "sft_format"})
+        batch = self.batchify(items, padding_side)
+        data = {name: value for name, value in batch.items() if name != "sft_format"}
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """transformers' `apply_chat_template`, for messages in its form; by default in the `deepseek` format."""
+        """transformers' `apply_chat_template`, for messages in its form.
+
+        By default in the `deepseek` format, with this processor's system prompt unless there is a system message.
+        """
         return super().apply_chat_template(
-            conversation, chat_template or self.chat_template or DEEPSEEK_CHAT_TEMPLATE, **kwargs
+            conversation,
+            chat_template or self.chat_template or DEEPSEEK_CHAT_TEMPLATE,
+            **{"system_prompt": self.system_prompt, **kwargs},
         )
 
     def batchify(

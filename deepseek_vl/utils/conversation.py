@@ -28,7 +28,7 @@ DEEPSEEK_CHAT_TEMPLATE = """\
 {%- if messages and messages[0].role == 'system' -%}
     {%- set system, turns = text_of(messages[0].content), messages[1:] -%}
 {%- else -%}
-    {%- set system, turns = '@SYSTEM@', messages -%}
+    {%- set system, turns = system_prompt | default('@SYSTEM@'), messages -%}
 {%- endif -%}
 {%- set prompt = namespace(text=system ~ '\\n\\n' if system else '') -%}
 {%- for message in turns -%}
@@ -38,8 +38,8 @@ DEEPSEEK_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{- (prompt.text ~ ('Assistant:' if add_generation_prompt else '')) | trim -}}
 """.replace("@SYSTEM@", DEFAULT_SYSTEM_PROMPT)
-"""The `deepseek` format as a Jinja template, for messages in transformers' form: a `system` message or the default one,
-then `user` and `assistant`; content is a string, or a list of image and text parts."""
+"""The `deepseek` format as a Jinja template, for messages in transformers' form: a `system` message (without one,
+`system_prompt` or the default), then `user` and `assistant`; content is a string, or a list of image and text parts."""
 
 
 class SeparatorStyle(IntEnum):

@@ -7,23 +7,20 @@ written shard by shard, so memory holds one shard at a time. The model answers g
 """
 
 import argparse
-import json
 import logging
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.image_processing_vlm import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from deepseek_vl.models.processing_vlm import load_tokenizer
-
-logger = logging.getLogger(__name__)
+from deepseek_vl.utils.shards import write_shards
 
 _SIGLIP_L = {
     "image_size": 384,
@@ -97,15 +94,39 @@ def published_image_processor(size: str) -> VLMImageProcessor:
     return VLMImageProcessor(384, image_mean=IMAGENET_INCEPTION_MEAN, image_std=IMAGENET_INCEPTION_STD)
 
 
-def random_tensor(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """float32 weights on a scale that keeps activations finite; they depend on `name` and `shape` alone."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randn(tuple(shape), generator=generator)
-    if name.endswith(".weight") and len(shape) == 1:  # a norm's gain
-        return 1 + 0.1 * noise
-    if name.endswith(".weight"):
-        return noise / math.sqrt(math.prod(shape[1:]))
-    return 0.05 * noise
+@dataclass(frozen=True)
+class RandomTensor:
+    """Weights on a scale that keeps activations finite, which depend on name and shape alone; drawn when indexed.
+
+    Attributes:
+        name, shape, dtype: the tensor's.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: torch.dtype
+
+    def get_shape(self) -> list[int]:
+        """The shape."""
+        return self.shape
+
+    def get_dtype(self) -> str:
+        """The dtype as safetensors writes it: `F16`."""
+        return DTYPES[self.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        tensor = torch.randn(self.shape, generator=generator)
+        if not self.name.endswith(".weight"):
+            tensor *= 0.05
+        elif len(self.shape) == 1:  # a norm's gain
+            tensor = 1 + 0.1 * tensor
+        else:
+            tensor /= math.sqrt(math.prod(self.shape[1:]))
+        return tensor.to(self.dtype)[index]
+
+
+DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def write_random_checkpoint(
@@ -139,27 +160,9 @@ def write_random_checkpoint(
             shutil.copy(Path(tokenizer) / file, directory)
 
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in MultiModalityCausalLM(config).state_dict().items()}
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        tensor_bytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and used + tensor_bytes > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += tensor_bytes
-
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: random_tensor(name, shapes[name]).to(dtype) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        logger.info("wrote %s", file)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        weights = MultiModalityCausalLM(config).state_dict()
+    tensors = {name: RandomTensor(name, list(weight.shape), dtype) for name, weight in weights.items()}
+    write_shards(tensors, directory, shard_bytes)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from deepseek_vl import DeepseekVLForConditionalGeneration
 from deepseek_vl.convert import convert, main
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
@@ -131,6 +132,19 @@ def test_the_newer_names_of_transformers_are_read_too(exported: Path, reference:
     before, after = (load_file(path / "model.safetensors") for path in (reference, tmp_path / "back"))
     assert all(torch.equal(before[name], after[name]) for name in before if "_layer_norm" not in name)
     MultiModalityCausalLM.from_pretrained(str(tmp_path / "newer"))
+
+
+@pytest.mark.parametrize("layout", ["reference", "transformers"])
+def test_torch_files_of_either_layout_open_in_either_face(
+    layout: str, reference: Path, exported: Path, tmp_path: Path
+) -> None:
+    source, directory = {"reference": reference, "transformers": exported}[layout], tmp_path / "torch"
+    copy(source, directory)
+    torch.save(load_file(source / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    for face in (MultiModalityCausalLM, DeepseekVLForConditionalGeneration):
+        expected, opened = face.from_pretrained(source).state_dict(), face.from_pretrained(directory).state_dict()
+        assert all(torch.equal(opened[name], weight) for name, weight in expected.items())
 
 
 def test_either_layout_is_the_same_model_and_processor_here(reference: Path, exported: Path, picture: Path) -> None:

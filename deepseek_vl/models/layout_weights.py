@@ -34,6 +34,13 @@ def itemsize_of(tensor: Slice | torch.Tensor) -> int:
     return tensor.itemsize if isinstance(tensor, torch.Tensor) else _BITS[tensor.get_dtype().split("_")[0]] // 8
 
 
+def dtype_name_of(tensor: Slice | torch.Tensor) -> str:
+    """A tensor's dtype as safetensors writes it (`F16`), read or not."""
+    return DTYPE_NAMES[tensor.dtype] if isinstance(tensor, torch.Tensor) else tensor.get_dtype()
+
+
+DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+
 _BITS = {
     "BOOL": 8,
     "F8": 8,
@@ -204,7 +211,7 @@ class JoinedRows:
 
     def get_dtype(self) -> str:
         """The dtype as safetensors writes it: `F16`."""
-        return self._rows[0][0].get_dtype()
+        return dtype_name_of(self._rows[0][0])
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         parts = [tensor[rows] for tensor, rows in self._rows]

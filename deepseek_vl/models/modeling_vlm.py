@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
 
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
@@ -408,12 +408,18 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 def unread_state_dict(
     state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, load_config: Any
 ) -> dict[str, Any] | None:
-    """What transformers' loader is to read: tensors that are read one by one, where it would map whole files."""
+    """What transformers' loader is to read: tensors that are read one by one, where it would map whole files.
+
+    None leaves the files to transformers: for weights that stay on the disk, or are divided among DeepSpeed's
+    processes.
+    """
     on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
-    mapped = state_dict is None and all(file.endswith(".safetensors") for file in checkpoint_files or ("",))
-    if mapped and not on_disk and not is_deepspeed_zero3_enabled():
-        return canonical({name: tensor for file in checkpoint_files for name, tensor in unread_tensors(file)})
-    return state_dict
+    if state_dict is not None or not checkpoint_files or on_disk or is_deepspeed_zero3_enabled():
+        return state_dict
+    tensors: dict[str, Any] = {}
+    for file in checkpoint_files:
+        tensors |= unread_tensors(file) if file.endswith(".safetensors") else load_state_dict(file)
+    return canonical(tensors)
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.image_processing_vlm import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from deepseek_vl.models.layout_weights import DTYPE_NAMES
 from deepseek_vl.models.processing_vlm import load_tokenizer
 from deepseek_vl.utils.shards import write_shards
 
@@ -112,7 +113,7 @@ class RandomTensor:
 
     def get_dtype(self) -> str:
         """The dtype as safetensors writes it: `F16`."""
-        return DTYPES[self.dtype]
+        return DTYPE_NAMES[self.dtype]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
@@ -124,9 +125,6 @@ class RandomTensor:
         else:
             tensor /= math.sqrt(math.prod(self.shape[1:]))
         return tensor.to(self.dtype)[index]
-
-
-DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def write_random_checkpoint(

@@ -20,6 +20,7 @@ import numpy as np
 import pexpect
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -163,6 +164,21 @@ STOCK = {
     "hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
 }
 """transformers' own classes."""
+
+
+def stock_inputs(model: MultiModalityCausalLM, batch: Any) -> dict[str, torch.Tensor]:
+    """A batch as transformers' classes take it, with the same pixels."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    images = batch.pixel_values[batch.images_emb_mask.any(dim=-1)]
+    if not hasattr(model.vision_model, "vision_tower_high"):
+        return {**inputs, "pixel_values": images}
+    low, high = model.vision_model.vision_tower_low, model.vision_model.vision_tower_high
+    small = F.interpolate(images, size=(low.image_size,) * 2, mode="bilinear", antialias=True)
+    normalised = [
+        (pixels - torch.tensor(tower.pixel_mean)[:, None, None]) / torch.tensor(tower.pixel_std)[:, None, None]
+        for pixels, tower in ((small, low), (images, high))
+    ]
+    return {**inputs, "pixel_values": normalised[0], "high_res_pixel_values": normalised[1]}
 
 
 @pytest.fixture(scope="session", params=STOCK)

@@ -3,6 +3,7 @@
 Takes minutes, 4 GB of disk and 8 GB of memory, and the published tokenizer.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,14 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from conftest import ROOT, make_picture
+import torch
+from conftest import ROOT, STOCK, make_picture, messages_of, stock_inputs
+from PIL import Image
 from terminal_chat import PATH, Chat
+
+from deepseek_vl.convert import convert
+from deepseek_vl.utils.io import load_pretrained_model
+from deepseek_vl.utils.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +55,33 @@ print(weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     weights, peak = map(int, result.stdout.split())
     assert weights == 3_950_471_168
     assert peak <= 1.15 * weights + 1e9
+
+
+@pytest.mark.parametrize(("size", "kind"), [("1.3b", "siglip"), ("7b", "hybrid")])
+def test_transformers_own_class_agrees_at_full_width(
+    size: str, kind: str, published_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Whole towers and projectors, and two layers of the language model."""
+    reference, exported = tmp_path / "reference", tmp_path / "exported"
+    write_random_checkpoint(size, str(published_tokenizer_dir), str(reference), language_layers=2)
+    convert(reference, exported, "transformers")
+    picture = Image.open(ROOT / "images" / "shapes.png").convert("RGB")
+    messages = messages_of("<image_placeholder>What is this?", picture)
+
+    _, processor, ours = load_pretrained_model(reference, device="cpu", dtype="float32")
+    batch = processor(conversations=messages, images=[picture])
+    inputs = stock_inputs(ours, batch)
+    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+    prompt = batch.input_ids.shape[1]
+    with torch.no_grad():
+        logits = ours(**batch, logits_to_keep=64).logits
+    tokens = ours.generate(**batch, **options)[:, prompt:]
+    del ours
+    stock = STOCK[kind].from_pretrained(exported, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, stock(**inputs, logits_to_keep=64).logits, rtol=0, atol=1e-4)
+    assert torch.equal(tokens, stock.generate(**inputs, **options)[:, prompt:])
+    shutil.rmtree(tmp_path)  # gigabytes
 
 
 def test_inference_on_a_picture(full_checkpoint: Path) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from conftest import ROOT, STOCK, make_picture, messages_of
+from conftest import ROOT, STOCK, make_picture, messages_of, stock_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,21 +23,6 @@ from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 from deepseek_vl.utils.io import load_pretrained_model
 
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
-
-
-def stock_inputs(model: MultiModalityCausalLM, batch: Any) -> dict[str, torch.Tensor]:
-    """A batch as transformers' classes take it, with the same pixels."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    images = batch.pixel_values[batch.images_emb_mask.any(dim=-1)]
-    if not hasattr(model.vision_model, "vision_tower_high"):
-        return {**inputs, "pixel_values": images}
-    low, high = model.vision_model.vision_tower_low, model.vision_model.vision_tower_high
-    small = F.interpolate(images, size=(low.image_size,) * 2, mode="bilinear", antialias=True)
-    normalised = [
-        (pixels - torch.tensor(tower.pixel_mean)[:, None, None]) / torch.tensor(tower.pixel_std)[:, None, None]
-        for pixels, tower in ((small, low), (images, high))
-    ]
-    return {**inputs, "pixel_values": normalised[0], "high_res_pixel_values": normalised[1]}
 
 
 def batches(processor: VLChatProcessor, tmp_path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def run_command(
     """
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request that Gradio sends itself
     try:
         return run(args) or 0
     except (OSError, ValueError) as error:

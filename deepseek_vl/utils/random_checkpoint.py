@@ -7,10 +7,11 @@ written shard by shard, so memory holds one shard at a time. The model answers g
 """
 
 import argparse
-import logging
 import math
 import shutil
+import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLCha
 from deepseek_vl.models.image_processing_vlm import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from deepseek_vl.models.layout_weights import DTYPE_NAMES
 from deepseek_vl.models.processing_vlm import load_tokenizer
+from deepseek_vl.utils.command import OneLineParser, positive, run_command
 from deepseek_vl.utils.shards import write_shards
 
 _SIGLIP_L = {
@@ -128,7 +130,12 @@ class RandomTensor:
 
 
 def write_random_checkpoint(
-    size: str, tokenizer: str, output: str, dtype: torch.dtype = torch.float16, shard_bytes: int = 2 * 10**9
+    size: str,
+    tokenizer: str,
+    output: str,
+    dtype: torch.dtype = torch.float16,
+    shard_bytes: int = 2 * 10**9,
+    language_layers: int | None = None,
 ) -> None:
     """Write `output`: config, sharded safetensors, tokenizer and processor files.
 
@@ -138,6 +145,7 @@ def write_random_checkpoint(
         output: directory, made if it is not there.
         dtype: of the weights.
         shard_bytes: a shard is closed before it exceeds this.
+        language_layers: of the language model; None for as many as the published model has.
 
     Raises:
         FileExistsError: if `output` already has a config.
@@ -150,7 +158,9 @@ def write_random_checkpoint(
         raise FileNotFoundError(f"{tokenizer!r} has no tokenizer.json.")
     directory.mkdir(parents=True, exist_ok=True)
 
-    config = MultiModalityConfig(**PUBLISHED_CONFIGS[size], architectures=["MultiModalityCausalLM"])
+    published = PUBLISHED_CONFIGS[size]
+    language = published["language_config"] | ({"num_hidden_layers": language_layers} if language_layers else {})
+    config = MultiModalityConfig(**{**published, "language_config": language}, architectures=["MultiModalityCausalLM"])
     config.save_pretrained(directory)
     VLChatProcessor(published_image_processor(size), load_tokenizer(tokenizer)).save_pretrained(directory)
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # as published, not as re-saved
@@ -163,20 +173,29 @@ def write_random_checkpoint(
     write_shards(tensors, directory, shard_bytes)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Write a random checkpoint in the published layout.")
+    parser = OneLineParser(
+        prog="python -m deepseek_vl.utils.random_checkpoint",
+        description="Write a random checkpoint in the published layout.",
+    )
     parser.add_argument("--size", choices=PUBLISHED_CONFIGS, required=True)
     parser.add_argument("--tokenizer", required=True, help="directory with DeepSeek-VL's tokenizer files")
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write_random_checkpoint(args.size, args.tokenizer, args.output, getattr(torch, args.dtype))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    parser.add_argument("--language_layers", type=positive, help="fewer layers of the language model, to try things")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a checkpoint; returns the exit code."""
+    return run_command(build_parser(), _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype)
+    write_random_checkpoint(args.size, args.tokenizer, args.output, dtype, language_layers=args.language_layers)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

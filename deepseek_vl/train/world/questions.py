@@ -224,7 +224,9 @@ def ask_text(picture: Picture, rng: random.Random) -> Turn | None:
         ),
     )
     texts = [f'"{word.text}"' for word in picture.words]
-    return Turn(question, f"It says {join(texts)}.", "reading", "word" if len(texts) == 1 else None)
+    if len(texts) == 1:
+        return Turn(question, f"It says {texts[0]}.", "reading", "word")
+    return Turn(question, f"It says {join(texts)}.", "reading several")
 
 
 def join(items: Sequence[str]) -> str:

@@ -78,6 +78,7 @@ class Generation:
 
     Attributes:
         prompt_tokens: length of the prompt.
+        cached_tokens: how many of them an earlier answer had left, so that they did not run again.
         cancelled: set it to end the answer within one token.
         done: is set when the engine has let go of it.
         finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
@@ -104,6 +105,7 @@ class Generation:
         self.model = model
         self.inputs = inputs
         self.text = AnswerText(tokenizer, settings.stop)
+        self.cached_tokens = 0
         self._begun_with: tuple[np.ndarray, weakref.ref[Memory]] | None = None
         self._sink = sink
         self.cancelled = threading.Event()
@@ -136,7 +138,7 @@ class Generation:
         if self.finish_reason is None or memory is None or not memory.holds_for(self.model):
             return
         length = cache.lengths[row]  # without the last token, which never ran
-        content = np.concatenate([content, self.text.token_ids]).astype(np.int64)[:length]
+        content = np.concatenate([content, np.array(self.text.token_ids, dtype=np.int64)])[:length]
         memory.conversations.keep(content, cache if len(cache.lengths) == 1 else cache.prefix(row, length))
 
     def choose(self, logits: torch.Tensor) -> int:
@@ -290,7 +292,8 @@ class Engine:
         prompt = Prompt.of(generation.inputs)
         generation.begin(prompt, memory)
         cache = memory.conversations.continued(prompt.content[:-1])  # the last token's logits are wanted
-        rest = prompt.after(cache.get_seq_length())
+        generation.cached_tokens = cache.get_seq_length()
+        rest = prompt.after(generation.cached_tokens)
         inputs_embeds = model.prepare_inputs_embeds(
             **rest.arguments(), image_features=memory.images.encode(model, rest.images) if rest.images else None
         )

@@ -114,8 +114,8 @@ class Conversations(_Recent[RowCache]):
         The cache is then no longer the caller's.
         """
         if cache.nbytes > self.max_bytes:
-            length = self.max_bytes * len(content) // cache.nbytes
-            if not length:
+            length = min(len(content), self.max_bytes // cache.prefix(0, 1).nbytes)
+            if length <= 0:
                 return
             content, cache = content[:length], cache.prefix(0, length)
         key = content.tobytes()

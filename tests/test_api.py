@@ -171,7 +171,7 @@ def test_a_conversation_goes_on_where_it_was(serve: Callable[..., Server], colou
     client = server.client()
 
     def ask(messages: list[dict[str, Any]]) -> tuple[str, int, int]:
-        answer = client.chat.completions.create(model="parrot", messages=messages)
+        answer = client.chat.completions.create(model="parrot", messages=messages, max_tokens=20)
         usage = answer.usage
         return answer.choices[0].message.content, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
 

@@ -110,7 +110,7 @@ def test_a_stream_is_the_same_answer_in_pieces(server: Server, colours: dict[str
     assert {chunk.usage for chunk in chunks} == {None}
     assert last.choices == []
     whole = server.client().chat.completions.create(model="parrot", messages=about(COLOUR, colours["red"]))
-    assert last.usage == whole.usage
+    assert last.usage.total_tokens == whole.usage.total_tokens
     assert len({chunk.id for chunk in (*chunks, last)}) == 1
 
 
@@ -163,6 +163,31 @@ def test_models_and_health(server: Server) -> None:
     assert (missing.status_code, missing.json()["error"]["message"]) == (404, "There is no such route.")
     wrong = httpx.get(f"{server.url}/v1/chat/completions")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_a_conversation_goes_on_where_it_was(serve: Callable[..., Server], colours: dict[str, Path]) -> None:
+    """Each request has the whole conversation, of which only what is new runs."""
+    server = serve("--memory_mb", "10")
+    client = server.client()
+
+    def ask(messages: list[dict[str, Any]]) -> tuple[str, int, int]:
+        answer = client.chat.completions.create(model="parrot", messages=messages, max_tokens=20)
+        usage = answer.usage
+        return answer.choices[0].message.content, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+    first = about(COLOUR, colours["red"])
+    text, length, cached = ask(first)
+    assert (text, cached) == ("It is red.", 0)
+    turn = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": "Greet me."}]
+    _, longer, cached = ask(turn)
+    assert length < cached < longer
+    assert ask(first) == (text, length, length - 1)
+    text, length, cached = ask(about(COLOUR, colours["blue"]))
+    assert text == "It is blue.", "another picture of the same size"
+    assert cached < length - 16
+    assert server.metric("deepseek_vl_cached_tokens_total") > longer
+    server.wait_until_idle()
+    assert 0 < server.metric("deepseek_vl_memory_bytes") < 11 << 20
 
 
 def test_metrics_count_tokens_and_answers(server: Server) -> None:

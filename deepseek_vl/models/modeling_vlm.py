@@ -171,6 +171,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         images_seq_mask: torch.BoolTensor,
         images_emb_mask: torch.BoolTensor,
         position_ids: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
@@ -183,6 +184,8 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             images_seq_mask: bool [b, T], where features replace token embeddings, in order.
             images_emb_mask: bool [b, n, N], which features are real.
             position_ids: int64 [b, T], if they do not count from 0 to T - 1; only to check that the model has them.
+            image_features: [images, N, D], what `get_image_features` gives for the slots with real features, in order,
+                for callers that have it already. The pixels are then not looked at.
             ignored: the processor output's other fields.
 
         Returns:
@@ -193,29 +196,17 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         """
         self._check_length(input_ids, position_ids)
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
-        positions, features = images_seq_mask.sum(dim=1), images_emb_mask.sum(dim=(1, 2)).to(images_seq_mask.device)
-        if not torch.equal(positions, features):
-            raise ValueError(
-                f"images_seq_mask has {positions.tolist()} image positions in its rows, images_emb_mask "
-                f"{features.tolist()} features."
-            )
-        if not features.any():
+        check_images(pixel_values, images_seq_mask, images_emb_mask, image_features)
+        if not images_emb_mask.any():
             if self.training and torch.is_grad_enabled() and pixel_values is not None:
                 # Every weight that learns needs a gradient, and in distributed training every process must run the
                 # same modules, so a blank slot is encoded without effect.
                 blank = self.get_image_features(pixel_values[:1, 0]).sum()
                 return inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds
-        if pixel_values is None:
-            raise ValueError(f"The prompt has {int(positions.sum())} image positions, but pixel_values is None.")
-        if pixel_values.shape[:2] != images_emb_mask.shape[:2]:
-            raise ValueError(
-                f"pixel_values has {tuple(pixel_values.shape[:2])} rows and images, images_emb_mask "
-                f"{tuple(images_emb_mask.shape[:2])}."
-            )
-
         is_real = images_emb_mask.any(dim=-1)  # [b, n]
-        image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])  # [images, N, D]
+        if image_features is None:
+            image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])  # [images, N, D]
         feature_mask = images_emb_mask[is_real].to(image_features.device)  # [images, N]
         if feature_mask.shape != image_features.shape[:2]:
             raise ValueError(
@@ -430,6 +421,34 @@ def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         return tensor
     device = tensor.device if parameter.is_meta else parameter.device
     return tensor.to(device, parameter.dtype if parameter.is_floating_point() else tensor.dtype)
+
+
+def check_images(
+    pixel_values: torch.Tensor | None,
+    images_seq_mask: torch.BoolTensor,
+    images_emb_mask: torch.BoolTensor,
+    image_features: torch.Tensor | None = None,
+) -> None:
+    """Check that the arguments of `prepare_inputs_embeds` fit together.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    positions, features = images_seq_mask.sum(dim=1), images_emb_mask.sum(dim=(1, 2)).to(images_seq_mask.device)
+    if not torch.equal(positions, features):
+        raise ValueError(
+            f"images_seq_mask has {positions.tolist()} image positions in its rows, images_emb_mask "
+            f"{features.tolist()} features."
+        )
+    if image_features is not None or not features.any():
+        return
+    if pixel_values is None:
+        raise ValueError(f"The prompt has {int(positions.sum())} image positions, but pixel_values is None.")
+    if pixel_values.shape[:2] != images_emb_mask.shape[:2]:
+        raise ValueError(
+            f"pixel_values has {tuple(pixel_values.shape[:2])} rows and images, images_emb_mask "
+            f"{tuple(images_emb_mask.shape[:2])}."
+        )
 
 
 def _has_images(

@@ -2,16 +2,22 @@
 
 An `Engine` has one thread and one batch. A new request's prompt is run alone, its keys and values then join the
 batch, and each step of the batch gives every answer one more token. An answer ends, fails or is stopped on its own.
+
+What was computed for an answer is kept for a while: a later prompt runs only what follows its longest common beginning
+with a conversation that was here, and no image is encoded twice. In float32 greedy answers are the same as from
+nothing; in narrower types, as with batches, the order of sums can part two tokens that are almost equally likely.
 """
 
 import atexit
 import collections
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -24,9 +30,13 @@ from transformers import (
 
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
+from deepseek_vl.serve.memory import Memory
+from deepseek_vl.serve.prompt import Prompt
 from deepseek_vl.serve.rows import RowCache
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.serve.text import AnswerText
+
+logger = logging.getLogger(__name__)
 
 TOP_K = 50
 """Sampling is among so many tokens: transformers' default, and so the reference's."""
@@ -68,6 +78,7 @@ class Generation:
 
     Attributes:
         prompt_tokens: length of the prompt.
+        cached_tokens: how many of them an earlier answer had left, so that they did not run again.
         cancelled: set it to end the answer within one token.
         done: is set when the engine has let go of it.
         finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
@@ -94,6 +105,8 @@ class Generation:
         self.model = model
         self.inputs = inputs
         self.text = AnswerText(tokenizer, settings.stop)
+        self.cached_tokens = 0
+        self._begun_with: tuple[np.ndarray, weakref.ref[Memory]] | None = None
         self._sink = sink
         self.cancelled = threading.Event()
         self.done = threading.Event()
@@ -111,6 +124,22 @@ class Generation:
             ]
             if settings.seed is not None:
                 self._generator = torch.Generator(model.device).manual_seed(settings.seed)
+
+    def begin(self, prompt: Prompt, memory: Memory) -> None:
+        """Note what the answer begins with, for `remember`."""
+        self._begun_with = prompt.content, weakref.ref(memory)
+
+    def remember(self, cache: RowCache, row: int) -> None:
+        """Put what the answer has left in a row of a cache into the memory that it began with.
+
+        If it is the cache's only row, then the cache is no longer the caller's.
+        """
+        content, memory = self._begun_with[0], self._begun_with[1]()
+        if self.finish_reason is None or memory is None or not memory.holds_for(self.model):
+            return
+        length = cache.lengths[row]  # without the last token, which never ran
+        content = np.concatenate([content, np.array(self.text.token_ids, dtype=np.int64)])[:length]
+        memory.conversations.keep(content, cache if len(cache.lengths) == 1 else cache.prefix(row, length))
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from float logits [vocabulary]."""
@@ -158,10 +187,14 @@ class Engine:
 
     Args:
         max_rows: how many answers make up the batch at most.
+        memory_bytes: how much memory the keys and values of conversations that have ended may take, on the model's
+            device; None for `conversation_bytes` of the model, 0 to keep none.
     """
 
-    def __init__(self, max_rows: int = 16):
+    def __init__(self, max_rows: int = 16, memory_bytes: int | None = None):
         self.max_rows = max_rows
+        self.memory_bytes = memory_bytes
+        self._memory: Memory | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
         self._rows: list[Generation] = []
         self._cache = RowCache()
@@ -179,6 +212,12 @@ class Engine:
         """How many answers are being generated."""
         return len(self._rows)
 
+    @property
+    def memory_used(self) -> int:
+        """How many bytes are kept of answers that have ended: keys and values, and encoded images."""
+        memory = self._memory
+        return 0 if memory is None else memory.conversations.nbytes + memory.images.nbytes
+
     def submit(self, generation: Generation) -> None:
         """Begin a generation as soon as there is room."""
         with self._lock:
@@ -194,11 +233,20 @@ class Engine:
                 generation.cancelled.set()
 
     def close(self) -> None:
-        """Cancel everything, and wait until it has ended."""
+        """Cancel everything, wait until it has ended, and free what was kept."""
         self.cancel()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what was kept of earlier answers. May be called from any thread.
+
+        Changes of the model's weights that torch counts are noticed without it; after others (through `.data`, by
+        switching an adapter) call this.
+        """
+        self._memory = None
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -226,6 +274,8 @@ class Engine:
                 cache = self._prefill(generation)
             except BaseException as error:  # raised again in the reader
                 generation.end(error)
+                if isinstance(error, torch.OutOfMemoryError):
+                    self.forget()
             if cache is None:  # it has ended
                 self._rows.pop()
             elif len(self._rows) == 1:
@@ -238,19 +288,42 @@ class Engine:
         if generation.cancelled.is_set():
             generation.end()
             return None
-        model, inputs = generation.model, generation.inputs
-        inputs_embeds = model.prepare_inputs_embeds(**inputs)
+        model, memory = generation.model, self._memory_of(generation.model)
+        prompt = Prompt.of(generation.inputs)
+        generation.begin(prompt, memory)
+        cache = memory.conversations.continued(prompt.content[:-1])  # the last token's logits are wanted
+        generation.cached_tokens = cache.get_seq_length()
+        rest = prompt.after(generation.cached_tokens)
+        inputs_embeds = model.prepare_inputs_embeds(
+            **rest.arguments(), image_features=memory.images.encode(model, rest.images) if rest.images else None
+        )
         if generation.cancelled.is_set():  # while the images were encoded
             generation.end()
             return None
-        real = inputs["attention_mask"][0].bool().to(inputs_embeds.device)
-        inputs_embeds = inputs_embeds[:, real]
-        cache = RowCache([inputs_embeds.shape[1]])
         output = model.language_model(
             inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
+        cache.lengths = [len(prompt)]
         token_id = generation.choose(output.logits[0, -1].float())
-        return cache if generation.take(token_id) else None
+        if generation.take(token_id):
+            return cache
+        self._remember(generation, cache)
+        return None
+
+    def _memory_of(self, model: MultiModalityCausalLM) -> Memory:
+        """What is kept of this model as it is now."""
+        memory = self._memory
+        if memory is None or not memory.holds_for(model):
+            self._memory = memory = Memory(model, self.memory_bytes)
+        return memory
+
+    def _remember(self, generation: Generation, cache: RowCache, row: int = 0) -> None:
+        """Keep what a generation that has ended leaves in a row of a cache."""
+        try:
+            generation.remember(cache, row)
+        except RuntimeError:  # no memory left
+            logger.warning("What was kept of earlier answers is dropped.", exc_info=True)
+            self.forget()
 
     def _step(self) -> None:
         """One more token for every row."""
@@ -269,6 +342,7 @@ class Engine:
             for generation in rows:
                 generation.end(error)
             self._rows, self._cache = [], RowCache()
+            self.forget()
             return
         self._keep([_advance(row, row_logits) for row, row_logits in zip(rows, logits, strict=True)])
 
@@ -276,9 +350,12 @@ class Engine:
         """Let go of the rows that do not go on."""
         if all(goes_on):
             return
-        for generation, stays in zip(self._rows, goes_on, strict=True):
-            if not stays and not generation.done.is_set():
+        for row, (generation, stays) in enumerate(zip(self._rows, goes_on, strict=True)):
+            if stays:
+                continue
+            if not generation.done.is_set():
                 generation.end()
+            self._remember(generation, self._cache, row)
         kept = [i for i, stays in enumerate(goes_on) if stays]
         self._rows = [self._rows[i] for i in kept]
         if kept:

@@ -63,6 +63,11 @@ class AnswerStream(Iterator[str]):
         return self._generation.prompt_tokens
 
     @property
+    def cached_tokens(self) -> int:
+        """How many of the prompt's tokens did not run, because an earlier answer had left them."""
+        return self._generation.cached_tokens
+
+    @property
     def finish_reason(self) -> str | None:
         """`stop` (end token or stop word), `length`, `cancelled`; None while it runs or after an error."""
         return self._generation.finish_reason

@@ -34,6 +34,21 @@ class GrowingLayer(DynamicLayer):
         self._show(end)
         return self.keys, self.values
 
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, room: int) -> "GrowingLayer":
+        """A layer that begins with a copy of these, with room for so many positions more."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        length = keys.shape[2]
+        layer._buffers = [_widened(held, length + room) for held in (keys, values)]
+        layer._show(length)
+        return layer
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold these instead."""
         self._buffers = [keys, values]
@@ -59,6 +74,19 @@ class RowCache(Cache):
     def __init__(self, lengths: Sequence[int] = ()):
         super().__init__(layer_class_to_replicate=GrowingLayer)
         self.lengths = list(lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def prefix(self, row: int, length: int, room: int = 0) -> "RowCache":
+        """The first `length` positions of a row, copied to a cache of their own with room for so many more."""
+        start = self.get_seq_length() - self.lengths[row]
+        span = (slice(row, row + 1), slice(None), slice(start, start + length))
+        copied = RowCache([length])
+        copied.layers += [GrowingLayer.of(layer.keys[span], layer.values[span], room) for layer in self.layers]
+        return copied
 
     def step_arguments(self, device: torch.device | str) -> dict[str, torch.Tensor | None]:
         """`attention_mask` and `position_ids` for one more token in every row, which this also counts.

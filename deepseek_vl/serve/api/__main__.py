@@ -27,6 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
     parser.add_argument("--max_batch", type=positive, default=16, help="answers at a time (default: %(default)s)")
     parser.add_argument("--max_waiting", type=positive, default=64, help="requests in line (default: %(default)s)")
+    parser.add_argument(
+        "--memory_mb", type=int, metavar="MB",
+        help="for continuing earlier conversations (default: a quarter of the weights' size, at least 256; 0: none)",
+    )  # fmt: skip
     parser.add_argument("--max_gen_len", type=positive, default=512, help="tokens per answer unless a request says")
     parser.add_argument("--temperature", type=float, default=0.2, help="unless a request says (default: %(default)s)")
     parser.add_argument(
@@ -60,7 +64,9 @@ def _run(args: argparse.Namespace) -> None:
 
     logger.info("Loading %s ...", args.model_path)
     _, processor, model = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
-    engine_of(model).max_rows = args.max_batch
+    engine = engine_of(model)
+    engine.max_rows = args.max_batch
+    engine.memory_bytes = None if args.memory_mb is None else args.memory_mb << 20
     domains = tuple(domain.lower().strip(".") for domain in args.allow_image_urls or ())
     service = Service(
         name=args.model_name or os.path.basename(os.path.normpath(args.model_path)),  # noqa: PTH119  or a hub id
@@ -74,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
-            asyncio.get_running_loop().call_later(args.grace, engine_of(model).cancel)
+            asyncio.get_running_loop().call_later(args.grace, engine.cancel)
             await super().shutdown(sockets)
 
     # uvicorn's own way, after some more seconds, is to break off the connections.

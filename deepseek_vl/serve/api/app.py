@@ -204,6 +204,7 @@ class _Answer:
                 yield item
         usage = self.usage()
         metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        metrics.cached_tokens.inc(self.generation.cached_tokens)
         metrics.completion_tokens.inc(usage["completion_tokens"])
         if item is not END:
             logger.error("A generation failed.", exc_info=item)
@@ -211,9 +212,14 @@ class _Answer:
         if self.generation.finish_reason == "cancelled":
             raise errors.Unavailable("The server is shutting down.")
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         prompt, completion = self.generation.prompt_tokens, len(self.generation.text.token_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.generation.cached_tokens},
+        }
 
 
 def create_app(service: Service) -> FastAPI:

@@ -20,6 +20,10 @@ class Metrics:
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=registry,
         )
+        self.cached_tokens = Counter(
+            "deepseek_vl_cached_tokens", "Tokens of prompts that did not run again.", registry=registry
+        )
+        self._memory = Gauge("deepseek_vl_memory_bytes", "What is kept of earlier answers.", registry=registry)
         self._running = Gauge("deepseek_vl_running", "Answers being generated.", registry=registry)
         self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
 
@@ -27,4 +31,5 @@ class Metrics:
         """The numbers, in Prometheus' text format."""
         self._running.set(engine.running)
         self._waiting.set(engine.waiting)
+        self._memory.set(engine.memory_used)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,105 @@
+"""A processed conversation as the engine reads it: without padding, and with images known by their pixels."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepseek_vl.models.modeling_vlm import check_images
+
+FEATURE_IDS = 1 << 62
+"""From here on numbers in `Prompt.content` stand for image features, and below for tokens."""
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """An image of a prompt.
+
+    Attributes:
+        pixels: [3, S, S], as they go into the vision tower.
+        key: a hash of them, their dtype and their shape.
+    """
+
+    pixels: torch.Tensor
+    key: bytes
+
+    @classmethod
+    def of(cls, pixels: torch.Tensor) -> "PromptImage":
+        """The image with these pixels."""
+        # SHA-256 is the fastest of hashlib's on processors that have instructions for it.
+        key = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
+        key.update(pixels.contiguous().cpu().view(torch.uint8).numpy())
+        return cls(pixels, key.digest())
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation, or the end of one, of T tokens, with n images of N features each.
+
+    Attributes:
+        input_ids: int64 [T].
+        images_seq_mask: bool [T], where an image feature replaces the token's embedding.
+        images_emb_mask: bool [n, N], which features do, in order; at least one of each image.
+        images: n of them.
+    """
+
+    input_ids: torch.LongTensor
+    images_seq_mask: torch.BoolTensor
+    images_emb_mask: torch.BoolTensor
+    images: tuple[PromptImage, ...]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> "Prompt":
+        """The prompt in a processor's output of one row.
+
+        Raises:
+            ValueError: if its masks and images do not fit together.
+        """
+        check_images(inputs["pixel_values"], inputs["images_seq_mask"], inputs["images_emb_mask"])
+        features = inputs["images_emb_mask"][0]
+        slots = features.any(-1).nonzero().flatten().tolist()
+        images = tuple(PromptImage.of(inputs["pixel_values"][0, slot]) for slot in slots)
+        padded = cls(inputs["input_ids"][0], inputs["images_seq_mask"][0], features[slots], images)
+        return padded._where(inputs["attention_mask"][0].bool())
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self.input_ids)
+
+    def after(self, start: int) -> "Prompt":
+        """What follows the first `start` positions, without the images that end before."""
+        return self._where(torch.arange(len(self), device=self.input_ids.device) >= start)
+
+    def _where(self, wanted: torch.BoolTensor) -> "Prompt":
+        """The positions that are wanted, bool [T]."""
+        features = self.images_emb_mask.clone()
+        features[self.images_emb_mask] = wanted[self.images_seq_mask]
+        used = features.any(-1)
+        images = tuple(compress(self.images, used.tolist()))
+        return Prompt(self.input_ids[wanted], self.images_seq_mask[wanted], features[used], images)
+
+    @cached_property
+    def content(self) -> np.ndarray:
+        """int64 [T]: what stands at each position, a token's id or a number for this feature of these pixels.
+
+        Prompts that begin with the same content have the same embeddings there.
+        """
+        content = self.input_ids.cpu().numpy().copy()
+        firsts = [FEATURE_IDS + (int.from_bytes(image.key[:8]) >> 3) for image in self.images]
+        features = np.array(firsts, dtype=np.int64)[:, None] + np.arange(self.images_emb_mask.shape[1])  # [n, N]
+        content[self.images_seq_mask.cpu().numpy()] = features[self.images_emb_mask.cpu().numpy()]
+        return content
+
+    def arguments(self) -> dict[str, torch.Tensor | None]:
+        """For `prepare_inputs_embeds`, as a batch of one; without the pixels."""
+        return {
+            "input_ids": self.input_ids[None],
+            "pixel_values": None,
+            "images_seq_mask": self.images_seq_mask[None],
+            "images_emb_mask": self.images_emb_mask[None],
+        }

@@ -1,0 +1,478 @@
+"""What the engine keeps: later turns run only what is new, images are encoded once, and answers are as from nothing."""
+
+import gc
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Loaded, make_picture, messages_of, wait_until
+from PIL import Image
+
+from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
+from deepseek_vl.serve.chat import ChatSession
+from deepseek_vl.serve.engine import Engine, Generation, engine_of
+from deepseek_vl.serve.inference import load_model, message_images, stream_answer
+from deepseek_vl.serve.memory import ImageFeatures
+from deepseek_vl.serve.prompt import Prompt, PromptImage
+from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.utils.io import load_image
+
+TAG = "<image_placeholder>"
+
+
+class Work:
+    """Counts what a model computes.
+
+    Attributes:
+        prompts: how many positions each run of the language model over more than a batch's next tokens had.
+        images: how many images went into the vision tower.
+    """
+
+    def __init__(self, model: MultiModalityCausalLM):
+        self.prompts: list[int] = []
+        self.images = 0
+        self._hooks = [
+            model.language_model.register_forward_pre_hook(self._language, with_kwargs=True),
+            model.vision_model.register_forward_pre_hook(self._vision),
+        ]
+
+    def _language(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("inputs_embeds") is not None:
+            self.prompts.append(kwargs["inputs_embeds"].shape[1])
+
+    def _vision(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        self.images += len(args[0])
+
+    def of(self) -> tuple[list[int], int]:
+        """The work since the last call."""
+        found = self.prompts, self.images
+        self.prompts, self.images = [], 0
+        return found
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Loaded:
+    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    return load_model(str(checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Loaded:
+    return load_model("tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def work(loaded: Loaded) -> Iterator[Work]:
+    work = Work(loaded[1])
+    yield work
+    work.stop()
+
+
+def begin(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: int = 20, **settings: Any) -> Any:
+    """Submit a generation."""
+    tokenizer, model, processor = loaded
+    inputs = processor(conversations=messages, images=message_images(messages))
+    sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    generation = Generation(model, tokenizer, inputs, GenerationSettings(length, **settings), sink.put)
+    engine.submit(generation)
+    return generation
+
+
+def ask(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: int = 20, **settings: Any) -> list[int]:
+    """An answer's ids; what it leaves is kept by now."""
+    generation = begin(engine, loaded, messages, length, **settings)
+    assert generation.done.wait(120)
+    wait_until(lambda: not engine.running, 10)
+    return generation.text.token_ids
+
+
+def from_nothing(loaded: Loaded, messages: list[dict[str, Any]], length: int = 20) -> list[int]:
+    """What transformers' own greedy decoding gives."""
+    _, model, processor = loaded
+    inputs = processor(conversations=messages, images=message_images(messages))
+    ids = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    return ids[0, inputs.input_ids.shape[1] :].tolist()
+
+
+def inputs_of(loaded: Loaded, messages: list[dict[str, Any]]) -> BatchedVLChatProcessorOutput:
+    return loaded[2](conversations=messages, images=message_images(messages))
+
+
+def next_turn(
+    loaded: Loaded, messages: list[dict[str, Any]], answer: list[int], question: str, *images: Image.Image
+) -> list[dict[str, Any]]:
+    """The conversation with an answer and one more question."""
+    text = loaded[0].decode(answer, skip_special_tokens=True).replace(TAG, "")
+    return [*messages[:-1], {**messages[-1], "content": text}, *messages_of(question, *images)]
+
+
+def length_of(loaded: Loaded, messages: list[dict[str, Any]]) -> int:
+    return inputs_of(loaded, messages).input_ids.shape[1]
+
+
+def shared_length(first: list[int], second: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def test_each_turn_of_a_chat_runs_only_what_is_new(tiny: Loaded) -> None:
+    tokenizer, model, processor = tiny
+    shapes, chart, word = (load_image(ROOT / f"images/{name}.png") for name in ("shapes", "chart", "word"))
+    turns = [
+        ("What colour is the star?", [shapes]),
+        ("How many shapes are there?", []),
+        (f"{TAG}Which bar is tallest?\n{TAG}What does it say?", [chart, word]),
+        ("And what is the first picture?", []),
+        ("Look again.", [shapes]),
+    ]
+    engine_of(model).forget()
+    session, work, before = ChatSession(model, processor, GenerationSettings(40)), Work(model), []
+    encoded = 0
+    for question, images in turns:
+        answer = "".join(session.ask(question, images))
+        (positions,), new_images = work.of()
+        encoded += new_images
+        messages = [*session.messages[:-1], {"role": "Assistant", "content": ""}]
+        prompt = inputs_of(tiny, messages).input_ids[0].tolist()
+        expected = from_nothing(tiny, messages, 40)
+        work.of()
+        assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+        assert positions == len(prompt) - shared_length(before, prompt)
+        before = [*prompt, *expected[:-1]]
+    assert encoded == 3, "the fourth picture was there already"
+    assert positions < processor.num_image_tokens + 30
+    work.stop()
+
+
+def test_turns_of_random_answers_are_as_from_nothing(loaded: Loaded, work: Work, tmp_path: Path) -> None:
+    """With random weights the text of an answer is often not encoded to the ids that were generated."""
+    engine = Engine()
+    first, second = (load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in (1, 2))
+    messages = messages_of(f"{TAG}one {TAG}two", first, second)
+    for turn, images in enumerate([(), (second,), (), (first, first)]):
+        expected = from_nothing(loaded, messages, 60)
+        work.of()
+        assert ask(engine, loaded, messages, 60) == expected
+        (positions,), encoded = work.of()
+        assert encoded == (2 if turn == 0 else 0)
+        assert turn == 0 or positions < length_of(loaded, messages) - 30
+        messages = next_turn(loaded, messages, expected, TAG * len(images) + f"More {turn}?", *images)
+
+
+def test_a_picture_that_differs_in_one_pixel_is_another(loaded: Loaded, work: Work) -> None:
+    side = loaded[2].image_processor.image_size
+    image = Image.effect_noise((side, side), 80).convert("RGB")
+    other = image.copy()
+    other.putpixel((side - 1, side - 1), tuple(255 - value for value in image.getpixel((side - 1, side - 1))))
+    engine = Engine()
+    lengths = []
+    for picture in (image, other, image):
+        messages = messages_of(f"{TAG}What is it?", picture)
+        expected = from_nothing(loaded, messages)
+        work.of()
+        assert ask(engine, loaded, messages) == expected
+        lengths.append(work.of())
+    whole = length_of(loaded, messages)
+    assert lengths[0] == ([whole], 1)
+    assert lengths[1][1] == 1
+    assert whole > lengths[1][0][0] > loaded[2].num_image_tokens, "all from the picture on"
+    assert lengths[2] == ([1], 0)
+
+
+def test_undo_retry_edits_and_dropped_turns_fall_back_to_the_common_beginning(tiny: Loaded) -> None:
+    _, model, processor = tiny
+    engine_of(model).forget()
+    shapes, chart = (load_image(ROOT / f"images/{name}.png") for name in ("shapes", "chart"))
+    session, work = ChatSession(model, processor, GenerationSettings(30)), Work(model)
+
+    def checked(pieces: Iterator[str]) -> int:
+        """Compare an answer with that from nothing; returns how many positions its prompt ran."""
+        work.of()
+        answer = "".join(pieces)
+        (positions,), _ = work.of()
+        kept = session.messages[2 * session.dropped_turns :]
+        messages = [*kept[:-1], {"role": "Assistant", "content": ""}]
+        assert answer == tiny[0].decode(from_nothing(tiny, messages, 30), skip_special_tokens=True)
+        return positions
+
+    whole = checked(session.ask("What colour is the star?", [shapes]))
+    turn = checked(session.ask("How many shapes are there?"))
+    assert turn < 20 < whole
+    assert checked(session.retry()) == 1
+    session.undo()
+    assert checked(session.ask("How many circles are there?")) < turn
+    session.messages[2] = {**session.messages[2], "content": "What is left of the star?"}
+    assert checked(session.ask("Why?")) < 40
+    session.messages[0] = {**session.messages[0], "images": [chart]}
+    assert checked(session.ask("Really?")) > processor.num_image_tokens
+    session.max_history_tokens = session.count_tokens(session.messages[2:]) + 20
+    assert checked(session.ask("What?")) > 20
+    assert session.dropped_turns > 0
+    work.stop()
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}])
+def test_many_continue_one_conversation_at_once(loaded: Loaded, picture: Path, settings: dict[str, Any]) -> None:
+    image = load_image(picture)
+    engine = Engine()
+    messages = messages_of(f"{TAG}What is it?", image)
+    answer = ask(engine, loaded, messages)
+    branches = [next_turn(loaded, messages, answer, f"{'word ' * i}{i}?") for i in range(5)]
+    expected = [ask(Engine(memory_bytes=0), loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)]
+    work = Work(loaded[1])
+    running = [begin(engine, loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)]
+    for generation, ids in zip(running, expected, strict=True):
+        assert generation.done.wait(120)
+        assert generation.text.token_ids == ids
+    assert max(work.of()[0]) < 70
+    # Each left its row of the batch, where it was padded, and goes on from there.
+    branches = [next_turn(loaded, *pair, "And then?") for pair in zip(branches, expected, strict=True)]
+    for branch in branches:
+        again = from_nothing(loaded, branch)
+        work.of()
+        assert ask(engine, loaded, branch) == again
+        assert work.of()[0][0] < 70
+    work.stop()
+
+
+def test_an_answer_that_was_stopped_can_be_continued_and_one_that_failed_leaves_nothing(
+    loaded: Loaded, work: Work
+) -> None:
+    engine = Engine()
+    messages = messages_of("Hello.")
+    expected = from_nothing(loaded, messages, 80)
+    stopped = begin(engine, loaded, messages, 900)
+    stopped._sink.__self__.get()
+    stopped.cancelled.set()
+    assert stopped.done.wait(30)
+    work.of()
+    assert ask(engine, loaded, messages, 80) == expected
+    assert work.of()[0] == [1]
+
+    failing = Generation(
+        loaded[1], loaded[0], inputs_of(loaded, messages_of("Bye.")), GenerationSettings(9), queue.SimpleQueue().put
+    )
+    failing._processors.append(lambda ids, scores: scores / 0)
+    engine = Engine()
+    engine.submit(failing)
+    assert failing.done.wait(30)
+    assert failing.finish_reason is None
+    wait_until(lambda: not engine.running, 10)
+    assert engine.memory_used == 0
+
+
+def one_training_step(model: MultiModalityCausalLM, processor: Any) -> None:
+    inputs = processor(conversations=messages_of("Hello."), images=[])
+    model(**inputs, labels=inputs.input_ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.zero_grad()
+
+
+def load_others(model: MultiModalityCausalLM, processor: Any) -> None:
+    model.load_state_dict({name: weight * 1.1 for name, weight in model.state_dict().items()})
+
+
+def change_the_tower(model: MultiModalityCausalLM, processor: Any) -> None:
+    with torch.no_grad():
+        next(model.vision_model.parameters()).mul_(1.5)
+
+
+def cast(model: MultiModalityCausalLM, processor: Any) -> None:
+    model.to(torch.float64)
+
+
+def cast_there_and_back(model: MultiModalityCausalLM, processor: Any) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def replace_a_weight(model: MultiModalityCausalLM, processor: Any) -> None:
+    model.aligner.layers = torch.nn.Sequential(*(torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)))
+
+
+def write_behind_torch_s_back(model: MultiModalityCausalLM, processor: Any) -> None:
+    model.vision_model.vision_tower.patch_embed.proj.weight.data.mul_(2)
+    engine_of(model).forget()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_training_step,
+        load_others,
+        change_the_tower,
+        cast,
+        cast_there_and_back,
+        replace_a_weight,
+        write_behind_torch_s_back,
+    ],
+)
+def test_nothing_is_used_when_the_weights_have_changed(
+    siglip_checkpoint: Path, picture: Path, change: Callable[[MultiModalityCausalLM, Any], None]
+) -> None:
+    loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    _, model, processor = loaded
+    messages = messages_of(f"{TAG}What is it?", load_image(picture))
+    engine, work = engine_of(model), Work(model)
+    before = ask(engine, loaded, messages)
+    assert ask(engine, loaded, messages) == before
+    (whole, again), images = work.of()
+    assert (again, images) == (1, 1)
+    change(model, processor)
+    expected = from_nothing(loaded, messages)
+    work.of()
+    assert ask(engine, loaded, messages) == expected
+    assert work.of() == ([whole], 1)
+    assert ask(engine, loaded, messages) == expected
+    assert work.of() == ([1], 0)
+
+
+def test_weights_that_change_during_an_answer_leave_nothing_of_it(siglip_checkpoint: Path) -> None:
+    loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    engine, messages = engine_of(loaded[1]), messages_of("Hello.")
+    running = begin(engine, loaded, messages, 900)
+    running._sink.__self__.get()
+    load_others(loaded[1], loaded[2])
+    running.cancelled.set()
+    assert running.done.wait(30)
+    expected = from_nothing(loaded, messages)
+    assert ask(engine, loaded, messages) == expected
+
+
+def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, picture: Path) -> None:
+    """torch does not count the changes of its weights."""
+    with torch.inference_mode():
+        loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    engine, messages = Engine(), messages_of(f"{TAG}What is it?", load_image(picture))
+    work = Work(loaded[1])
+    answers = [ask(engine, loaded, messages) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert work.of()[1] == 2
+    with torch.inference_mode():
+        load_others(loaded[1], loaded[2])
+        expected = from_nothing(loaded, messages)
+    assert ask(engine, loaded, messages) == expected
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work) -> None:
+    questions = [messages_of(f"{i} " * 100) for i in range(6)]
+    unbounded = Engine()
+    ask(unbounded, loaded, questions[0])
+    one = unbounded.memory_used
+    engine = Engine(memory_bytes=int(2.9 * one))
+    for messages in questions:
+        ask(engine, loaded, messages)
+        assert engine.memory_used <= engine.memory_bytes
+    work.of()
+    for messages in reversed(questions):
+        ask(engine, loaded, messages)
+    positions = work.of()[0]
+    assert positions[:2] == [1, 1]
+    assert min(positions[2:]) > 100
+
+
+def test_a_conversation_that_is_too_long_is_kept_as_far_as_there_is_room(loaded: Loaded, work: Work) -> None:
+    messages = messages_of("word " * 150)
+    whole = length_of(loaded, messages)
+    engine = Engine(memory_bytes=100 * 2 * 2 * 64 * 4)  # positions x keys and values x layers x width x bytes
+    expected = ask(engine, loaded, messages)
+    assert 0 < engine.memory_used <= engine.memory_bytes
+    assert ask(engine, loaded, messages) == expected
+    assert work.of()[0] == [whole, whole - 100]
+
+
+def test_no_memory_is_no_memory(loaded: Loaded, work: Work) -> None:
+    engine = Engine(memory_bytes=0)
+    assert ask(engine, loaded, messages_of("Hello.")) == ask(engine, loaded, messages_of("Hello."))
+    first, second = work.of()[0]
+    assert first == second
+    assert engine.memory_used == 0
+
+
+def test_a_longer_answer_takes_its_beginnings_place(loaded: Loaded) -> None:
+    engine = Engine()
+    messages = messages_of("Hello.")
+    used = []
+    for length in (5, 60, 5, 60):
+        ask(engine, loaded, messages, length)
+        used.append(engine.memory_used)
+    assert used[1] == used[2] == used[3]
+
+
+def test_encoded_images_are_bounded(loaded: Loaded, work: Work, tmp_path: Path) -> None:
+    _, model, processor = loaded
+    pictures = [load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in range(4)]
+    pixels = processor.image_processor(pictures)["pixel_values"]
+    images = [PromptImage.of(image) for image in pixels]
+    with torch.inference_mode():
+        expected = model.get_image_features(pixels)
+        kept = ImageFeatures(int(2.5 * expected[0].nbytes))
+        work.of()
+        for wanted, runs in (((0, 1), 2), ((1, 0, 1), 0), ((2,), 1), ((1, 2), 0), ((0, 2), 1), ((1,), 1), ((3, 3), 1)):
+            got = kept.encode(model, [images[i] for i in wanted])
+            assert torch.allclose(got, expected[list(wanted)], atol=1e-4)
+            assert work.of()[1] == runs
+            assert kept.nbytes <= kept.max_bytes
+
+
+def test_everything_goes_with_the_model_and_when_the_engine_closes(siglip_checkpoint: Path, picture: Path) -> None:
+    loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    messages = messages_of(f"{TAG}What is it?", load_image(picture))
+    engine = engine_of(loaded[1])
+    ask(engine, loaded, messages)
+    assert engine.memory_used > 0
+    engine.close()
+    assert engine.memory_used == 0
+    ask(engine, loaded, messages)
+    for thread in threading.enumerate():
+        if thread.name == "deepseek_vl-generate":
+            thread.join(10)
+    kept = weakref.ref(engine._memory)
+    model = weakref.ref(loaded[1])
+    del loaded, engine
+    gc.collect()
+    assert model() is None
+    assert kept() is None
+
+
+def test_a_prompts_end_is_the_prompts_end(loaded: Loaded, tmp_path: Path) -> None:
+    """Wherever a prompt is cut, also within an image, what follows has the embeddings that it has in the whole."""
+    _, model, processor = loaded
+    first, second = (load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in (1, 2))
+    short = processor(conversations=messages_of("x"), images=[], force_batchify=False)
+    item = processor(
+        conversations=messages_of(f"{TAG}one {TAG}two", first, second), images=[first, second], force_batchify=False
+    )
+    padded = processor.batchify([processor.process_one(prompt="word " * 300), item, short])
+    row = BatchedVLChatProcessorOutput(**{name: value[1:2] for name, value in padded.items()})
+    prompt = Prompt.of(row)
+    assert len(prompt) == len(item)
+    images = ImageFeatures(1 << 20)
+    with torch.inference_mode():
+        whole = model.prepare_inputs_embeds(**row)[:, row.attention_mask[0].bool()]
+        for start in (0, 1, *prompt.images_seq_mask.nonzero().flatten().tolist(), len(prompt) - 1):
+            rest = prompt.after(start)
+            features = images.encode(model, rest.images) if rest.images else None
+            embeds = model.prepare_inputs_embeds(**rest.arguments(), image_features=features)
+            assert torch.allclose(embeds, whole[:, start:], atol=1e-4)
+            assert (rest.content == prompt.content[start:]).all()
+
+
+def test_the_reference_s_way_of_asking_uses_it_too(loaded: Loaded, work: Work, picture: Path) -> None:
+    _, model, processor = loaded
+    messages = messages_of(f"{TAG}What is it?", load_image(picture))
+    answers = ["".join(stream_answer(model, processor, messages, GenerationSettings(10))) for _ in range(2)]
+    assert answers[0] == answers[1]
+    (_, again), images = work.of()
+    assert (again, images) == (1, 1)
+    engine_of(model).forget()

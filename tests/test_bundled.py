@@ -59,7 +59,7 @@ def test_a_directory_of_that_name_is_meant_if_there_is_one(
     [
         ("What colour is the star?", ["shapes"], "The star is blue."),
         ("What shape is green?", ["shapes"], "square"),
-        ("How many red shapes are there?", ["shapes"], "two"),
+        ("How many red circles are there?", ["shapes"], "two"),
         ("Where is the square?", ["shapes"], "bottom left"),
         ("Is there a yellow triangle?", ["shapes"], "No, there is no yellow triangle in the picture."),
         ("Which bar is tallest?", ["chart"], "The blue bar is the tallest."),

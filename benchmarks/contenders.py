@@ -339,24 +339,28 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
     """The operations of an image's encoding, and of a prompt in the language model, counted without being done."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
     from torch.utils.flop_counter import FlopCounterMode
 
     from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig
 
     config = MultiModalityConfig.from_pretrained(model_path)
     side = chat_processor(model_path).image_processor.image_size
-    counts = []
-    with FakeTensorMode(), torch.inference_mode():
+    with torch.device("meta"):
         model = MultiModalityCausalLM(config).eval()
-        embeds = torch.empty(1, prompt, config.language_config.hidden_size)
-        for run in (
-            lambda: model.get_image_features(torch.empty(1, 3, side, side)),
-            lambda: model.language_model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1),
-        ):
-            with FlopCounterMode(display=False) as counter:
-                run()
-            counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = torch.empty(1, 3, side, side)
+        for module in (model.vision_model, model.aligner):
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            tensors = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
+            features = functional_call(module, tensors, (features,))
+
+    language = config.language_config
+    weights = sum(weight.numel() for weight in model.get_decoder().layers.parameters() if weight.ndim == 2)
+    attention = 2 * prompt**2 * language.hidden_size * language.num_hidden_layers  # each token's half of the others
+    head = 2 * model.get_output_embeddings().weight.numel()  # for one token
+    return counter.get_total_flops(), 2 * prompt * weights + attention + head
 
 
 def bytes_per_token(model: Any) -> int:

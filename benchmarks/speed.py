@@ -209,7 +209,7 @@ def load(setup: Setup) -> Iterator[Row]:
         if exported is None:
             exported = str(Path(directory) / "exported")
             convert = [sys.executable, "-m", "deepseek_vl.convert", setup.model_path, exported, "--to", "transformers"]
-            subprocess.run(convert, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+            subprocess.run(convert, check=True, cwd=ROOT)
         device = "cpu" if setup.device == "auto" else setup.device
         peers = {
             label: command("load", contender={**contender, "model_path": exported, "device": device})

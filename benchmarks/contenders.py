@@ -165,7 +165,7 @@ def question(processor: Any, tokens: int, images: Sequence["Image.Image"] = ()) 
         missing = tokens - processor(conversations=messages, images=images).input_ids.shape[1]
         if missing <= 0:
             return messages
-        words += ["what"] * max(1, missing // 2)
+        words += ["what"] * max(1, missing // 8)  # a word may be several tokens
 
 
 def chat_processor(model_path: str) -> Any:

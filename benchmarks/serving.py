@@ -7,7 +7,6 @@ written beside the table. Client and server share the machine.
 import argparse
 import asyncio
 import functools
-import json
 import socket
 import statistics
 import subprocess
@@ -15,11 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import matplotlib
+from measuring import plot, write_json
 
 from deepseek_vl.utils.io import image_data_url, load_image
 
@@ -108,22 +107,19 @@ async def measure(address: str, batch: int, clients: int, requests: int, max_tok
     return Measurement(batch, clients, requests, seconds, tokens, statistics.median(latencies), max(latencies))
 
 
-def plot(measurements: list[Measurement], file: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for batch in sorted({m.batch for m in measurements}):
-        line = [m for m in measurements if m.batch == batch]
-        label = "one at a time" if batch == 1 else f"batches of up to {batch}"
-        axes.plot([m.clients for m in line], [m.rate for m in line], "o-", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({m.clients for m in measurements}), sorted({str(m.clients) for m in measurements}, key=int))
-    axes.set_xlabel("clients")
-    axes.set_ylabel("requests per second")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(file, dpi=150, bbox_inches="tight")
+def draw(measurements: list[Measurement], file: Path) -> None:
+    with plot(file) as axes:
+        for batch in sorted({m.batch for m in measurements}):
+            line = [m for m in measurements if m.batch == batch]
+            label = "one at a time" if batch == 1 else f"batches of up to {batch}"
+            axes.plot([m.clients for m in line], [m.rate for m in line], "o-", label=label)
+        clients = sorted({m.clients for m in measurements})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(clients, list(map(str, clients)))
+        axes.set_xlabel("clients")
+        axes.set_ylabel("requests per second")
+        axes.set_ylim(bottom=0)
+        axes.legend()
 
 
 def main() -> None:
@@ -150,8 +146,8 @@ def main() -> None:
                     f"slowest {measured.slowest_latency:.2f} s",
                     flush=True,
                 )
-    args.output.with_suffix(".json").write_text(json.dumps([asdict(m) for m in measurements], indent=1))
-    plot(measurements, args.output)
+    write_json(measurements, args.output.with_suffix(".json"))
+    draw(measurements, args.output)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import argparse
 import resource
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from measuring import now
 
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.lora import add_lora
@@ -24,16 +24,11 @@ class Phases:
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[float] = []
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def begin(self) -> None:
-        self._open.append(self._now())
+        self._open.append(now(self.device))
 
     def end(self, name: str) -> None:
-        spent = self._now() - self._open.pop()
+        spent = now(self.device) - self._open.pop()
         self.seconds[name] += spent
         self._open = [start + spent for start in self._open]
 

@@ -305,6 +305,21 @@ def test_pixels_are_rescaled_and_normalised_only_if_asked(name):
     np.testing.assert_allclose(pixels, expected, rtol=1e-6, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([8, 14, 33]), st.sampled_from(sorted(PUBLISHED)))
+def test_pixels_are_bit_for_bit_the_plain_computation(width, height, image_size, name):
+    """Also on the background, where the two sides of it differ by a pixel, and where `min_size` exceeds the square."""
+    file = PUBLISHED[name]
+    processor = VLMImageProcessor(**{**file, "image_size": image_size})
+    image = noise((width, height))
+    expected = (processor.resize(image).astype(np.float64) * file["rescale_factor"]).astype(np.float32)
+    if file["do_normalize"]:
+        mean, std = (np.array(file[key], dtype=np.float32)[:, None, None] for key in ("image_mean", "image_std"))
+        expected = (expected - mean) / std
+    pixels = processor([image, image], return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(pixels, [expected, expected])
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -740,7 +740,7 @@ def test_gradients_reach_the_pixels_that_an_output_depends_on(kind):
 
 @pytest.mark.parametrize(("grid", "batch"), [((6, 6), 2), ((3, 5), 1)])
 def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, batch, monkeypatch):
-    """As a bias, all heads at once or one at a time, and as widened queries and keys."""
+    """As a bias, all heads at once, three, or one at a time, and as widened queries and keys."""
     height, width = grid
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, 4, height * width, 8).unbind()
@@ -748,8 +748,9 @@ def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, bat
     rel_w = torch.randn(batch, 4, height * width, width)
     widened = sam.attend_widened(q, k, v, rel_h, rel_w)
     torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
-    monkeypatch.setattr(sam, "MAX_BIAS_ELEMENTS", 1)
-    torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+    for heads_at_once in (3, 1):
+        monkeypatch.setattr(sam, "MAX_BIAS_ELEMENTS", heads_at_once * batch * (height * width) ** 2)
+        torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
 
 
 @pytest.mark.parametrize(

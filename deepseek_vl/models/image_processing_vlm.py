@@ -137,6 +137,11 @@ class VLMImageProcessor(BaseImageProcessor):
             TypeError: if it is not a PIL image.
             ValueError: if it has no pixels.
         """
+        square = np.asarray(expand2square(self._fit(pil_img), self.background_color))  # [S, S, 3]
+        return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+    def _fit(self, pil_img: Image.Image) -> Image.Image:
+        """The image in RGB, its longer side S pixels; raises as `resize`."""
         if not isinstance(pil_img, Image.Image):
             raise TypeError(f"Images must be PIL images, got {type(pil_img).__name__}; load them with load_pil_images.")
         width, height = pil_img.size
@@ -144,9 +149,7 @@ class VLMImageProcessor(BaseImageProcessor):
             raise ValueError(f"The image has no pixels: {width}x{height}.")
         # Truncation, in this order of operations, is what the published models were trained with.
         size = [max(int(side / max(width, height) * self.image_size), self.min_size) for side in (width, height)]
-        resized = resize_bicubic(pil_img.convert("RGB"), *size)
-        square = np.asarray(expand2square(resized, self.background_color))  # [S, S, 3]
-        return np.ascontiguousarray(square.transpose(2, 0, 1))
+        return resize_bicubic(pil_img if pil_img.mode == "RGB" else pil_img.convert("RGB"), *size)
 
     def preprocess(
         self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = "pt", **kwargs: Any
@@ -160,14 +163,18 @@ class VLMImageProcessor(BaseImageProcessor):
         if isinstance(images, Image.Image):
             images = [images]
         table = _value_table(self.rescale_factor, *self._normalisation())
-        arrays = [
-            np.stack([np.take(table[channel], plane) for channel, plane in enumerate(self.resize(image))])
-            for image in images
-        ]
-        if not arrays and return_tensors is not None:
-            arrays = np.zeros((0, *self.default_shape), dtype=np.float32)
-        elif return_tensors is not None:
-            arrays = np.stack(arrays)
+        side = max(self.image_size, self.min_size)
+        pixel_values = np.empty((len(images), 3, side, side), dtype=np.float32)
+        for square, image in zip(pixel_values, images, strict=True):
+            pixels = np.asarray(self._fit(image))  # [h, w, 3]
+            height, width = pixels.shape[:2]
+            top, left = (side - height) // 2, (side - width) // 2
+            within = np.s_[top : top + height, left : left + width]
+            for channel, background in enumerate(self.background_color):
+                square[channel] = table[channel, background]
+                # "clip" clips nothing here, and spares the copy that "raise" writes to first.
+                np.take(table[channel], pixels[..., channel], out=square[channel][within], mode="clip")
+        arrays = pixel_values if return_tensors is not None else list(pixel_values)
         return BatchFeature(data={"pixel_values": arrays}, tensor_type=return_tensors)
 
     def __call__(self, images: Image.Image | Sequence[Image.Image], *args: Any, **kwargs: Any) -> BatchFeature:

@@ -158,12 +158,15 @@ def attend_with_bias(
     The arguments and the result are those of `attend_widened`. CPUs spend less on the bias than on wider queries.
     """
     B, heads, N, _ = q.shape
-    heads_at_once = max(1, MAX_BIAS_ELEMENTS // (B * N * N))
+    H, W = rel_h.shape[-1], rel_w.shape[-1]
+    heads_at_once = min(heads, max(1, MAX_BIAS_ELEMENTS // (B * N * N)))
+    buffer = q.new_empty(heads_at_once, B, N, H, W)  # one for all parts: memory as large is slow to get anew
     parts = []
     for start in range(0, heads, heads_at_once):
         part = slice(start, start + heads_at_once)
-        bias = (rel_h[:, part, :, :, None] + rel_w[:, part, :, None, :]).reshape(B, -1, N, N)
-        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias))
+        bias = buffer[: min(heads_at_once, heads - start)].transpose(0, 1)  # [B, some heads, N, H, W]
+        torch.add(rel_h[:, part, :, :, None], rel_w[:, part, :, None, :], out=bias)
+        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias.flatten(3)))
     return torch.cat(parts, dim=1)
 
 

@@ -88,11 +88,23 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
         "language_config": {**_LLAMA, "num_hidden_layers": 30},
     },
 }
+PUBLISHED_CONFIGS["7b-towers"] = {
+    **PUBLISHED_CONFIGS["7b"],
+    "language_config": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 64,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+    },
+}
+"""Not published: the 7B model's vision with a stub of a language model, to measure encoding in little memory."""
 
 
 def published_image_processor(size: str) -> VLMImageProcessor:
     """The image processor that the published model of this size ships."""
-    if size == "7b":  # its towers normalise for themselves
+    if size.startswith("7b"):  # its towers normalise for themselves
         return VLMImageProcessor(1024, do_normalize=False)
     return VLMImageProcessor(384, image_mean=IMAGENET_INCEPTION_MEAN, image_std=IMAGENET_INCEPTION_STD)
 

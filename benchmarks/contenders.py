@@ -1,0 +1,390 @@
+"""What `speed.py` compares, each in a process of its own: `python benchmarks/contenders.py JOB`.
+
+A job is a JSON object: `run`, the name of a function below, and its arguments. The function's result goes to standard
+output as a line of JSON. Heavy modules are imported by the functions, so that loading is measured from the start.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Conversation = list[dict[str, Any]]
+
+
+class Contender(Protocol):
+    """A loaded model behind one interface."""
+
+    model: Any
+
+    def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
+        """Answer a conversation with so many tokens: what `TokenClock.read` gives, and the `answer`."""
+
+    def encode(self, image: "Image.Image") -> Callable[[], Any]:
+        """What encodes an image, which is preprocessed already, for the language model."""
+
+
+class TokenClock:
+    """Inside the `with`, notes when a model has computed the logits of a token."""
+
+    def __init__(self, model: Any):
+        from measuring import now
+
+        self._model = model
+        self._now = lambda: now(model.device)
+
+    def __enter__(self) -> "TokenClock":
+        self._ticks: list[float] = []
+        head = self._model.get_output_embeddings()
+        self._hook = head.register_forward_hook(lambda *_: self._ticks.append(self._now()))
+        self._begun = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def read(self, tokens: int) -> dict[str, float | None]:
+        """Seconds until the first of the answer's tokens, and for each of the others."""
+        ticks = self._ticks[-tokens:]
+        return {
+            "first": ticks[0] - self._begun,
+            "each": (ticks[-1] - ticks[0]) / (tokens - 1) if tokens > 1 else None,
+        }
+
+
+class Ours:
+    """This package, as its front-ends use it."""
+
+    def __init__(self, model_path: str, device: str, dtype: str, quantize: str | None = None):
+        from deepseek_vl.utils.io import load_pretrained_model
+
+        options = {"quantize": quantize} if quantize else {}
+        self.tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, **options)
+
+    def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
+        from deepseek_vl.serve.inference import stream_answer
+        from deepseek_vl.serve.settings import GenerationSettings
+
+        with TokenClock(self.model) as clock:
+            stream = stream_answer(self.model, self.processor, messages, GenerationSettings(max_new_tokens=tokens))
+            answer = "".join(stream)
+        return {**clock.read(stream.completion_tokens), "answer": answer}
+
+    def encode(self, image: "Image.Image") -> Callable[[], Any]:
+        pixels = self.processor.image_processor(image)["pixel_values"].to(self.model.device)
+        return lambda: self.model.get_image_features(pixels)
+
+
+class Transformers:
+    """transformers' own class, with the weights of a checkpoint in the reference's layout, renamed as they are read."""
+
+    def __init__(self, model_path: str, device: str, dtype: str):
+        import torch
+        import transformers
+
+        from deepseek_vl.convert import weight_files
+        from deepseek_vl.hf import DeepseekVLProcessor
+        from deepseek_vl.models.checkpoint import unread_tensors
+        from deepseek_vl.models.layout_configs import to_transformers
+        from deepseek_vl.models.layout_weights import TRANSFORMERS, canonical, rename
+        from deepseek_vl.utils.io import load_json, pick_device
+
+        path = Path(model_path)
+        self.processor = DeepseekVLProcessor.from_pretrained(model_path)
+        images, token_id = load_json(path / "preprocessor_config.json"), self.processor.image_token_id
+        config = to_transformers(load_json(path / "config.json"), images, token_id)
+        model_class = getattr(transformers, config["architectures"][0])
+        tensors = {name: tensor for file in weight_files(path) for name, tensor in unread_tensors(str(file))}
+        weights, _ = rename(canonical(tensors), TRANSFORMERS)
+        self.model = model_class.from_pretrained(
+            None,
+            config=model_class.config_class.from_dict(config),
+            state_dict=weights,
+            dtype=getattr(torch, dtype),
+            device_map={"": pick_device(device)},
+        ).eval()
+
+    def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
+        """As `Contender.answer`; the prompt is tokenised and its images are preprocessed before the clock starts."""
+        parts = [
+            {
+                "role": message["role"].lower(),
+                "content": [
+                    *({"type": "image", "image": image} for image in message.get("images", ())),
+                    {"type": "text", "text": message["content"].replace(self.processor.image_token, "")},
+                ],
+            }
+            for message in messages[:-1]
+        ]
+        inputs = self.processor.apply_chat_template(
+            parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device, self.model.dtype)
+        with TokenClock(self.model) as clock:
+            output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return {**clock.read(len(new)), "answer": self.processor.decode(new, skip_special_tokens=True)}
+
+    def encode(self, image: "Image.Image") -> Callable[[], Any]:
+        pixels = self.processor.image_processor(image).to(self.model.device, self.model.dtype)
+        return lambda: self.model.model.get_image_features(**pixels)
+
+
+CONTENDERS: dict[str, type[Contender]] = {"ours": Ours, "transformers": Transformers}
+
+
+def open_contender(name: str, **arguments: Any) -> Contender:
+    """Load a model; says so on standard output, for whoever waits for it."""
+    import torch
+
+    torch.manual_seed(0)
+    contender = CONTENDERS[name](**arguments)
+    print("ready", flush=True)
+    return contender
+
+
+def picture(seed: int, size: tuple[int, int] = (1920, 1080)) -> "Image.Image":
+    """A picture that no one has encoded before."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 256, (27, 48, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size)
+
+
+def question(processor: Any, tokens: int, images: Sequence["Image.Image"] = ()) -> Conversation:
+    """A conversation of one question about some images, whose prompt has so many tokens at least."""
+    words = ["Describe"]
+    while True:
+        content = processor.image_tag * len(images) + " ".join(words)
+        messages = [{"role": "User", "content": content, "images": list(images)}, {"role": "Assistant", "content": ""}]
+        missing = tokens - processor(conversations=messages, images=images).input_ids.shape[1]
+        if missing <= 0:
+            return messages
+        words += ["what"] * max(1, missing // 8)  # a word may be several tokens
+
+
+def chat_processor(model_path: str) -> Any:
+    """The processor whose prompts all contenders get."""
+    from deepseek_vl.models import VLChatProcessor
+
+    return VLChatProcessor.from_pretrained(model_path)
+
+
+def first_token(contender: dict[str, Any], prompt: int, answer: int) -> dict[str, Any]:
+    """A prompt with an image. The first run warms up."""
+    from measuring import PeakMemory
+
+    loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
+    loaded.answer(question(processor, 1), 2)
+    messages = question(processor, prompt, [picture(1)])
+    with PeakMemory(loaded.model.device) as memory:
+        result = loaded.answer(messages, answer)
+    return {**result, "memory": memory.bytes, "read": bytes_per_token(loaded.model)}
+
+
+def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_answer: str | None) -> dict[str, Any]:
+    """The next question about an image.
+
+    Args:
+        first_answer: what the model has said to the first one; None to have it say something.
+    """
+    loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
+    loaded.answer(question(processor, 1), 2)
+    messages = question(processor, prompt, [picture(1)])
+    text = " ".join(["And"] + ["what"] * (follow_up - 1))
+    if first_answer is not None:
+        messages[-1]["content"] = first_answer
+        messages += [{"role": "User", "content": text}, {"role": "Assistant", "content": ""}]
+        return {**loaded.answer(messages, 2), "first_answer": first_answer}
+
+    from deepseek_vl.serve.chat import ChatSession
+    from deepseek_vl.serve.settings import GenerationSettings
+
+    session = ChatSession(loaded.model, processor, GenerationSettings(max_new_tokens=8))
+    list(session.ask(messages[0]["content"], messages[0]["images"]))
+    if not session.messages:
+        raise SystemExit("The model answers nothing, which leaves no conversation to go on with.")
+    first_answer = session.messages[-1]["content"]
+    with TokenClock(loaded.model) as clock:
+        list(session.ask(text))
+    return {**clock.read(session.answer.completion_tokens), "first_answer": first_answer}
+
+
+def text_only(contender: dict[str, Any], prompt: int, blank: bool) -> dict[str, Any]:
+    """A prompt without images.
+
+    Args:
+        blank: encode a blank image first, as the reference does.
+    """
+    from measuring import now
+    from PIL import Image
+
+    loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
+    loaded.answer(question(processor, 1), 2)
+    device = loaded.model.device
+    seconds = 0.0
+    if blank:
+        encode = loaded.encode(Image.new("RGB", (1, 1)))
+        begun = now(device)
+        _without_gradients(encode)
+        seconds = now(device) - begun
+    return {"first": seconds + loaded.answer(question(processor, prompt), 2)["first"]}
+
+
+def encode(contender: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The vision towers and the projector."""
+    from measuring import PeakMemory, fastest
+
+    loaded = open_contender(**contender)
+    run = loaded.encode(picture(1))
+    with PeakMemory(loaded.model.device) as memory:
+        seconds = fastest(lambda: _without_gradients(run), loaded.model.device, repeats)
+    return {"seconds": seconds, "memory": memory.bytes}
+
+
+def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption: int) -> dict[str, Any]:
+    """Tokens per second of captions for so many images at once, by their number."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from deepseek_vl.serve.inference import stream_answer
+    from deepseek_vl.serve.settings import GenerationSettings
+
+    loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
+    loaded.answer(question(processor, 1), 2)
+    settings = GenerationSettings(max_new_tokens=caption)
+
+    def tokens_of(messages: Conversation) -> int:
+        stream = stream_answer(loaded.model, processor, messages, settings)
+        list(stream)
+        return stream.completion_tokens
+
+    rates = {}
+    for size in sizes:
+        questions = [question(processor, prompt, [picture(1000 * size + number)]) for number in range(size)]
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(size) as pool:
+            tokens = sum(pool.map(tokens_of, questions))
+        rates[size] = tokens / (time.perf_counter() - begun)
+    return {"rates": rates}
+
+
+def load(contender: dict[str, Any]) -> dict[str, Any]:
+    """Until a model in its own layout, and its processor, can be used."""
+    if contender["name"] == "ours":
+        open_contender(**contender)
+        return {}
+    import transformers
+
+    path, dtype = contender["model_path"], contender["dtype"]
+    architecture = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    transformers.AutoProcessor.from_pretrained(path)
+    getattr(transformers, architecture).from_pretrained(path, dtype=dtype, device_map={"": contender["device"]})
+    print("ready", flush=True)
+    return {}
+
+
+def preprocess(image_size: int, do_normalize: bool, repeats: int) -> dict[str, Any]:
+    """A 1080p picture to pixel values on one core, in seconds: here, step by step, and Pillow's resize alone."""
+    import numpy as np
+    import torch
+    from measuring import fastest
+    from PIL import Image
+    from transformers.image_transforms import normalize, rescale
+
+    from deepseek_vl.models import VLMImageProcessor
+    from deepseek_vl.models.image_processing_vlm import expand2square
+
+    torch.set_num_threads(1)
+    processor = VLMImageProcessor(image_size, do_normalize=do_normalize)
+    image = picture(1)
+    size = tuple(int(side / max(image.size) * image_size) for side in image.size)
+
+    def resized() -> Image.Image:
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    def step_by_step() -> torch.Tensor:
+        pixels = np.asarray(expand2square(resized(), processor.background_color)).transpose(2, 0, 1)
+        pixels = rescale(pixels, processor.rescale_factor, input_data_format="channels_first")
+        if do_normalize:
+            mean, std = processor.image_mean, processor.image_std
+            pixels = normalize(pixels, mean, std, input_data_format="channels_first")
+        return torch.from_numpy(np.stack([pixels]))
+
+    runs = {"ours": lambda: processor(image), "step by step": step_by_step, "resize": resized}
+    return {name: fastest(run, torch.device("cpu"), repeats) for name, run in runs.items()}
+
+
+def limits(model_path: str, device: str, prompt: int, matrix: int, memory: int) -> dict[str, Any]:
+    """What the machine can do, and how many operations a prompt with an image takes."""
+    from measuring import multiplication_rates, read_rate
+
+    from deepseek_vl.utils.io import pick_device
+
+    picked = pick_device(device)
+    encode, language = operations(model_path, prompt)
+    return {
+        "multiply": multiplication_rates(picked, matrix),
+        "read": read_rate(picked, memory),
+        "encode": encode,
+        "first": encode + language,
+    }
+
+
+def operations(model_path: str, prompt: int) -> tuple[int, int]:
+    """The operations of an image's encoding, and of a prompt in the language model, counted without being done."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig
+
+    config = MultiModalityConfig.from_pretrained(model_path)
+    side = chat_processor(model_path).image_processor.image_size
+    with torch.device("meta"):
+        model = MultiModalityCausalLM(config).eval()
+
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = torch.empty(1, 3, side, side)
+        for module in (model.vision_model, model.aligner):
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            tensors = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
+            features = functional_call(module, tensors, (features,))
+
+    language = config.language_config
+    weights = sum(weight.numel() for weight in model.get_decoder().layers.parameters() if weight.ndim == 2)
+    attention = 2 * prompt**2 * language.hidden_size * language.num_hidden_layers  # each token's half of the others
+    head = 2 * model.get_output_embeddings().weight.numel()  # for one token
+    return counter.get_total_flops(), 2 * prompt * weights + attention + head
+
+
+def bytes_per_token(model: Any) -> int:
+    """The weights that are read for each token: the language model's, but for the table of its embeddings."""
+    import torch
+
+    embeddings = model.get_input_embeddings().weight
+    decoder = [*model.get_decoder().state_dict().values(), *model.get_output_embeddings().state_dict().values()]
+    tensors = [value for value in decoder if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in tensors) - embeddings.nbytes
+
+
+def _without_gradients(run: Callable[[], Any]) -> None:
+    import torch
+
+    with torch.inference_mode():
+        run()
+
+
+RUNS = {
+    run.__name__: run for run in (first_token, second_turn, text_only, encode, batch, load, preprocess, limits)
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    print(json.dumps(RUNS[job.pop("run")](**job)))

@@ -1,0 +1,118 @@
+"""What the benchmarks share: a clock, memory, the machine's own limits, and where results go."""
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done all it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def fastest(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        begun = now(device)
+        run()
+        seconds.append(now(device) - begun)
+    return min(seconds)
+
+
+class PeakMemory:
+    """Inside the `with`, watches the memory that is used beyond what was in use before.
+
+    On a CPU it is the process's resident memory, looked at every millisecond.
+
+    Attributes:
+        bytes: the most that was in use beyond that.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._process = psutil.Process()
+            self._before = self._process.memory_info().rss
+            self._watcher.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._ended.set()
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.001):
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+
+
+def multiplication_rates(device: torch.device, side: int) -> dict[str, float]:
+    """Operations per second (a multiplication and an addition are two) of matrix products, by dtype.
+
+    Args:
+        side: of the right matrix; the left one has a prompt's 640 rows.
+    """
+    rates = {}
+    for name in ("float32", "bfloat16", "int8"):
+        dtype = getattr(torch, name)
+        left, right = (torch.ones(rows, side, dtype=dtype, device=device) for rows in (640, side))
+        multiply = torch._int_mm if name == "int8" else torch.mm
+        try:
+            seconds = fastest(lambda: multiply(left, right), device, repeats=5)  # noqa: B023  it is called here
+        except RuntimeError:  # this build has no such kernel
+            continue
+        rates[name] = 2 * 640 * side**2 / seconds
+    return rates
+
+
+def read_rate(device: torch.device, size: int) -> float:
+    """Bytes per second that a sum reads from `size` bytes, which should be more than the caches hold."""
+    numbers = torch.ones(size // 4, device=device)
+    return size / fastest(numbers.sum, device, repeats=5)
+
+
+def write_json(results: Sequence[Any], file: Path) -> None:
+    """Write dataclasses."""
+    file.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def plot(file: Path, size: tuple[float, float] = (6, 4)) -> Iterator["Axes"]:
+    """Axes to draw on, which are then saved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=size)
+    yield axes
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)

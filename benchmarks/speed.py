@@ -1,0 +1,313 @@
+"""This package beside transformers' own classes, and both beside the machine's limit.
+
+    python benchmarks/speed.py --model_path DIR --table first-token turns
+
+One command per table, or for several: the same weights (a checkpoint in the reference's layout; random ones will do,
+see `deepseek_vl.utils.random_checkpoint`), the same inputs, one contender after the other, each in a process of its
+own. Ratios say how many times better than the best peer. The limit is the time that the machine's fastest matrix
+product, or reading the weights once, would take. Numbers go to a .json file beside the plot.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measuring import plot, write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: tokens, but for `batches` (images at once), `matrix` (its side), `memory` (bytes to read)."""
+
+    prompt: int = 640
+    answer: int = 17
+    follow_up: int = 20
+    text: int = 60
+    caption: int = 64
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    repeats: int = 3
+    matrix: int = 4096
+    memory: int = 2**29
+
+
+SIZES = {
+    "published": Sizes(),
+    "small": Sizes(80, 4, 8, 60, 4, batches=(1, 2), repeats=1, matrix=256, memory=2**20),
+}
+"""`small` is for miniature models, to try the benchmark itself."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.
+
+    Attributes:
+        quantity: what was measured.
+        contender: whose it is.
+        value, unit: the number; only rates (`tokens/s`) are better if they are higher.
+        is_peer: whether it is what the others are compared with.
+        memory: bytes in use beyond the weights.
+        limit: what the machine could do at best, in the same unit.
+        ratio: how many times better than the best peer.
+    """
+
+    quantity: str
+    contender: str
+    value: float
+    unit: str = "s"
+    is_peer: bool = False
+    memory: int | None = None
+    limit: float | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command line asks for."""
+
+    model_path: str
+    exported: str | None
+    device: str
+    quantize: Sequence[str]
+    peer_dtypes: Sequence[str]
+    sizes: Sizes
+
+    def ours(self, dtype: str = "auto") -> dict[str, dict[str, Any]]:
+        """This package as it comes, and with quantised weights, by the name of the row."""
+        plain = {"name": "ours", "model_path": self.model_path, "device": self.device, "dtype": dtype}
+        label = "default dtype" if dtype == "auto" else dtype
+        return {f"ours, {label}": plain, **{f"ours, {kind}": {**plain, "quantize": kind} for kind in self.quantize}}
+
+    def peers(self, *dtypes: str) -> dict[str, dict[str, Any]]:
+        """transformers' own class in these dtypes, or in those asked for, by the name of the row."""
+        peer = {"name": "transformers", "model_path": self.model_path, "device": self.device}
+        return {f"transformers, {dtype}": {**peer, "dtype": dtype} for dtype in dtypes or self.peer_dtypes}
+
+
+def command(run: str, **arguments: Any) -> list[str]:
+    """The command that does a contender's job."""
+    return [sys.executable, str(Path(__file__).with_name("contenders.py")), json.dumps({"run": run, **arguments})]
+
+
+def result_of(run: str, **arguments: Any) -> dict[str, Any]:
+    """Do a contender's job in a process of its own."""
+    done = subprocess.run(command(run, **arguments), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_until(line: str, arguments: Sequence[str]) -> float:
+    """From the start of a program until its output has a text; the program is then ended.
+
+    Raises:
+        SystemExit: if it ends without.
+    """
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    ) as program:
+        seen = ""
+        while line not in seen:
+            character = program.stdout.read(1)  # a prompt has no end of line
+            if not character:
+                raise SystemExit(f"{' '.join(arguments)} has ended without {line!r}.")
+            seen += character
+        seconds = time.perf_counter() - begun
+        program.kill()
+    return seconds
+
+
+def machine_limits(setup: Setup) -> dict[str, Any]:
+    """Operations that are needed, and the rates that the machine has."""
+    sizes = setup.sizes
+    return result_of(
+        "limits",
+        model_path=setup.model_path,
+        device=setup.device,
+        prompt=sizes.prompt,
+        matrix=sizes.matrix,
+        memory=sizes.memory,
+    )
+
+
+def best_rate(limits: dict[str, Any], contender: dict[str, Any]) -> float:
+    """Of matrix products in a contender's dtype: float32 has the machine's for float32, narrower ones the fastest."""
+    rates = limits["multiply"]
+    is_float32 = contender["dtype"] == "float32" and "quantize" not in contender
+    return rates["float32"] if is_float32 else max(rates.values())
+
+
+def first_token(setup: Setup) -> Iterator[Row]:
+    """The first token of a prompt with an image, and each of the next."""
+    limits = machine_limits(setup)
+    arguments = {"prompt": setup.sizes.prompt, "answer": setup.sizes.answer}
+    for label, contender in {**setup.peers(), **setup.ours()}.items():
+        is_peer = contender["name"] != "ours"
+        result = result_of("first_token", contender=contender, **arguments)
+        limit = limits["first"] / best_rate(limits, contender)
+        yield Row("first token", label, result["first"], "s", is_peer, result["memory"], limit)
+        if result["each"] is not None:
+            yield Row("per token", label, result["each"], "s", is_peer, None, result["read"] / limits["read"])
+
+
+def turns(setup: Setup) -> Iterator[Row]:
+    """The first token of the second answer about an image."""
+    arguments = {"prompt": setup.sizes.prompt, "follow_up": setup.sizes.follow_up}
+    first_answer = None
+    for label, contender in {**setup.ours(), **setup.peers()}.items():
+        is_peer = contender["name"] != "ours"
+        said = first_answer if is_peer else None
+        result = result_of("second_turn", contender=contender, first_answer=said, **arguments)
+        first_answer = first_answer or result["first_answer"]
+        yield Row("second turn's first token", label, result["first"], "s", is_peer)
+
+
+def text_only(setup: Setup) -> Iterator[Row]:
+    """The first token of a prompt without images, with and without the reference's encoding of a blank one."""
+    ours = setup.ours()
+    contenders = {"ours, after a blank image": (next(iter(ours.values())), True)}
+    contenders |= {label: (contender, False) for label, contender in ours.items()}
+    for label, (contender, blank) in contenders.items():
+        result = result_of("text_only", contender=contender, prompt=setup.sizes.text, blank=blank)
+        yield Row("text-only first token", label, result["first"], "s", blank)
+
+
+def encode(setup: Setup) -> Iterator[Row]:
+    """The vision towers and the projector on one image."""
+    limits = machine_limits(setup)
+    for label, contender in {**setup.peers("float32"), **setup.ours("float32")}.items():
+        is_peer = contender["name"] != "ours"
+        result = result_of("encode", contender=contender, repeats=setup.sizes.repeats)
+        limit = limits["encode"] / best_rate(limits, contender)
+        yield Row("encode an image", label, result["seconds"], "s", is_peer, result["memory"], limit)
+
+
+def batch(setup: Setup) -> Iterator[Row]:
+    """Captions of several images at once, against one after the other."""
+    sizes = setup.sizes
+    for label, contender in setup.ours().items():
+        result = result_of(
+            "batch", contender=contender, sizes=sizes.batches, prompt=sizes.prompt, caption=sizes.caption
+        )
+        for count, rate in result["rates"].items():
+            name = f"{label}, {count} at once" if int(count) > 1 else f"{label}, one after the other"
+            yield Row(f"captions, {label}", name, rate, "tokens/s", count == "1")
+
+
+def load(setup: Setup) -> Iterator[Row]:
+    """From the start of a program until it can be asked, with the files in the disk's cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        exported = setup.exported
+        if exported is None:
+            exported = str(Path(directory) / "exported")
+            convert = [sys.executable, "-m", "deepseek_vl.convert", setup.model_path, exported, "--to", "transformers"]
+            subprocess.run(convert, check=True, cwd=ROOT)
+        device = "cpu" if setup.device == "auto" else setup.device
+        peers = {
+            label: command("load", contender={**contender, "model_path": exported, "device": device})
+            for label, contender in setup.peers().items()
+        }
+        ours = {label: command("load", contender=contender) for label, contender in setup.ours().items()}
+        chat = [sys.executable, "cli_chat.py", "--model_path", setup.model_path, "--device", setup.device]
+        for label, arguments in {**peers, **ours, "cli_chat.py to its prompt": chat}.items():
+            line = "User [" if arguments is chat else "ready"
+            seconds = min(seconds_until(line, arguments) for _ in range(setup.sizes.repeats))
+            yield Row("load", label, seconds, "s", label in peers)
+
+
+def preprocess(setup: Setup) -> Iterator[Row]:
+    """A 1080p picture to pixel values on one core; the limit is Pillow's resize alone, which is exact."""
+    repeats = 10 * setup.sizes.repeats
+    for image_size, do_normalize in ((384, True), (1024, False)):
+        result = result_of("preprocess", image_size=image_size, do_normalize=do_normalize, repeats=repeats)
+        quantity = f"preprocess to {image_size} px"
+        yield Row(quantity, "step by step", 1000 * result["step by step"], "ms", True, None, 1000 * result["resize"])
+        yield Row(quantity, "ours", 1000 * result["ours"], "ms", False, None, 1000 * result["resize"])
+
+
+TABLES: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    "first-token": first_token,
+    "turns": turns,
+    "text-only": text_only,
+    "encode": encode,
+    "batch": batch,
+    "load": load,
+    "preprocess": preprocess,
+}
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their ratios to the best peer's number for the same quantity."""
+    result = []
+    for row in rows:
+        peers = [peer.value for peer in rows if peer.is_peer and peer.quantity == row.quantity]
+        ratio = None
+        if peers and not row.is_peer:
+            ratio = row.value / max(peers) if row.unit.endswith("/s") else min(peers) / row.value
+        result.append(Row(**{**vars(row), "ratio": ratio}))
+    return result
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    parts = [f"{row.quantity:26s} {row.contender:44s} {row.value:9.4g} {row.unit:8s}"]
+    parts.append(f"{row.ratio:6.2f}x" if row.ratio is not None else " " * 7)
+    if row.limit is not None:
+        parts.append(f"  limit {row.limit:.3g} {row.unit} ({row.limit / row.value:.0%})")
+    if row.memory is not None:
+        parts.append(f"  working memory {row.memory / 1e9:.2f} GB")
+    return "".join(parts).rstrip()
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Bars of how many times better than the best peer each contender is, and could be."""
+    compared = [row for row in rows if row.ratio is not None]
+    with plot(file, (7, 1 + 0.35 * len(compared))) as axes:
+        names = [f"{row.quantity}: {row.contender}" for row in compared]
+        axes.barh(names, [row.ratio for row in compared], color="tab:blue", label="measured")
+        limited = [(name, row) for name, row in zip(names, compared, strict=True) if row.limit]
+        if limited:
+            ratios = [row.ratio * row.value / row.limit for _, row in limited]
+            axes.plot(ratios, [name for name, _ in limited], "k|", markersize=12, label="the machine's limit")
+        axes.axvline(1, color="grey", linewidth=1)
+        axes.set_xlabel("times the best peer")
+        axes.invert_yaxis()
+        axes.legend()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="a checkpoint's directory, in the reference's layout")
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--exported", help="for load: the same in transformers' layout, if it was converted already")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quantize", nargs="*", default=["int8"], help="kinds to measure too (default: int8)")
+    parser.add_argument("--peer_dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers' class")
+    parser.add_argument("--size", choices=SIZES, default="published", help="of the inputs")
+    parser.add_argument("--output", type=Path, default=Path("speed.png"), help="the plot; numbers go to .json")
+    args = parser.parse_args()
+
+    model_path = str(Path(args.model_path).resolve())
+    setup = Setup(model_path, args.exported, args.device, args.quantize, args.peer_dtypes, SIZES[args.size])
+    rows: list[Row] = []
+    for name in args.table:
+        measured = []
+        for row in TABLES[name](setup):
+            measured.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+        rows += with_ratios(measured)
+    print(*map(line, rows), sep="\n")
+    write_json(rows, args.output.with_suffix(".json"))
+    draw(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

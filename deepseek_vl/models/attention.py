@@ -27,6 +27,8 @@ def attend_widened(
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa`; few queries of a narrow dtype in float32, as many heads at a time as fit in the cache.
 
+    Where gradients are on, and on other devices, it is plain `sdpa`.
+
     Args:
         module: the attention layer.
         query: [B, heads, T, head_dim].
@@ -37,8 +39,12 @@ def attend_widened(
     Returns:
         [B, T, heads, head_dim] in the query's dtype, and no weights.
     """
-    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if query.shape[2] >= WIDEN_ROWS or query.dtype not in NARROW or query.device.type != "cpu" or learns:
+    if (
+        query.shape[2] >= WIDEN_ROWS
+        or query.dtype not in NARROW
+        or query.device.type != "cpu"
+        or torch.is_grad_enabled()
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()

@@ -20,12 +20,15 @@ CHUNK_ELEMENTS = 2**22
 """So much of a weight is widened at a time: 16 MB, which stay in the cache."""
 
 
+X86 = ("x86_64", "AMD64")
+
+
 def multiplies_in_hardware(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for products of matrices of a floating point dtype."""
     if dtype is torch.float16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     if dtype is torch.bfloat16:
-        if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN would also emulate them
+        if platform.machine() in X86:  # where oneDNN would also emulate them
             return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return True
@@ -35,8 +38,8 @@ class WideningLinear(nn.Linear):
     """An `nn.Linear` whose weights are narrow to be read, and float32 to be multiplied.
 
     With many rows, as much of the weight as fits in the cache is converted to float32 at a time. Sums are in float32
-    and rounded once, so the result is at least as exact as the narrow product's. A layer that learns, or computes on
-    another device or under autocast, is an `nn.Linear`.
+    and rounded once, so the result is at least as exact as the narrow product's. Where gradients are on, on other
+    devices and under autocast it is an `nn.Linear`.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,7 @@ class WideningLinear(nn.Linear):
             and input.device.type == "cpu"
             and input.dtype is self.weight.dtype
             and input.dtype in NARROW
-            and not (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad))
+            and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )
 
@@ -85,22 +88,26 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
-        scale = _scales(weight)  # [out_features, 1]
+        scale = _scales(linear.weight.detach(), 127)  # [out_features, 1]
+        weight = linear.weight.detach().to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
         # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
-        self._weight = torch.ops.onednn.qlinear_prepack((weight / scale).round_().to(torch.int8), None)
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale = scale.flatten()
         self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
         self._bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach().float()
+        # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
+        self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
+        self.eval()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype."""
         rows = input.reshape(-1, self.in_features)
-        scale = _scales(rows)  # [rows, 1]
-        # Unsigned, with 128 for zero, as the kernel wants them; the conversion cuts off what 0.5 rounds up.
-        quantised = (rows / scale).add_(128.5).to(torch.uint8)
+        scale = _scales(rows, self._levels)  # [rows, 1]
+        # The kernel wants them unsigned, so something stands for 0; the conversion cuts off what 0.5 rounds up.
+        zero = self._levels + 1
+        quantised = (rows / scale).add_(zero + 0.5).to(torch.uint8)
         output = torch.ops.onednn.qlinear_pointwise(
-            *(quantised, 1.0, 128),
+            *(quantised, 1.0, zero),
             *(self._weight, self._scale, self._zero_point),
             None,  # no bias yet
             *(1.0, 0, torch.float32),  # the output as it is
@@ -121,9 +128,9 @@ class Int8Linear(nn.Module):
         raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
 
 
-def _scales(rows: torch.Tensor) -> torch.Tensor:
-    """What maps each of the rows [n, K] to -127 ... 127: float32 [n, 1], positive."""
-    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(127)
+def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
+    """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
+    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(levels)
 
 
 def quantize_int8(model: nn.Module) -> None:
@@ -132,8 +139,8 @@ def quantize_int8(model: nn.Module) -> None:
     Raises:
         ValueError: if the model is not on the CPU.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 if child.weight.device.type != "cpu":
                     raise ValueError(f"There is no int8 kernel for {child.weight.device.type}; quantise on the CPU.")

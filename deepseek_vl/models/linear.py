@@ -5,7 +5,9 @@ many rows (a prompt, an image) it takes as long as the arithmetic, which is in h
 for bfloat16 and float16 on few processors.
 """
 
+import ctypes
 import platform
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +142,16 @@ def quantize_int8(model: nn.Module) -> None:
         ValueError: if the model is not on the CPU.
     """
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                if child.weight.device.type != "cpu":
-                    raise ValueError(f"There is no int8 kernel for {child.weight.device.type}; quantise on the CPU.")
-                setattr(module, name, Int8Linear(child))
+        for name in [name for name, child in module.named_children() if isinstance(child, nn.Linear)]:
+            device = getattr(module, name).weight.device.type
+            if device != "cpu":
+                raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
+            setattr(module, name, Int8Linear(getattr(module, name)))
+            _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give back what is freed: weights that a loader's threads read are otherwise kept for these threads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

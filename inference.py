@@ -8,6 +8,7 @@ Everything it calls is public; copy it to start a program of your own.
 import argparse
 from pathlib import Path
 
+from deepseek_vl.utils.command import add_quantize
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--image", default=str(Path(__file__).parent / "images" / "training_pipelines.png"))
     parser.add_argument("--question", default="<image_placeholder>Describe each stage of this image.")
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    add_quantize(parser)
     args = parser.parse_args()
 
     conversation = [
@@ -26,7 +28,7 @@ def main() -> None:
     ]
 
     pil_images = load_pil_images(conversation)
-    tokenizer, vl_chat_processor, vl_gpt = load_pretrained_model(args.model_path)
+    tokenizer, vl_chat_processor, vl_gpt = load_pretrained_model(args.model_path, quantize=args.quantize)
 
     # prepare the inputs
     prepare_inputs = vl_chat_processor(conversations=conversation, images=pil_images, force_batchify=True).to(

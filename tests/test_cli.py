@@ -79,6 +79,7 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--prompt", "Hi", "--top_p", "seven"], "argument --top_p"),
         (["--prompt", "Hi", "--device", "toaster"], "Unknown device 'toaster'"),
         (["--prompt", "Hi", "--dtype", "int7"], "Unknown dtype 'int7'"),
+        (["--prompt", "Hi", "--quantize", "int3"], "Unknown quantize 'int3'; try int8."),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -144,6 +145,14 @@ def test_an_encoding_without_these_characters_is_no_error(parrot_checkpoint: Pat
     assert (result.returncode, result.stdout) == (0, "Gr??e, ??! ?? All good.\n")
 
 
+def test_with_int8_weights_the_answer_is_the_same() -> None:
+    result = run_cli(
+        "--model_path", "tiny", "--temperature", 0, "--quantize", "int8",
+        "--image", ROOT / "images" / "shapes.png", "--prompt", "<image_placeholder>What colour is the star?",
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, "The star is blue.\n", "")
+
+
 def test_help_is_quick_and_names_every_flag() -> None:
     result = run_cli("--help")
     flags = [
@@ -154,6 +163,7 @@ def test_help_is_quick_and_names_every_flag() -> None:
         "max_gen_len",
         "device",
         "dtype",
+        "quantize",
         "image",
         "prompt",
         "json",

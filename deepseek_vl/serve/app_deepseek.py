@@ -21,7 +21,7 @@ from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.chat import ChatSession, with_image_tags
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.serve.text import safe_markdown
-from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.utils.command import OneLineParser, add_quantize, run_command
 from deepseek_vl.utils.io import (
     SAFE_FORMATS,
     SAFE_IMAGES,
@@ -420,6 +420,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
+    add_quantize(parser)
     return parser
 
 
@@ -435,7 +436,7 @@ def _run(args: argparse.Namespace) -> None:
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
-        _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype)
+        _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype, quantize=args.quantize)
         # A directory's name is enough to choose by; where it is, is the server's business.
         name = Path(path).resolve().name if Path(path).is_dir() else path
         models[path if name in models else name] = (model, processor)

@@ -23,8 +23,8 @@ from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.chat import ChatSession
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.train.data import load_data
-from deepseek_vl.utils.command import OneLineParser, run_command
-from deepseek_vl.utils.io import load_pil_images, load_pretrained_model, pick_device, pick_dtype
+from deepseek_vl.utils.command import OneLineParser, add_quantize, run_command
+from deepseek_vl.utils.io import check_quantization, load_pil_images, load_pretrained_model, pick_device, pick_dtype
 from deepseek_vl.utils.rows import TrainingRow, read_rows
 
 if TYPE_CHECKING:
@@ -353,6 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)")
+    add_quantize(parser)
     return parser
 
 
@@ -369,10 +370,11 @@ def _run(args: argparse.Namespace) -> None:
     _check_choices(args.history, args.limit)
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
+    check_quantization(device, args.quantize)
     next(read_rows(args.data), None)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-    _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype)
+    _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
     rows, _ = load_data(args.data, processor, skip_bad=args.skip_bad)
     evaluation = evaluate(
         model, processor, rows, args.max_gen_len, args.history, args.limit, progress=sys.stderr.isatty()
@@ -388,6 +390,7 @@ def _run(args: argparse.Namespace) -> None:
             "max_gen_len": args.max_gen_len,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
+            "quantize": args.quantize,
         }
         evaluation.write(args.output, about)
         logger.info("Wrote answers.jsonl, summary.json, table.md and confusion.png to %s.", args.output)

@@ -36,6 +36,13 @@ def run_command(
         return 130
 
 
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The argument `--quantize` of commands that load a model; its value is for `load_pretrained_model`."""
+    parser.add_argument(
+        "--quantize", metavar="int8", help="int8 for int8 weights on the CPU: faster, with almost the same answers"
+    )
+
+
 def positive(text: str) -> int:
     """An argument that is a whole number above 0."""
     number = int(text)

@@ -31,6 +31,10 @@ SAFE_IMAGES = 16
 """In one message or request of a stranger's."""
 
 
+QUANTIZATIONS = ("int8",)
+"""The ways to quantise a model's weights when it is loaded."""
+
+
 class ImageLoadError(OSError, ValueError):
     """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""
 
@@ -165,6 +169,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
     """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs and float32 on CPUs that lack it.
 
+    A CPU need not multiply matrices of it fast (see `WideningLinear`), only read and convert it.
+
     Raises:
         ValueError: for a name that is no floating point dtype.
     """
@@ -184,8 +190,28 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     return picked
 
 
+def check_quantization(device: torch.device, quantize: str | None) -> None:
+    """Whether weights can be quantised so, on this device; None is not to quantise.
+
+    Raises:
+        ValueError: if they cannot, or there is no such way.
+    """
+    if quantize is None:
+        return
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"Unknown quantize {quantize!r}; try {', '.join(QUANTIZATIONS)}.")
+    if device.type != "cpu":
+        raise ValueError(f"Quantised weights ({quantize}) are for the CPU, not for {device.type}; use --device cpu.")
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        raise ValueError(f"This PyTorch has no kernel for quantised weights ({quantize}): it was built without oneDNN.")
+
+
 def load_pretrained_model(
-    model_path: str | os.PathLike, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any
+    model_path: str | os.PathLike,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    **kwargs: Any,
 ) -> tuple["PreTrainedTokenizerBase", "VLChatProcessor", "MultiModalityCausalLM"]:
     """Load a checkpoint for inference.
 
@@ -193,6 +219,8 @@ def load_pretrained_model(
         model_path: a directory, an id on the Hugging Face Hub, or the name of a model that comes with the package.
         device: see `pick_device`.
         dtype: see `pick_dtype`.
+        quantize: "int8" for int8 weights and inputs in the linear layers of a model on the CPU: a fraction of the time
+            and the memory, for answers that are almost the same. Such a model can neither learn nor be saved.
         kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
             is not used.
 
@@ -201,10 +229,11 @@ def load_pretrained_model(
 
     Raises:
         OSError: if there is no such checkpoint, or a file of it is missing.
-        ValueError: if it is not a DeepSeek-VL checkpoint, its weights do not fit its config, or the device or dtype
-            cannot be had.
+        ValueError: if it is not a DeepSeek-VL checkpoint, its weights do not fit its config, or the device, dtype
+            or quantisation cannot be had.
     """
     device = pick_device(device)
+    check_quantization(device, quantize)
     kwargs["dtype"] = pick_dtype(device, kwargs.pop("torch_dtype", dtype))
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
@@ -220,6 +249,8 @@ def load_pretrained_model(
     source = str(path) if is_directory and name == os.fspath(model_path) else str(model_path)
 
     from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+    from deepseek_vl.models.attention import widen_attention
+    from deepseek_vl.models.linear import multiplies_in_hardware, quantize_int8, widen
 
     try:
         config, _ = MultiModalityConfig.get_config_dict(str(path) if is_directory else source)
@@ -239,6 +270,12 @@ def load_pretrained_model(
         raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
     except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
         raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
+    if quantize is not None:
+        quantize_int8(model)
+    elif not multiplies_in_hardware(kwargs["dtype"]):
+        widen(model)
+    if device.type == "cpu":
+        widen_attention(model.language_model)
     return processor.tokenizer, processor, model
 
 

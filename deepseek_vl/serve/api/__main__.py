@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, positive, run_command
+from deepseek_vl.utils.command import OneLineParser, add_quantize, positive, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 for any that is free)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
+    add_quantize(parser)
     parser.add_argument("--max_batch", type=positive, default=16, help="answers at a time (default: %(default)s)")
     parser.add_argument("--max_waiting", type=positive, default=64, help="requests in line (default: %(default)s)")
     parser.add_argument(
@@ -63,7 +64,9 @@ def _run(args: argparse.Namespace) -> None:
     from deepseek_vl.utils.io import load_pretrained_model
 
     logger.info("Loading %s ...", args.model_path)
-    _, processor, model = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
+    _, processor, model = load_pretrained_model(
+        args.model_path, device=args.device, dtype=args.dtype, quantize=args.quantize
+    )
     engine = engine_of(model)
     engine.max_rows = args.max_batch
     engine.memory_bytes = None if args.memory_mb is None else args.memory_mb << 20

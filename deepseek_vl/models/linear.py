@@ -1,0 +1,157 @@
+"""Linear layers for inference on CPUs: narrow weights without the slow products of narrow numbers, and int8.
+
+One row at a time (decoding), a linear layer takes as long as its weights take to be read, so narrow ones are fast. With
+many rows (a prompt, an image) it takes as long as the arithmetic, which is in hardware for float32 and for int8, but
+for bfloat16 and float16 on few processors.
+"""
+
+import ctypes
+import platform
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NARROW = (torch.bfloat16, torch.float16)
+
+WIDEN_ROWS = 32
+"""From so many rows on, weights are widened: below, that costs more than the narrow product."""
+
+CHUNK_ELEMENTS = 2**22
+"""So much of a weight is widened at a time: 16 MB, which stay in the cache."""
+
+
+X86 = ("x86_64", "AMD64")
+
+
+def multiplies_in_hardware(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of matrices of a floating point dtype."""
+    if dtype is torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype is torch.bfloat16:
+        if platform.machine() in X86:  # where oneDNN would also emulate them
+            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
+
+
+class WideningLinear(nn.Linear):
+    """An `nn.Linear` whose weights are narrow to be read, and float32 to be multiplied.
+
+    With many rows, as much of the weight as fits in the cache is converted to float32 at a time. Sums are in float32
+    and rounded once, so the result is at least as exact as the narrow product's. Where gradients are on, on other
+    devices and under autocast it is an `nn.Linear`.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the input's dtype."""
+        if not self._is_to_widen(input):
+            return super().forward(input)
+        wide = input.float()
+        output = input.new_empty(*input.shape[:-1], self.out_features)
+        step = max(1, CHUNK_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            part = slice(start, start + step)
+            bias = None if self.bias is None else self.bias[part].float()
+            output[..., part] = F.linear(wide, self.weight[part].float(), bias)
+        return output
+
+    def _is_to_widen(self, input: torch.Tensor) -> bool:
+        return (
+            input.numel() >= WIDEN_ROWS * self.in_features
+            and input.device.type == "cpu"
+            and input.dtype is self.weight.dtype
+            and input.dtype in NARROW
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+def widen(model: nn.Module) -> None:
+    """Make a model's linear layers `WideningLinear`, in place. Their parameters and names stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = WideningLinear
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights (symmetric, one scale per output) and inputs quantised row by row.
+
+    The kernel is oneDNN's, by the operator to which PyTorch's own compiler lowers quantised models on CPUs. It takes
+    one scale for all rows, so the rows' own are applied to its float32 result. The other kernels that PyTorch has are
+    deprecated (`torch.ao`, and everything on quantised tensors), want compilation to be fast (torchao), or quantise the
+    weights only, which leaves the arithmetic slow.
+
+    Args:
+        linear: the layer to replace, on the CPU.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = _scales(linear.weight.detach(), 127)  # [out_features, 1]
+        weight = linear.weight.detach().to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
+        # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale = scale.flatten()
+        self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
+        self._bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach().float()
+        # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
+        self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
+        self.eval()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the input's dtype."""
+        rows = input.reshape(-1, self.in_features)
+        scale = _scales(rows, self._levels)  # [rows, 1]
+        # The kernel wants them unsigned, so something stands for 0; the conversion cuts off what 0.5 rounds up.
+        zero = self._levels + 1
+        quantised = (rows / scale).add_(zero + 0.5).to(torch.uint8)
+        output = torch.ops.onednn.qlinear_pointwise(
+            *(quantised, 1.0, zero),
+            *(self._weight, self._scale, self._zero_point),
+            None,  # no bias yet
+            *(1.0, 0, torch.float32),  # the output as it is
+            *("none", [], ""),  # nor any operation after it
+        )
+        output = torch.addcmul(self._bias, output, scale)
+        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def train(self, mode: bool = True) -> "Int8Linear":
+        if mode:
+            raise ValueError("A model with int8 weights cannot learn; load it without quantize.")
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
+
+
+def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
+    """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
+    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(levels)
+
+
+def quantize_int8(model: nn.Module) -> None:
+    """Replace a model's linear layers by `Int8Linear`, in place and one by one: float weights go as int8 ones come.
+
+    Raises:
+        ValueError: if the model is not on the CPU.
+    """
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, child in module.named_children() if isinstance(child, nn.Linear)]:
+            device = getattr(module, name).weight.device.type
+            if device != "cpu":
+                raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
+            setattr(module, name, Int8Linear(getattr(module, name)))
+            _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give back what is freed: weights that a loader's threads read are otherwise kept for these threads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

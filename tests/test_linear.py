@@ -1,0 +1,279 @@
+"""Narrow and int8 weights on the CPU: the same answers as the plain way, or almost, and what such models cannot do."""
+
+import copy
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, Loaded, messages_of
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.models.attention import WIDENED, attend_widened, widen_attention
+from deepseek_vl.models.linear import Int8Linear, WideningLinear, quantize_int8, widen
+from deepseek_vl.serve.inference import load_model
+from deepseek_vl.train.data import load_data
+from deepseek_vl.train.evaluate import evaluate
+from deepseek_vl.utils.io import check_quantization, load_image, load_pretrained_model
+
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def tiny_in(dtype: torch.dtype) -> MultiModalityCausalLM:
+    """The bundled model with plain layers."""
+    return MultiModalityCausalLM.from_pretrained("tiny", dtype=dtype).eval()
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error of the whole."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> dict[str, torch.Tensor]:
+    """A prompt with a picture, for the bundled model."""
+    _, _, processor = load_model("tiny", device="cpu")
+    image = load_image(ROOT / "images" / "shapes.png")
+    messages = messages_of("<image_placeholder>Describe the image.", image)
+    return dict(processor(conversations=messages, images=[image], force_batchify=True).to("cpu"))
+
+
+@pytest.fixture(scope="module")
+def expected(prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The plain model's logits in float32: [1, T, vocabulary]."""
+    return logits(tiny_in(torch.float32), prompt)
+
+
+@torch.inference_mode()
+def logits(model: MultiModalityCausalLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**prompt).logits.float()
+
+
+# --- narrow weights ---
+
+
+@NARROW
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 40)], ids=str)
+@torch.inference_mode()
+def test_a_widening_layer_is_as_exact_as_a_plain_one(dtype: torch.dtype, bias: bool, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 5000, bias=bias).to(dtype)  # widened in two parts
+    holder = nn.Sequential(copy.deepcopy(plain))
+    widen(holder)
+    inputs = torch.randn(*shape, 1024).to(dtype)
+    exact = F.linear(inputs.double(), plain.weight.double(), plain.bias.double() if bias else None)
+    output = holder(inputs)
+    assert (output.dtype, output.shape) == (dtype, exact.shape)
+    assert error(output, exact) <= 1.01 * error(plain(inputs), exact)
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(output.double(), exact, rtol=1.01 * rounding, atol=1e-5)
+
+
+@NARROW
+def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
+    dtype: torch.dtype, prompt: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    model = tiny_in(dtype)
+    plain = error(logits(model, prompt), expected)
+    widen(model)
+    widen_attention(model.language_model)
+    assert error(logits(model, prompt), expected) <= 1.1 * plain
+
+
+@NARROW
+def test_its_answers_are_the_plain_ones(dtype: torch.dtype, prompt: dict[str, torch.Tensor]) -> None:
+    model = tiny_in(dtype)
+    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    widen(model)
+    widen_attention(model.language_model)
+    assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+
+
+def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    model = tiny_in(torch.float32)
+    widen(model)
+    widen_attention(model.language_model)
+    assert torch.equal(logits(model, prompt), expected)
+
+
+def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = tiny_in(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    widen(model)
+    widen_attention(model.language_model)
+    model.save_pretrained(tmp_path)
+    again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+    assert again.language_model.config._attn_implementation == "sdpa"
+    assert type(again.language_model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
+def test_a_widening_model_learns_as_a_plain_one(lora: bool, prompt: dict[str, torch.Tensor]) -> None:
+    gradients = []
+    for widened in (False, True):
+        model = tiny_in(torch.bfloat16)
+        if widened:
+            widen(model)
+            widen_attention(model.language_model)
+        if lora:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
+        model(**prompt, labels=prompt["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, widened = gradients
+    assert plain.keys() == widened.keys()
+    assert all(torch.equal(plain[name], widened[name]) for name in plain)
+
+
+@NARROW
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@torch.inference_mode()
+def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masked: bool, queries: int) -> None:
+    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once."""
+    torch.manual_seed(0)
+    layer = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    length = 9000 if queries == 1 else queries
+    query = torch.randn(1, 8, queries, 128).to(dtype)
+    key, value = torch.randn(2, 1, 4, length, 128).to(dtype)
+    mask = torch.rand(1, 1, queries, length) < 0.5 if masked else None
+    if masked:
+        mask[..., 0] = True
+    exact, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), mask)
+    plain, _ = sdpa_attention_forward(layer, query, key, value, mask)
+    output, _ = attend_widened(layer, query, key, value, mask)
+    assert (output.dtype, output.shape) == (dtype, exact.shape)
+    assert error(output, exact) <= 1.01 * error(plain, exact)
+
+
+def test_loading_widens_attention_unless_another_kind_is_asked_for() -> None:
+    _, _, model = load_pretrained_model("tiny", device="cpu")
+    assert model.language_model.config._attn_implementation == WIDENED
+    _, _, model = load_pretrained_model("tiny", device="cpu", attn_implementation="eager")
+    assert model.language_model.config._attn_implementation == "eager"
+
+
+# --- int8 ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_an_int8_layer_is_near_the_exact_one(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 300, bias=bias).to(dtype)
+    inputs = torch.randn(2, 5, 512).to(dtype)
+    output = Int8Linear(linear)(inputs)
+    assert output.dtype == dtype
+    assert error(output, linear.double()(inputs.double())) < 0.025
+
+
+@torch.inference_mode()
+def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(64, 32))
+    rows = torch.randn(4, 64)
+    with_outlier = rows.clone()
+    with_outlier[1, 3] = 1e6
+    assert torch.equal(layer(with_outlier)[[0, 2, 3]], layer(rows)[[0, 2, 3]])
+
+
+@torch.inference_mode()
+def test_the_largest_inputs_and_weights_do_not_overflow() -> None:
+    linear = nn.Linear(256, 8, bias=False)
+    linear.weight.fill_(1.0)
+    for sign in (1.0, -1.0):
+        output = Int8Linear(linear)(torch.full((3, 256), sign))
+        torch.testing.assert_close(output, torch.full((3, 8), sign * 256))
+
+
+@torch.inference_mode()
+def test_rows_and_weights_of_zeros_give_the_bias() -> None:
+    linear = nn.Linear(16, 8)
+    assert torch.equal(Int8Linear(linear)(torch.zeros(2, 16)), linear.bias.expand(2, 8))
+    linear.weight.zero_()
+    assert torch.equal(Int8Linear(linear)(torch.randn(2, 16)), linear.bias.expand(2, 8))
+
+
+@pytest.fixture(scope="module")
+def quantised() -> Loaded:
+    tokenizer, processor, model = load_pretrained_model("tiny", device="cpu", quantize="int8")
+    return tokenizer, model, processor
+
+
+def test_every_linear_layer_is_quantised(quantised: Loaded) -> None:
+    _, model, _ = quantised
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    for part in (model.vision_model, model.aligner, model.language_model):
+        assert any(isinstance(module, Int8Linear) for module in part.modules())
+
+
+def test_its_logits_are_near_the_exact_ones(
+    quantised: Loaded, prompt: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    actual = logits(quantised[1], prompt)
+    assert error(actual, expected) < 0.1
+    agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    assert agreement >= 0.9
+
+
+def test_it_answers_as_well_about_pictures(quantised: Loaded) -> None:
+    rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", quantised[2])
+    tables = [
+        evaluate(model, processor, rows, max_new_tokens=64, limit=60)
+        for _, model, processor in (load_model("tiny", device="cpu"), quantised)
+    ]
+    plain, int8 = (table.total.right for table in tables)
+    assert int8 >= plain - 2, f"{int8} instead of {plain} right answers"
+
+
+def test_float_weights_are_let_go_as_int8_ones_come() -> None:
+    model = tiny_in(torch.float32)
+    weights = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    quantize_int8(model)
+    assert all(weight() is None for weight in weights)
+
+
+def test_it_cannot_learn(quantised: Loaded) -> None:
+    with pytest.raises(ValueError, match="cannot learn"):
+        quantised[1].train()
+
+
+def test_it_cannot_be_saved(quantised: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be saved"):
+        quantised[1].save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="cannot be saved"):
+        quantised[1].state_dict()
+
+
+@pytest.mark.parametrize(
+    ("device", "quantize", "message"),
+    [
+        ("cuda", "int8", "not for cuda"),
+        ("mps", "int8", "not for mps"),
+        ("cpu", "int3", "Unknown quantize 'int3'; try int8"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said_before_anything_is_loaded(device: str, quantize: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_quantization(torch.device(device), quantize)
+
+
+def test_an_unknown_kind_is_an_error_of_loading(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown quantize 'int4'"):
+        load_pretrained_model(tmp_path, device="cpu", quantize="int4")
+
+
+def test_widening_layers_are_linear_layers_to_others() -> None:
+    model = tiny_in(torch.float16)
+    widen(model)
+    assert isinstance(model.language_model.lm_head, WideningLinear)
+    assert isinstance(model.language_model.lm_head, nn.Linear)

@@ -86,9 +86,9 @@ def test_the_contenders_have_the_same_weights_and_the_same_prompt(
 ) -> None:
     path = str(request.getfixturevalue(f"{kind}_checkpoint"))
     processor = contenders.chat_processor(path)
-    messages = contenders.question(processor, 90, [contenders.picture(1)])
+    messages = contenders.question(processor, 150, [contenders.picture(1)])
     inputs = processor(conversations=messages, images=messages[0]["images"])
-    assert 90 <= inputs.input_ids.shape[1] <= 100
+    assert 150 <= inputs.input_ids.shape[1] <= 160
     answers = {}
     for name in contenders.CONTENDERS:
         result = contenders.open_contender(name, model_path=path, device="cpu", dtype="float32").answer(messages, 6)

@@ -365,12 +365,12 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
 
 def bytes_per_token(model: Any) -> int:
     """The weights that are read for each token: the language model's, but for the table of its embeddings."""
-    import torch
+    from deepseek_vl.models.linear import Int8Linear
 
-    embeddings = model.get_input_embeddings().weight
-    decoder = [*model.get_decoder().state_dict().values(), *model.get_output_embeddings().state_dict().values()]
-    tensors = [value for value in decoder if isinstance(value, torch.Tensor)]
-    return sum(value.nbytes for value in tensors) - embeddings.nbytes
+    modules = [*model.get_decoder().modules(), *model.get_output_embeddings().modules()]
+    parameters = sum(parameter.nbytes for module in modules for parameter in module.parameters(recurse=False))
+    quantised = sum(module.nbytes for module in modules if isinstance(module, Int8Linear))
+    return parameters + quantised - model.get_input_embeddings().weight.nbytes
 
 
 def _without_gradients(run: Callable[[], Any]) -> None:

@@ -118,6 +118,11 @@ class Int8Linear(nn.Module):
         output = torch.addcmul(self._bias, output, scale)
         return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its weights."""
+        return self.in_features * self.out_features
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 

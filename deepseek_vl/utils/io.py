@@ -219,8 +219,8 @@ def load_pretrained_model(
         model_path: a directory, an id on the Hugging Face Hub, or the name of a model that comes with the package.
         device: see `pick_device`.
         dtype: see `pick_dtype`.
-        quantize: "int8" for int8 weights and inputs in the linear layers of a model on the CPU: a fraction of the time
-            and the memory, for answers that are almost the same. Such a model can neither learn nor be saved.
+        quantize: "int8" for int8 weights and inputs in the linear layers of a model on the CPU: less time
+            and memory, for answers that are almost the same. Such a model can neither learn nor be saved.
         kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
             is not used.
 

@@ -268,9 +268,9 @@ def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
 
 def _hash(tensor: torch.Tensor) -> str:
     """A tensor's dtype, shape and numbers in 64 characters."""
-    header = f"{tensor.dtype} {list(tensor.shape)}".encode()
-    numbers = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(header + numbers.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())  # without a copy of it
+    return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:

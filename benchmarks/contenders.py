@@ -63,8 +63,7 @@ class Ours:
     def __init__(self, model_path: str, device: str, dtype: str, quantize: str | None = None):
         from deepseek_vl.utils.io import load_pretrained_model
 
-        options = {"quantize": quantize} if quantize else {}
-        self.tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, **options)
+        self.tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
 
     def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
         from deepseek_vl.serve.inference import stream_answer
@@ -89,9 +88,9 @@ class Transformers:
 
         from deepseek_vl.convert import weight_files
         from deepseek_vl.hf import DeepseekVLProcessor
-        from deepseek_vl.models.checkpoint import unread_tensors
+        from deepseek_vl.models.checkpoint import unread_weights
         from deepseek_vl.models.layout_configs import to_transformers
-        from deepseek_vl.models.layout_weights import TRANSFORMERS, canonical, rename
+        from deepseek_vl.models.layout_weights import TRANSFORMERS, rename
         from deepseek_vl.utils.io import load_json, pick_device
 
         path = Path(model_path)
@@ -99,8 +98,7 @@ class Transformers:
         images, token_id = load_json(path / "preprocessor_config.json"), self.processor.image_token_id
         config = to_transformers(load_json(path / "config.json"), images, token_id)
         model_class = getattr(transformers, config["architectures"][0])
-        tensors = {name: tensor for file in weight_files(path) for name, tensor in unread_tensors(str(file))}
-        weights, _ = rename(canonical(tensors), TRANSFORMERS)
+        weights, _ = rename(unread_weights(map(str, weight_files(path))), TRANSFORMERS)
         self.model = model_class.from_pretrained(
             None,
             config=model_class.config_class.from_dict(config),

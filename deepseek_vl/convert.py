@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from deepseek_vl.bundled import bundled_or_same
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.models import layout_configs as configs
-from deepseek_vl.models.checkpoint import checkpoint_special_tokens, unread_tensors
+from deepseek_vl.models.checkpoint import checkpoint_special_tokens, unread_weights
 from deepseek_vl.models.layout_configs import IMAGE_TAG
 from deepseek_vl.models.layout_weights import (
     LAYOUTS,
@@ -33,7 +33,6 @@ from deepseek_vl.models.layout_weights import (
     TRANSFORMERS,
     UNUSED,
     Slice,
-    canonical,
     layout_of,
     rename,
     shape_of,
@@ -85,7 +84,7 @@ def convert(source: str | Path, destination: str | Path, layout: str) -> int:
     model_config = MultiModalityConfig.from_pretrained(str(source))
     settings = _settings(source, model_config, layout)
     files = weight_files(source)
-    tensors = _open(files)
+    tensors = unread_weights(map(str, files))
     renamed = _renamed(source, model_config, tensors, layout)
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
@@ -116,10 +115,6 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _open(files: Sequence[Path]) -> dict[str, Slice]:
-    return canonical({name: tensor for file in files for name, tensor in unread_tensors(str(file))})
-
-
 def _renamed(
     source: Path, config: MultiModalityConfig, tensors: Mapping[str, Slice], layout: str
 ) -> dict[str, Slice | torch.Tensor]:
@@ -134,7 +129,7 @@ def _renamed(
     here: Mapping[str, Slice | torch.Tensor] = tensors
     if layout == REFERENCE:
         kept = source / KEPT / KEPT_WEIGHTS
-        kept = _open([kept]) if kept.is_file() else {}
+        kept = unread_weights([str(kept)]) if kept.is_file() else {}
         here = renamed = {**renamed, **unused_weights(model, _dtype(tensors)), **kept}
     problems = {
         "missing": sorted(model.keys() - here.keys()),
@@ -255,9 +250,9 @@ def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
     Raises:
         ValueError: if one differs.
     """
-    written = _open(weight_files(destination))
+    written = unread_weights(map(str, weight_files(destination)))
     if (kept := destination / KEPT / KEPT_WEIGHTS).is_file():
-        written |= _open([kept])
+        written |= unread_weights([str(kept)])
     layout = layout_of(tensors)
     back, left = rename(written, layout)
     back |= {name: written[name] for name in left}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepseek_vl.models import MultiModalityCausalLM
-from deepseek_vl.models.attention import WIDENED, attend_widened, widen_attention
+from deepseek_vl.models.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
 from deepseek_vl.models.linear import Int8Linear, WideningLinear, quantize_int8, widen
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.data import load_data
@@ -81,7 +81,7 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
     model = tiny_in(dtype)
     plain = error(logits(model, prompt), expected)
     widen(model)
-    widen_attention(model.language_model)
+    use_float32_attention(model.language_model)
     assert error(logits(model, prompt), expected) <= 1.5 * plain  # how roundings add up in one model is luck
 
 
@@ -90,14 +90,14 @@ def test_its_answers_are_the_plain_ones(dtype: torch.dtype, prompt: dict[str, to
     model = tiny_in(dtype)
     plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     widen(model)
-    widen_attention(model.language_model)
+    use_float32_attention(model.language_model)
     assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
 
 
 def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
     model = tiny_in(torch.float32)
     widen(model)
-    widen_attention(model.language_model)
+    use_float32_attention(model.language_model)
     assert torch.equal(logits(model, prompt), expected)
 
 
@@ -105,7 +105,7 @@ def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
     model = tiny_in(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     widen(model)
-    widen_attention(model.language_model)
+    use_float32_attention(model.language_model)
     model.save_pretrained(tmp_path)
     again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert again.state_dict().keys() == before.keys()
@@ -121,7 +121,7 @@ def test_a_widening_model_learns_as_a_plain_one(lora: bool, prompt: dict[str, to
         model = tiny_in(torch.bfloat16)
         if widened:
             widen(model)
-            widen_attention(model.language_model)
+            use_float32_attention(model.language_model)
         if lora:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
@@ -149,14 +149,14 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, m
         mask[..., 0] = True
     exact, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), mask)
     plain, _ = sdpa_attention_forward(layer, query, key, value, mask)
-    output, _ = attend_widened(layer, query, key, value, mask)
+    output, _ = attend_in_float32(layer, query, key, value, mask)
     assert (output.dtype, output.shape) == (dtype, exact.shape)
     assert error(output, exact) <= 1.01 * error(plain, exact)
 
 
 def test_loading_widens_attention_unless_another_kind_is_asked_for() -> None:
     _, _, model = load_pretrained_model("tiny", device="cpu")
-    assert model.language_model.config._attn_implementation == WIDENED
+    assert model.language_model.config._attn_implementation == FLOAT32_ATTENTION
     _, _, model = load_pretrained_model("tiny", device="cpu", attn_implementation="eager")
     assert model.language_model.config._attn_implementation == "eager"
 

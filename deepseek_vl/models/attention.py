@@ -13,11 +13,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from deepseek_vl.models.linear import CHUNK_ELEMENTS, NARROW, WIDEN_ROWS
 
-WIDENED = "sdpa_widened"
+FLOAT32_ATTENTION = "sdpa_float32"
 """Name of this attention among transformers' implementations."""
 
 
-def attend_widened(
+def attend_in_float32(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,11 +62,11 @@ def attend_widened(
     return torch.cat(parts, dim=2), None
 
 
-AttentionInterface.register(WIDENED, attend_widened)
-AttentionMaskInterface.register(WIDENED, sdpa_mask)
+AttentionInterface.register(FLOAT32_ATTENTION, attend_in_float32)
+AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
 
 
-def widen_attention(model: PreTrainedModel) -> None:
-    """Let a model that attends with `sdpa` do so with `attend_widened`, in place."""
+def use_float32_attention(model: PreTrainedModel) -> None:
+    """Let a model that attends with `sdpa` do so with `attend_in_float32`, in place."""
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(WIDENED)
+        model.set_attn_implementation(FLOAT32_ATTENTION)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
+
+from deepseek_vl.models.layout_weights import canonical
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,14 @@ def unread_tensors(file: str) -> list[tuple[str, Any]]:
     except SafetensorError as error:
         raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
     return [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
+
+
+def unread_weights(files: Iterable[str]) -> dict[str, Any]:
+    """The tensors of a checkpoint's safetensors or torch files, by their `canonical` names, read when indexed."""
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= unread_tensors(file) if file.endswith(".safetensors") else load_state_dict(file)
+    return canonical(tensors)
 
 
 def default_special_tokens(config: LlamaConfig) -> dict[str, int]:

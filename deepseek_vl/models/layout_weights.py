@@ -31,7 +31,7 @@ def shape_of(tensor: Slice | torch.Tensor) -> list[int]:
 
 def itemsize_of(tensor: Slice | torch.Tensor) -> int:
     """The bytes of one number of a tensor, read or not."""
-    return tensor.itemsize if isinstance(tensor, torch.Tensor) else _BITS[tensor.get_dtype().split("_")[0]] // 8
+    return (tensor.dtype if isinstance(tensor, torch.Tensor) else _DTYPES[tensor.get_dtype()]).itemsize
 
 
 def dtype_name_of(tensor: Slice | torch.Tensor) -> str:
@@ -39,21 +39,21 @@ def dtype_name_of(tensor: Slice | torch.Tensor) -> str:
     return DTYPE_NAMES[tensor.dtype] if isinstance(tensor, torch.Tensor) else tensor.get_dtype()
 
 
-DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-
-_BITS = {
-    "BOOL": 8,
-    "F8": 8,
-    "U8": 8,
-    "I8": 8,
-    "BF16": 16,
-    "F16": 16,
-    "I16": 16,
-    "F32": 32,
-    "I32": 32,
-    "F64": 64,
-    "I64": 64,
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
 }
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)

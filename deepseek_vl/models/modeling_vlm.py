@@ -11,13 +11,13 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, load_state_dict
+from transformers.modeling_utils import PreTrainedModel
 
 from deepseek_vl.bundled import bundled_or_same
-from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_tensors
+from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_weights
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
-from deepseek_vl.models.layout_weights import as_reference, canonical
+from deepseek_vl.models.layout_weights import as_reference
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 
@@ -407,10 +407,7 @@ def unread_state_dict(
     on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
     if state_dict is not None or not checkpoint_files or on_disk or is_deepspeed_zero3_enabled():
         return state_dict
-    tensors: dict[str, Any] = {}
-    for file in checkpoint_files:
-        tensors |= unread_tensors(file) if file.endswith(".safetensors") else load_state_dict(file)
-    return canonical(tensors)
+    return unread_weights(checkpoint_files)
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:

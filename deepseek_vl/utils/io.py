@@ -249,7 +249,7 @@ def load_pretrained_model(
     source = str(path) if is_directory and name == os.fspath(model_path) else str(model_path)
 
     from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-    from deepseek_vl.models.attention import widen_attention
+    from deepseek_vl.models.attention import use_float32_attention
     from deepseek_vl.models.linear import multiplies_in_hardware, quantize_int8, widen
 
     try:
@@ -275,7 +275,7 @@ def load_pretrained_model(
     elif not multiplies_in_hardware(kwargs["dtype"]):
         widen(model)
     if device.type == "cpu":
-        widen_attention(model.language_model)
+        use_float32_attention(model.language_model)
     return processor.tokenizer, processor, model
 
 

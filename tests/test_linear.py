@@ -203,6 +203,43 @@ def test_rows_and_weights_of_zeros_give_the_bias() -> None:
     assert torch.equal(Int8Linear(linear)(torch.randn(2, 16)), linear.bias.expand(2, 8))
 
 
+class Siblings(nn.Module):
+    """Layers that get the same input, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        return [layer(input) for layer, input in zip(layers, inputs, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_siblings_give_what_each_would_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Siblings().to(dtype)
+    siblings = copy.deepcopy(plain)
+    quantize_int8(siblings)
+    alone = [Int8Linear(layer) for layer in plain.children()]
+    first, second = torch.randn(2, 3, 64).to(dtype)
+    for inputs in ((first,) * 3, (second,) * 3, (first, second, first), (second, first, first), (first.clone(),) * 3):
+        expected = [layer(input) for layer, input in zip(alone, inputs, strict=True)]
+        for output, wanted in zip(siblings(*inputs), expected, strict=True):
+            assert torch.equal(output, wanted)
+
+
+@torch.no_grad()
+def test_siblings_keep_no_input_and_no_output() -> None:
+    siblings = Siblings()
+    quantize_int8(siblings)
+    inputs = torch.randn(3, 64)
+    kept = [weakref.ref(inputs), *(weakref.ref(output._base) for output in siblings(inputs, inputs, inputs))]
+    del inputs
+    assert all(reference() is None for reference in kept)
+
+
 @pytest.fixture(scope="module")
 def quantised() -> Loaded:
     tokenizer, processor, model = load_pretrained_model("tiny", device="cpu", quantize="int8")

@@ -5,13 +5,14 @@ many rows (a prompt, an image) it takes as long as the arithmetic, which is in h
 for bfloat16 and float16 on few processors.
 """
 
-import ctypes
 import platform
-import sys
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from deepseek_vl.utils.native import return_freed_memory
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -75,6 +76,10 @@ def widen(model: nn.Module) -> None:
             module.__class__ = WideningLinear
 
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of Llama's layers that get the same input one after the other."""
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights (symmetric, one scale per output) and inputs quantised row by row.
 
@@ -84,19 +89,28 @@ class Int8Linear(nn.Module):
     weights only, which leaves the arithmetic slow.
 
     Args:
-        linear: the layer to replace, on the CPU.
+        linears: the layer to replace, on the CPU; or several of the same input, whose outputs are then one.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = _scales(linear.weight.detach(), 127)  # [out_features, 1]
-        weight = linear.weight.detach().to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        scales = [_scales(linear.weight.detach(), 127) for linear in linears]  # [out_features, 1] each
+        weights = [
+            linear.weight.detach().to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
+            for linear, scale in zip(linears, scales, strict=True)
+        ]
         # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
-        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._scale = scale.flatten()
+        self._weight = torch.ops.onednn.qlinear_prepack(torch.cat(weights), None)
+        self._scale = torch.cat(scales).flatten()
         self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
-        self._bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach().float()
+        self._bias = torch.cat(
+            [
+                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+                for linear in linears
+            ]
+        )
         # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
         self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
         self.eval()
@@ -135,6 +149,40 @@ class Int8Linear(nn.Module):
         raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
 
 
+class Int8Sibling(nn.Module):
+    """One of several layers of the same input: a part of the `Int8Linear` of them all, which runs once.
+
+    Args:
+        family: what the siblings share.
+        start, end: which of its outputs are this layer's.
+    """
+
+    def __init__(self, family: "_Family", start: int, end: int):
+        super().__init__()
+        self.whole = family.whole
+        self.in_features, self.out_features = self.whole.in_features, end - start
+        self._family, self._start, self._end = family, start, end
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the input's dtype."""
+        output = self._family.output_for(input, is_last=self._end == self.whole.out_features)
+        return output[..., self._start : self._end]
+
+
+class _Family:
+    """Several layers' `Int8Linear`, and its output until the last of them has had it."""
+
+    def __init__(self, whole: Int8Linear):
+        self.whole = whole
+        self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
+
+    def output_for(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
+        kept = self._kept  # once: another thread may change it
+        output = kept[1] if kept is not None and kept[0]() is input else self.whole(input)
+        self._kept = None if is_last else (weakref.ref(input), output)
+        return output
+
+
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
     """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
     return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(levels)
@@ -147,16 +195,21 @@ def quantize_int8(model: nn.Module) -> None:
         ValueError: if the model is not on the CPU.
     """
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name in [name for name, child in module.named_children() if isinstance(child, nn.Linear)]:
-            device = getattr(module, name).weight.device.type
-            if device != "cpu":
-                raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
-            setattr(module, name, Int8Linear(getattr(module, name)))
-            _return_freed_memory()
+        linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
+            raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
+        for names in SIBLINGS:
+            if all(name in linears for name in names):
+                _replace_siblings(module, {name: linears.pop(name) for name in names})
+        for name in list(linears):
+            setattr(module, name, Int8Linear(linears.pop(name)))
+        return_freed_memory()
 
 
-def _return_freed_memory() -> None:
-    """Let glibc give back what is freed: weights that a loader's threads read are otherwise kept for these threads."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def _replace_siblings(module: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Replace layers of the same input, in the order in which they get it."""
+    family, start = _Family(Int8Linear(*linears.values())), 0
+    for name, linear in linears.items():
+        end = start + linear.out_features
+        setattr(module, name, Int8Sibling(family, start, end))
+        start = end

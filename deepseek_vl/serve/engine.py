@@ -35,6 +35,7 @@ from deepseek_vl.serve.prompt import Prompt
 from deepseek_vl.serve.rows import RowCache
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.serve.text import AnswerText
+from deepseek_vl.utils.native import release_threads
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Generation:
             ]
             if settings.seed is not None:
                 self._generator = torch.Generator(model.device).manual_seed(settings.seed)
+        release_threads()  # this thread has processed the inputs; it is the engine's that needs the cores now
 
     def begin(self, prompt: Prompt, memory: Memory) -> None:
         """Note what the answer begins with, for `remember`."""

@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hard_conversations",
         type=positive,
-        default=3500,
+        default=4100,
         help="then, steps on conversations with more of what is hard (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.utils.native import release_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -276,6 +277,7 @@ def load_pretrained_model(
         widen(model)
     if device.type == "cpu":
         use_float32_attention(model.language_model)
+    release_threads()
     return processor.tokenizer, processor, model
 
 

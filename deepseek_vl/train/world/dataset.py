@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from torch.utils.data import Dataset
 
 from deepseek_vl.train.world.draw import draw
 from deepseek_vl.train.world.questions import (
+    Askers,
     Turn,
     ask,
     ask_absent,
     ask_count,
-    ask_is_there,
-    ask_place,
+    ask_repeated,
+    ask_shared,
     ask_two,
     describe,
     small_talk,
 )
-from deepseek_vl.train.world.scene import Picture, sample_picture
+from deepseek_vl.train.world.scene import Picture, sample_picture, share_shape
 from deepseek_vl.utils.rows import TrainingRow
 
 TAG = "<image_placeholder>"
@@ -37,10 +38,17 @@ class SyntheticWorld(Dataset):
         length: how many.
         seed: another seed is another world of the same kind.
         turns: most questions in a conversation; with 1, there is one question, or one and its follow-up.
+
+    Attributes:
+        kinds: how often a conversation is about what, in percent.
+        more, more_of_two: who asks about one picture, or about two, beside those who always do.
+        alike: which part of the pairs of pictures is made to share a shape.
     """
 
     kinds: Mapping[str, float] = KINDS
-    emphasis: Mapping[Callable, float] = {}
+    more: Askers = ()
+    more_of_two: Askers = ()
+    alike: float = 0
 
     def __init__(self, length: int, seed: int = 0, turns: int = 6):
         self.length = length
@@ -91,10 +99,12 @@ class SyntheticWorld(Dataset):
             ]
             rng.shuffle(kinds)
             pictures = [sample_picture(rng, kind) for kind in kinds]
-            questions = ask_two(pictures, rng)
+            if self.alike and rng.random() < self.alike:
+                pictures = share_shape(pictures, rng)
+            questions = ask_two(pictures, rng, self.more_of_two)
         else:
             pictures = [sample_picture(rng, kind)]
-            questions = ask(pictures[0], kind, rng, self.emphasis)
+            questions = ask(pictures[0], kind, rng, self.more)
         turns: list[Turn] = []
         for new in itertools.islice(questions, 30):
             # What was said already would be copied rather than seen.
@@ -106,10 +116,15 @@ class SyntheticWorld(Dataset):
 
 
 class HardQuestions(SyntheticWorld):
-    """The same world, asked more often what is learnt last: how many, whether there is one, which picture has it."""
+    """The same world, asked more often what is learnt last: how many, whether there is one, which picture has it.
 
-    kinds = {"shapes": 40, "words": 20, "chart": 3, "mixed": 10, "two": 25, "talk": 2}
-    emphasis = {ask_absent: 2.5, ask_count: 2.5, ask_place: 1.5, ask_is_there: 1.5}
+    What is rare by chance is asked for: several of a kind, and shapes that two pictures share.
+    """
+
+    kinds = {"shapes": 40, "words": 21, "chart": 3, "mixed": 8, "two": 26, "talk": 2}
+    more = ((ask_absent, 0.5), (ask_count, 2), (ask_repeated, 3))
+    more_of_two = ((ask_shared, 3),)
+    alike = 0.4
 
 
 class Captions(SyntheticWorld):

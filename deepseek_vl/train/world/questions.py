@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deepseek_vl.train.world.scene import COLOURS, SHAPES, Picture, Shape
@@ -142,18 +142,29 @@ def ask_count(picture: Picture, rng: random.Random) -> Turn | None:
     """How many shapes there are, of all, of a colour, of a kind, or of both."""
     if not picture.shapes:
         return None
-    shape = rng.choice(picture.shapes)
-    noun, count = rng.choice(
+    return _count(rng, *rng.choice(_counts(picture, rng.choice(picture.shapes))))
+
+
+def ask_repeated(picture: Picture, rng: random.Random) -> Turn | None:
+    """How many there are of what there is more than one of."""
+    repeated = [(noun, count) for shape in picture.shapes for noun, count in _counts(picture, shape)[1:] if count > 1]
+    return _count(rng, *rng.choice(repeated)) if repeated else None
+
+
+def _counts(picture: Picture, shape: Shape) -> tuple[tuple[str, int], ...]:
+    """What a shape can be counted as, and how many there are."""
+    return (
+        ("shape", len(picture.shapes)),
+        (f"{shape.colour} shape", sum(other.colour == shape.colour for other in picture.shapes)),
+        (shape.kind, sum(other.kind == shape.kind for other in picture.shapes)),
         (
-            ("shape", len(picture.shapes)),
-            (f"{shape.colour} shape", sum(other.colour == shape.colour for other in picture.shapes)),
-            (shape.kind, sum(other.kind == shape.kind for other in picture.shapes)),
-            (
-                f"{shape.colour} {shape.kind}",
-                sum((other.colour, other.kind) == (shape.colour, shape.kind) for other in picture.shapes),
-            ),
-        )
+            f"{shape.colour} {shape.kind}",
+            sum((other.colour, other.kind) == (shape.colour, shape.kind) for other in picture.shapes),
+        ),
     )
+
+
+def _count(rng: random.Random, noun: str, count: int) -> Turn:
     return Turn(
         _ask_how_many(rng, noun), f"There {'is' if count == 1 else 'are'} {count_phrase(count, noun)}.", "count"
     )
@@ -355,7 +366,10 @@ def follow_up(picture: Picture, turn: Turn, rng: random.Random) -> Turn | None:
     return Turn(*rng.choice(options), "follow-up") if options else None
 
 
-ASKERS: dict[str, tuple[tuple[Callable[[Picture, random.Random], Turn | None], float], ...]] = {
+Askers = Sequence[tuple[Callable[..., Turn | None], float]]
+"""Who asks, and how often."""
+
+ASKERS: dict[str, Askers] = {
     "shapes": (
         (ask_colour, 2), (ask_shape, 2), (ask_place, 2), (ask_count, 2.5), (ask_is_there, 1), (ask_absent, 2),
         (describe, 1),
@@ -370,13 +384,13 @@ ASKERS: dict[str, tuple[tuple[Callable[[Picture, random.Random], Turn | None], f
 """What is asked about each kind of picture, and how often."""
 
 
-def ask(picture: Picture, kind: str, rng: random.Random, emphasis: Mapping[Callable, float]) -> Iterator[list[Turn]]:
+def ask(picture: Picture, kind: str, rng: random.Random, more: Askers = ()) -> Iterator[list[Turn]]:
     """Questions about one picture without end: each alone, or with a follow-up.
 
     Args:
-        emphasis: how many times as often as usual some askers ask.
+        more: who asks beside `ASKERS`.
     """
-    askers, weights = zip(*((asker, weight * emphasis.get(asker, 1)) for asker, weight in ASKERS[kind]), strict=True)
+    askers, weights = zip(*ASKERS[kind], *more, strict=True)
     while True:
         turn = rng.choices(askers, weights)[0](picture, rng)
         if turn is None:
@@ -388,15 +402,21 @@ def ask(picture: Picture, kind: str, rng: random.Random, emphasis: Mapping[Calla
 # --- two pictures ---
 
 
-def ask_two(pictures: Sequence[Picture], rng: random.Random) -> Iterator[list[Turn]]:
-    """Questions without end about one of two pictures, or which of them it is."""
+def ask_two(pictures: Sequence[Picture], rng: random.Random, more: Askers = ()) -> Iterator[list[Turn]]:
+    """Questions without end about one of two pictures, or which of them it is.
+
+    Args:
+        more: who asks beside `ask_which` and `ask_one_of`.
+    """
+    askers, weights = zip((ask_which, 6), (ask_one_of, 4), *more, strict=True)
     while True:
-        turn = (_ask_which if rng.random() < 0.6 else _ask_one_of)(pictures, rng)
+        turn = rng.choices(askers, weights)[0](pictures, rng)
         if turn is not None:
             yield [turn]
 
 
-def _ask_one_of(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
+def ask_one_of(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
+    """A question about one of two pictures, by its number."""
     number = rng.randrange(2)
     picture, ordinal = pictures[number], ORDINALS[number]
     asker = rng.choice((ask_colour, ask_count, ask_shape, ask_text, ask_tallest))
@@ -413,21 +433,45 @@ def _ask_one_of(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
     return Turn(f"{question}{ending}{mark}", turn.answer, "two images")
 
 
-def _ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
+NAMES: tuple[Callable[[Shape], str], ...] = (
+    lambda shape: f"{shape.colour} {shape.kind}",
+    lambda shape: f"{shape.colour} {shape.kind}",
+    lambda shape: shape.kind,
+)
+"""What a shape is called when one of two pictures has it."""
+
+
+def ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
+    """Which of two pictures has a shape; sometimes it is both, or neither."""
     shapes = [shape for picture in pictures for shape in picture.shapes]
-    names: list[Callable[[Shape], str]] = [
-        lambda shape: f"{shape.colour} {shape.kind}",
-        lambda shape: f"{shape.colour} {shape.kind}",
-        lambda shape: shape.kind,
-    ]
-    name = rng.choice(names)
+    name = rng.choice(NAMES)
     if rng.random() < 0.12 or not shapes:
         wanted = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
-        name = names[0]
+        name = NAMES[0]
     else:
         wanted = name(rng.choice(shapes))
     has = [any(name(shape) == wanted for shape in picture.shapes) for picture in pictures]
-    question = _ask(
+    if all(has):
+        answer = f"Both images have {article(wanted)}."
+    elif not any(has):
+        answer = f"Neither image has {article(wanted)}."
+    else:
+        answer = f"The {ORDINALS[has.index(True)]} image has the {wanted}."
+    return Turn(_ask_where(rng, wanted), answer, "two images")
+
+
+def ask_shared(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
+    """Which of two pictures has a shape that both have."""
+    name = rng.choice(NAMES)
+    shared = set.intersection(*({name(shape) for shape in picture.shapes} for picture in pictures))
+    if not shared:
+        return None
+    wanted = rng.choice(sorted(shared))
+    return Turn(_ask_where(rng, wanted), f"Both images have {article(wanted)}.", "two images")
+
+
+def _ask_where(rng: random.Random, wanted: str) -> str:
+    return _ask(
         rng,
         f"Which image has the {wanted}?",
         f"Which picture has the {wanted}?",
@@ -436,13 +480,6 @@ def _ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
         f"Which of the two images has {article(wanted)}?",
         f"Which image contains {article(wanted)}?",
     )
-    if all(has):
-        answer = f"Both images have {article(wanted)}."
-    elif not any(has):
-        answer = f"Neither image has {article(wanted)}."
-    else:
-        answer = f"The {ORDINALS[has.index(True)]} image has the {wanted}."
-    return Turn(question, answer, "two images")
 
 
 # --- small talk ---

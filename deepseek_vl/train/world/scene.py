@@ -3,7 +3,8 @@
 import math
 import random
 import string
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 RGB = tuple[int, int, int]
 
@@ -124,6 +125,17 @@ def sample_picture(rng: random.Random, kind: str) -> Picture:
         words = _sample_words(rng, width, height, avoided, count=1, part=0.4)
         shapes = _sample_shapes(rng, width, height, avoided, rng.randint(1, 3), words)
     return Picture(width, height, background, pattern, rng.getrandbits(32), shapes, words, chart)
+
+
+def share_shape(pictures: Sequence[Picture], rng: random.Random) -> list[Picture]:
+    """Two pictures, with a shape of the second turned into one of the first's kind: of its colour too, if it can be."""
+    first, second = pictures
+    pairs = [(ours, theirs) for theirs in first.shapes for ours in second.shapes]
+    if not pairs:
+        return [first, second]
+    ours, theirs = rng.choice([pair for pair in pairs if pair[0].colour == pair[1].colour] or pairs)
+    shapes = tuple(replace(shape, kind=theirs.kind) if shape is ours else shape for shape in second.shapes)
+    return [first, replace(second, shapes=shapes)]
 
 
 def brightness(tone: RGB) -> float:

@@ -57,6 +57,21 @@ print(weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     assert peak <= 1.15 * weights + 1e9
 
 
+def test_converting_needs_hardly_more_memory_than_the_largest_tensor(full_checkpoint: Path, tmp_path: Path) -> None:
+    code = f"""
+import resource
+from pathlib import Path
+from deepseek_vl.convert import convert
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+convert(Path({str(full_checkpoint)!r}), Path({str(tmp_path / "exported")!r}), "transformers")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=600)
+    before, peak = map(int, result.stdout.split())
+    assert peak - before < 2 * 102400 * 2048 * 2 < 1e9  # two of the largest, far less than a file
+
+
 @pytest.mark.parametrize(("size", "kind"), [("1.3b", "siglip"), ("7b", "hybrid")])
 def test_transformers_own_class_agrees_at_full_width(
     size: str, kind: str, published_tokenizer_dir: Path, tmp_path: Path

@@ -184,6 +184,27 @@ def test_shards_stay_shards(reference: Path, tmp_path: Path) -> None:
     MultiModalityCausalLM.from_pretrained(str(tmp_path / "back"))
 
 
+def test_files_are_as_the_library_writes_them(exported: Path, tmp_path: Path) -> None:
+    file = exported / "model.safetensors"
+    save_file(load_file(file), tmp_path / "again.safetensors", metadata={"format": "pt"})
+    assert file.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_files_of_several_dtypes_are_read_as_they_were(reference: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    copy(reference, source)
+    dtypes = {"vision_model": torch.float32, "aligner": torch.bfloat16, "language_model": torch.float16}
+    named = load_file(source / "model.safetensors").items()
+    weights = {name: weight.to(dtypes[name.split(".")[0]]) for name, weight in named}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "exported", "transformers")
+    convert(tmp_path / "exported", tmp_path / "back", "reference")
+    back: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        back |= load_file(file)
+    assert all(back[name].dtype == weight.dtype and torch.equal(back[name], weight) for name, weight in weights.items())
+
+
 def copy(source: Path, destination: Path) -> None:
     destination.mkdir()
     for path in source.iterdir():

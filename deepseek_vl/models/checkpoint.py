@@ -27,13 +27,30 @@ def hub_arguments_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
-def unread_tensors(file: str) -> list[tuple[str, Any]]:
+class UnreadTensor:
+    """A tensor of a safetensors file, read when it is indexed."""
+
+    def __init__(self, file: Any, name: str):
+        self._file, self._name, self._slice = file, name, file.get_slice(name)
+
+    def get_shape(self) -> list[int]:
+        return self._slice.get_shape()
+
+    def get_dtype(self) -> str:
+        return self._slice.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        # A slice copies what it has read, and so takes twice the memory and longer.
+        return self._file.get_tensor(self._name) if index is ... else self._slice[index]
+
+
+def unread_tensors(file: str) -> list[tuple[str, UnreadTensor]]:
     """The names and tensors of a safetensors file, each to be read when it is indexed."""
     try:
         opened = safe_open(file, framework="pt", backend="pread")
     except SafetensorError as error:
         raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
-    return [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
+    return [(name, UnreadTensor(opened, name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
 
 
 def unread_weights(files: Iterable[str]) -> dict[str, Any]:

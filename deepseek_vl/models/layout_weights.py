@@ -3,6 +3,7 @@
 `GROUPS` is the one table of them. Whatever reads or writes the other layout goes through `rename`.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -211,7 +212,8 @@ class JoinedRows:
 
     def get_dtype(self) -> str:
         """The dtype as safetensors writes it: `F16`."""
-        return dtype_name_of(self._rows[0][0])
+        dtypes = (_DTYPES[dtype_name_of(tensor)] for tensor, _ in self._rows)
+        return DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         parts = [tensor[rows] for tensor, rows in self._rows]

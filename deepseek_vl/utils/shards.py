@@ -1,15 +1,15 @@
-"""Weights out, shard by shard, so that memory holds one at a time."""
+"""Weights out, tensor by tensor, so that memory holds one at a time, however large the files are."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from deepseek_vl.models.layout_weights import Slice, itemsize_of, shape_of
+from deepseek_vl.models.layout_weights import Slice, dtype_name_of, itemsize_of, shape_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,7 +25,7 @@ def write_shards(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, s
     shards: list[list[str]] = [[]]
     used = total = 0
     for name, tensor in tensors.items():
-        size = math.prod(shape_of(tensor)) * itemsize_of(tensor)
+        size = _size_of(tensor)
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
@@ -36,12 +36,35 @@ def write_shards(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, s
     with tqdm(total=len(tensors), desc="Writing", unit="tensor", disable=None) as progress:
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            shard = {}
-            for name in names:
-                shard[name] = tensors[name][...].contiguous()
-                progress.update()
-            save_file(shard, directory / file, metadata={"format": "pt"})
+            _write({name: tensors[name] for name in names}, directory / file, progress.update)
             weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write(tensors: Mapping[str, Slice | torch.Tensor], file: Path, progress: Callable[[], Any]) -> None:
+    """Write a safetensors file. The library's own writer wants all of its tensors in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # In its order, in which every tensor begins at a multiple of its numbers' size.
+    names = sorted(tensors, key=lambda name: (-itemsize_of(tensors[name]), name))
+    end = 0
+    for name in names:
+        begin, end = end, end + _size_of(tensors[name])
+        header[name] = {
+            "dtype": dtype_name_of(tensors[name]),
+            "shape": shape_of(tensors[name]),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            opened.write(tensors[name][...].detach().contiguous().view(-1).view(torch.uint8).numpy())
+            progress()
+
+
+def _size_of(tensor: Slice | torch.Tensor) -> int:
+    """The bytes of a tensor, read or not."""
+    return math.prod(shape_of(tensor)) * itemsize_of(tensor)

@@ -1,11 +1,12 @@
 """Images and checkpoints in: the one place that opens image files and the one place that loads a model."""
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -266,7 +267,8 @@ def load_pretrained_model(
         )
     try:
         processor = VLChatProcessor.from_pretrained(source)
-        model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
+        with _one_thread_for_each_operation():  # several weights are converted at once, each in a thread
+            model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
     except json.JSONDecodeError as error:
         raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
     except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
@@ -292,6 +294,17 @@ def checkpoint_dtype(model_path: str | os.PathLike) -> torch.dtype:
     config, _ = PretrainedConfig.get_config_dict(os.path.expanduser(bundled_or_same(model_path)))  # noqa: PTH111
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name).removeprefix("torch."))
+
+
+@contextlib.contextmanager
+def _one_thread_for_each_operation() -> Iterator[None]:
+    """PyTorch's operations on CPUs, of the whole process, are not divided among threads inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -33,6 +33,7 @@ from deepseek_vl.models.layout_weights import (
     TRANSFORMERS,
     UNUSED,
     Slice,
+    dtype_of,
     layout_of,
     rename,
     shape_of,
@@ -40,7 +41,7 @@ from deepseek_vl.models.layout_weights import (
 )
 from deepseek_vl.utils.command import OneLineParser, run_command
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
-from deepseek_vl.utils.shards import INDEX, write_shards
+from deepseek_vl.utils.shards import INDEX, bytes_of, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _renamed(
 
 def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
     """The dtype of a checkpoint's smallest tensor, as that of all."""
-    return min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor)))[...].dtype
+    return dtype_of(min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor))))
 
 
 def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -> None:
@@ -264,7 +265,7 @@ def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
 def _hash(tensor: torch.Tensor) -> str:
     """A tensor's dtype, shape and numbers in 64 characters."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())  # without a copy of it
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -30,14 +30,9 @@ def shape_of(tensor: Slice | torch.Tensor) -> list[int]:
     return list(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
 
 
-def itemsize_of(tensor: Slice | torch.Tensor) -> int:
-    """The bytes of one number of a tensor, read or not."""
-    return (tensor.dtype if isinstance(tensor, torch.Tensor) else _DTYPES[tensor.get_dtype()]).itemsize
-
-
-def dtype_name_of(tensor: Slice | torch.Tensor) -> str:
-    """A tensor's dtype as safetensors writes it (`F16`), read or not."""
-    return DTYPE_NAMES[tensor.dtype] if isinstance(tensor, torch.Tensor) else tensor.get_dtype()
+def dtype_of(tensor: Slice | torch.Tensor) -> torch.dtype:
+    """A tensor's dtype, read or not."""
+    return tensor.dtype if isinstance(tensor, torch.Tensor) else _DTYPES[tensor.get_dtype()]
 
 
 DTYPE_NAMES = {
@@ -212,7 +207,7 @@ class JoinedRows:
 
     def get_dtype(self) -> str:
         """The dtype as safetensors writes it: `F16`."""
-        dtypes = (_DTYPES[dtype_name_of(tensor)] for tensor, _ in self._rows)
+        dtypes = (dtype_of(tensor) for tensor, _ in self._rows)
         return DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)]
 
     def __getitem__(self, index: Any) -> torch.Tensor:

@@ -111,6 +111,7 @@ class Int8Linear(nn.Module):
                 for linear in linears
             ]
         )
+        self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
         # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
         self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
         self.eval()
@@ -131,6 +132,13 @@ class Int8Linear(nn.Module):
         )
         output = torch.addcmul(self._bias, output, scale)
         return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""
+        kept = self._kept  # read once: another thread may change it
+        output = kept[1] if kept is not None and kept[0]() is input else self(input)
+        self._kept = None if is_last else (weakref.ref(input), output)
+        return output
 
     @property
     def nbytes(self) -> int:
@@ -153,34 +161,20 @@ class Int8Sibling(nn.Module):
     """One of several layers of the same input: a part of the `Int8Linear` of them all, which runs once.
 
     Args:
-        family: what the siblings share.
+        whole: the layer that the siblings share.
         start, end: which of its outputs are this layer's.
     """
 
-    def __init__(self, family: "_Family", start: int, end: int):
+    def __init__(self, whole: Int8Linear, start: int, end: int):
         super().__init__()
-        self.whole = family.whole
-        self.in_features, self.out_features = self.whole.in_features, end - start
-        self._family, self._start, self._end = family, start, end
+        self.whole = whole
+        self.in_features, self.out_features = whole.in_features, end - start
+        self._start, self._end = start, end
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype."""
-        output = self._family.output_for(input, is_last=self._end == self.whole.out_features)
+        output = self.whole.once(input, is_last=self._end == self.whole.out_features)
         return output[..., self._start : self._end]
-
-
-class _Family:
-    """Several layers' `Int8Linear`, and its output until the last of them has had it."""
-
-    def __init__(self, whole: Int8Linear):
-        self.whole = whole
-        self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
-
-    def output_for(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
-        kept = self._kept  # once: another thread may change it
-        output = kept[1] if kept is not None and kept[0]() is input else self.whole(input)
-        self._kept = None if is_last else (weakref.ref(input), output)
-        return output
 
 
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
@@ -196,6 +190,8 @@ def quantize_int8(model: nn.Module) -> None:
     """
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        if not linears:
+            continue
         for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
             raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
         for names in SIBLINGS:
@@ -208,8 +204,8 @@ def quantize_int8(model: nn.Module) -> None:
 
 def _replace_siblings(module: nn.Module, linears: dict[str, nn.Linear]) -> None:
     """Replace layers of the same input, in the order in which they get it."""
-    family, start = _Family(Int8Linear(*linears.values())), 0
+    whole, start = Int8Linear(*linears.values()), 0
     for name, linear in linears.items():
         end = start + linear.out_features
-        setattr(module, name, Int8Sibling(family, start, end))
+        setattr(module, name, Int8Sibling(whole, start, end))
         start = end

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from deepseek_vl.models.layout_weights import Slice, dtype_name_of, itemsize_of, shape_of
+from deepseek_vl.models.layout_weights import DTYPE_NAMES, Slice, dtype_of, shape_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,12 +48,12 @@ def _write(tensors: Mapping[str, Slice | torch.Tensor], file: Path, progress: Ca
     """Write a safetensors file. The library's own writer wants all of its tensors in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # In its order, in which every tensor begins at a multiple of its numbers' size.
-    names = sorted(tensors, key=lambda name: (-itemsize_of(tensors[name]), name))
+    names = sorted(tensors, key=lambda name: (-dtype_of(tensors[name]).itemsize, name))
     end = 0
     for name in names:
         begin, end = end, end + _size_of(tensors[name])
         header[name] = {
-            "dtype": dtype_name_of(tensors[name]),
+            "dtype": DTYPE_NAMES[dtype_of(tensors[name])],
             "shape": shape_of(tensors[name]),
             "data_offsets": [begin, end],
         }
@@ -61,10 +62,15 @@ def _write(tensors: Mapping[str, Slice | torch.Tensor], file: Path, progress: Ca
     with file.open("wb") as opened:
         opened.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            opened.write(tensors[name][...].detach().contiguous().view(-1).view(torch.uint8).numpy())
+            opened.write(bytes_of(tensors[name][...]))
             progress()
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor's numbers as uint8, without a copy of them if it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _size_of(tensor: Slice | torch.Tensor) -> int:
     """The bytes of a tensor, read or not."""
-    return math.prod(shape_of(tensor)) * itemsize_of(tensor)
+    return math.prod(shape_of(tensor)) * dtype_of(tensor).itemsize

@@ -450,6 +450,18 @@ def ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
         name = NAMES[0]
     else:
         wanted = name(rng.choice(shapes))
+    return _which(pictures, name, wanted, rng)
+
+
+def ask_shared(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
+    """Which of two pictures has a shape that both have."""
+    name = rng.choice(NAMES)
+    shared = set.intersection(*({name(shape) for shape in picture.shapes} for picture in pictures))
+    return _which(pictures, name, rng.choice(sorted(shared)), rng) if shared else None
+
+
+def _which(pictures: Sequence[Picture], name: Callable[[Shape], str], wanted: str, rng: random.Random) -> Turn:
+    """The question which of two pictures has what is called so."""
     has = [any(name(shape) == wanted for shape in picture.shapes) for picture in pictures]
     if all(has):
         answer = f"Both images have {article(wanted)}."
@@ -457,21 +469,7 @@ def ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
         answer = f"Neither image has {article(wanted)}."
     else:
         answer = f"The {ORDINALS[has.index(True)]} image has the {wanted}."
-    return Turn(_ask_where(rng, wanted), answer, "two images")
-
-
-def ask_shared(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
-    """Which of two pictures has a shape that both have."""
-    name = rng.choice(NAMES)
-    shared = set.intersection(*({name(shape) for shape in picture.shapes} for picture in pictures))
-    if not shared:
-        return None
-    wanted = rng.choice(sorted(shared))
-    return Turn(_ask_where(rng, wanted), f"Both images have {article(wanted)}.", "two images")
-
-
-def _ask_where(rng: random.Random, wanted: str) -> str:
-    return _ask(
+    question = _ask(
         rng,
         f"Which image has the {wanted}?",
         f"Which picture has the {wanted}?",
@@ -480,6 +478,7 @@ def _ask_where(rng: random.Random, wanted: str) -> str:
         f"Which of the two images has {article(wanted)}?",
         f"Which image contains {article(wanted)}?",
     )
+    return Turn(question, answer, "two images")
 
 
 # --- small talk ---

@@ -220,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m deepseek_vl.train.tiny", description="Make a small model from nothing.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the models, their logs and plots")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the world (default: %(default)s)")
-    parser.add_argument("--maps", type=positive, default=5500, help="steps on maps (default: %(default)s)")
+    parser.add_argument("--maps", type=positive, default=5000, help="steps on maps (default: %(default)s)")
     parser.add_argument("--captions", type=positive, default=1500, help="steps on captions (default: %(default)s)")
     parser.add_argument(
         "--conversations", type=positive, default=1500, help="steps on conversations (default: %(default)s)"

@@ -224,7 +224,7 @@ def get_conv_template(name: str) -> Conversation:
     """
     if name not in conv_templates:
         raise KeyError(f"No conversation template {name!r}; registered are {', '.join(sorted(conv_templates))}.")
-    return copy.deepcopy(conv_templates[name])
+    return conv_templates[name].copy()
 
 
 _LLAMA_2 = Conversation(

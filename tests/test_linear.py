@@ -133,19 +133,19 @@ def test_a_widening_model_learns_as_a_plain_one(lora: bool, prompt: dict[str, to
 
 
 @NARROW
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("masks", [0, 1, 2], ids=["causal", "a mask for all", "a mask for each"])
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @torch.inference_mode()
-def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masked: bool, queries: int) -> None:
+def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masks: int, queries: int) -> None:
     """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once."""
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True
     length = 9000 if queries == 1 else queries
-    query = torch.randn(1, 8, queries, 128).to(dtype)
-    key, value = torch.randn(2, 1, 4, length, 128).to(dtype)
-    mask = torch.rand(1, 1, queries, length) < 0.5 if masked else None
-    if masked:
+    query = torch.randn(2, 8, queries, 128).to(dtype)
+    key, value = torch.randn(2, 2, 4, length, 128).to(dtype)
+    mask = torch.rand(masks, 1, queries, length) < 0.5 if masks else None
+    if masks:
         mask[..., 0] = True
     exact, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), mask)
     plain, _ = sdpa_attention_forward(layer, query, key, value, mask)

@@ -4,6 +4,8 @@ PyTorch's kernel computes bfloat16 and float16 several times as slowly as float3
 decoding, where it multiplies vectors.
 """
 
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from deepseek_vl.models.linear import CHUNK_ELEMENTS, NARROW, WIDEN_ROWS
+from deepseek_vl.models.linear import NARROW, WIDEN_ROWS
 
 FLOAT32_ATTENTION = "sdpa_float32"
 """Name of this attention among transformers' implementations."""
+
+CACHED_ELEMENTS = 2**20
+"""So many elements of the keys, and of the values, are widened at a time: 8 MB of both, which stay in the cache."""
 
 
 def attend_in_float32(
@@ -46,20 +51,22 @@ def attend_in_float32(
         or torch.is_grad_enabled()
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    kv_heads = key.shape[1]
+    rows, kv_heads, length, head_dim = key.shape
     queries_per_key = query.shape[1] // kv_heads
-    step = max(1, CHUNK_ELEMENTS * kv_heads // key.numel())
-    parts = []
-    for start in range(0, kv_heads, step):
-        end = min(start + step, kv_heads)
-        part = query[:, start * queries_per_key : end * queries_per_key].float()
-        attended, _ = sdpa_attention_forward(
-            module, part, key[:, start:end].float(), value[:, start:end].float(), attention_mask, **kwargs
+    parts = math.ceil(kv_heads * length * head_dim / CACHED_ELEMENTS)
+    heads_per_part = math.ceil(kv_heads / parts)
+    attended = query.new_empty(rows, query.shape[2], query.shape[1], head_dim)
+    for row, start in itertools.product(range(rows), range(0, kv_heads, heads_per_part)):
+        held = (slice(row, row + 1), slice(start, start + heads_per_part))
+        asked = (held[0], slice(start * queries_per_key, (start + heads_per_part) * queries_per_key))
+        mask = None if attention_mask is None else attention_mask[row if len(attention_mask) > 1 else 0][None]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        part, _ = sdpa_attention_forward(
+            module, query[asked].float(), key[held].float(), value[held].float(), mask, **kwargs
         )
-        parts.append(attended.to(query.dtype))
-    return torch.cat(parts, dim=2), None
+        attended[asked[0], :, asked[1]] = part
+    return attended, None
 
 
 AttentionInterface.register(FLOAT32_ATTENTION, attend_in_float32)

@@ -344,6 +344,19 @@ def test_a_checkpoint_gives_tokenizer_processor_and_model(checkpoint, as_type, d
     assert {(tensor.dtype, tensor.device.type) for tensor in model.parameters()} == {(expected, "cpu")}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_loaded_model_does_not_change_with_its_files(siglip_checkpoint, tmp_path, dtype):
+    """Weights are read through a memory map, of which none may be left in the model."""
+    shutil.copytree(siglip_checkpoint, tmp_path, dirs_exist_ok=True)
+    _, _, model = load_pretrained_model(tmp_path, device="cpu", dtype=dtype)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    (file,) = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        opened.write(bytes(file.stat().st_size - opened.tell()))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_without_a_dtype_the_model_gets_the_one_that_suits_the_device(siglip_checkpoint):
     _, _, model = load_pretrained_model(siglip_checkpoint, device="cpu")
     assert model.dtype is pick_dtype(torch.device("cpu"))

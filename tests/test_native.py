@@ -1,13 +1,21 @@
 """What is said to the C libraries below PyTorch."""
 
 import ctypes
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from deepseek_vl.utils.native import forget_pages
 
 COUNT = """
 import os
+import time
 import torch
 from deepseek_vl.utils.native import release_threads
 
@@ -20,7 +28,9 @@ before = threads()
 sums = [numbers.exp2().sum()]
 with_pool = threads()
 release_threads()
-without = threads()
+deadline = time.monotonic() + 10
+while (without := threads()) > before and time.monotonic() < deadline:
+    time.sleep(0.01)  # they end on their own
 sums.append(numbers.exp2().sum())
 assert sums[0] == sums[1] == 2**24
 print(with_pool - before, with_pool - without)
@@ -34,3 +44,27 @@ print(with_pool - before, with_pool - without)
 def test_threads_are_released_and_come_back() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2"]
+
+
+def test_pages_of_a_mapped_file_are_forgotten_and_read_again(tmp_path: Path) -> None:
+    numbers = torch.arange(2**22, dtype=torch.int32).reshape(2048, 2048)
+    save_file({"first": numbers, "second": -numbers}, tmp_path / "a.safetensors")
+    mapped = safe_open(tmp_path / "a.safetensors", framework="pt")
+    first, second = mapped.get_tensor("first"), mapped.get_tensor("second")
+    assert torch.equal(first, numbers)
+    assert torch.equal(second, -numbers)
+    with_both = mapped_memory()
+    forget_pages(first[512:])
+    forget_pages(second[:, ::2])
+    assert torch.equal(first[:512], numbers[:512])
+    if sys.platform == "linux":
+        forgotten = (1536 + 2048) * 2048 * 4
+        assert 0.8 * forgotten < with_both - mapped_memory()  # the system maps more around what is read
+    assert torch.equal(first, numbers)
+    assert torch.equal(second, -numbers)
+
+
+def mapped_memory() -> int:
+    """The bytes of files that are in this process's memory."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8") if sys.platform == "linux" else "RssFile: 0 kB"
+    return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) * 1024

@@ -67,7 +67,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         *args: Any,
     ) -> Any:
         """transformers' step that reads the weights, here under the names that this class has for them."""
-        state_dict = unread_state_dict(state_dict, checkpoint_files, load_config)
+        state_dict = unread_state_dict(model, state_dict, checkpoint_files, load_config)
         if state_dict:
             state_dict = _to_modules(as_reference(state_dict, _to_reference(model.state_dict(), model)), model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from deepseek_vl.models.layout_weights import canonical
+from deepseek_vl.utils.native import forget_pages
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,17 @@ def hub_arguments_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class UnreadTensor:
-    """A tensor of a safetensors file, read when it is indexed."""
+    """A tensor of a safetensors file, read when it is indexed.
 
-    def __init__(self, file: Any, name: str):
+    Args:
+        file: the opened file, which is mapped into memory.
+        name: the tensor's.
+        dtype: what floating point numbers are converted to as they are read; None leaves them.
+    """
+
+    def __init__(self, file: Any, name: str, dtype: torch.dtype | None = None):
         self._file, self._name, self._slice = file, name, file.get_slice(name)
+        self._dtype = dtype
 
     def get_shape(self) -> list[int]:
         return self._slice.get_shape()
@@ -40,24 +48,34 @@ class UnreadTensor:
         return self._slice.get_dtype()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        # A slice copies what it has read, and so takes twice the memory and longer.
-        return self._file.get_tensor(self._name) if index is ... else self._slice[index]
+        mapped = self._file.get_tensor(self._name)[index]
+        dtype = self._dtype if self._dtype is not None and mapped.is_floating_point() else mapped.dtype
+        # Never the mapped numbers themselves, which would change if the file is written again.
+        read = mapped.to(dtype, copy=True)
+        forget_pages(mapped)
+        return read
 
 
-def unread_tensors(file: str) -> list[tuple[str, UnreadTensor]]:
-    """The names and tensors of a safetensors file, each to be read when it is indexed."""
+def unread_tensors(file: str, dtype: torch.dtype | None = None) -> list[tuple[str, UnreadTensor]]:
+    """The names and tensors of a safetensors file, each to be read when it is indexed, as `dtype` if it is floating
+    point and one is given."""
     try:
-        opened = safe_open(file, framework="pt", backend="pread")
+        opened = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
-    return [(name, UnreadTensor(opened, name)) for name in opened.keys()]  # noqa: SIM118  it is no dict
+    return [(name, UnreadTensor(opened, name, dtype)) for name in opened.keys()]  # noqa: SIM118  it is no dict
 
 
-def unread_weights(files: Iterable[str]) -> dict[str, Any]:
-    """The tensors of a checkpoint's safetensors or torch files, by their `canonical` names, read when indexed."""
+def unread_weights(files: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The tensors of a checkpoint's safetensors or torch files, by their `canonical` names, read when indexed.
+
+    Args:
+        dtype: what floating point numbers of safetensors files are converted to as they are read; None leaves them.
+    """
     tensors: dict[str, Any] = {}
     for file in files:
-        tensors |= unread_tensors(file) if file.endswith(".safetensors") else load_state_dict(file)
+        is_safetensors = file.endswith(".safetensors")
+        tensors |= unread_tensors(file, dtype) if is_safetensors else load_state_dict(file)
     return canonical(tensors)
 
 

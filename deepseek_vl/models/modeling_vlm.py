@@ -386,28 +386,31 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         load_config: Any,
         *args: Any,
     ) -> Any:
-        """transformers' step that reads the weights, here tensor by tensor rather than through a memory map.
+        """transformers' step that reads the weights, here with a file's pages let go as soon as they are read.
 
-        A mapped file stays in memory beside the weights that are converted from it, which doubles the peak.
+        Else they stay in memory beside the weights that are converted from them, which doubles the peak.
         """
-        state_dict = unread_state_dict(state_dict, checkpoint_files, load_config)
+        state_dict = unread_state_dict(model, state_dict, checkpoint_files, load_config)
         if state_dict:
             state_dict = as_reference(state_dict, model.state_dict())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
 
 def unread_state_dict(
-    state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, load_config: Any
+    model: PreTrainedModel, state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, load_config: Any
 ) -> dict[str, Any] | None:
     """What transformers' loader is to read: tensors that are read one by one, where it would map whole files.
 
     None leaves the files to transformers: for weights that stay on the disk, or are divided among DeepSpeed's
     processes.
     """
-    on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
-    if state_dict is not None or not checkpoint_files or on_disk or is_deepspeed_zero3_enabled():
+    devices = set((load_config.device_map or {"": "cpu"}).values())
+    if state_dict is not None or not checkpoint_files or "disk" in devices or is_deepspeed_zero3_enabled():
         return state_dict
-    return unread_weights(checkpoint_files)
+    # Converted as they are read, weights are copied once only. Elsewhere they are converted where they come to.
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    is_for_cpu = all(str(device) == "cpu" for device in devices) and not load_config.is_quantized
+    return unread_weights(checkpoint_files, dtypes.pop() if is_for_cpu and len(dtypes) == 1 else None)
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:

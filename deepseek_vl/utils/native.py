@@ -1,7 +1,12 @@
 """What the C libraries below PyTorch on Linux, glibc and GNU's OpenMP, do only when told to. Elsewhere: nothing."""
 
 import ctypes
+import math
+import mmap
 import sys
+from typing import Any
+
+import torch
 
 
 def return_freed_memory() -> None:
@@ -18,8 +23,25 @@ def release_threads() -> None:
     _call("omp_pause_resource_all", 1)  # omp_pause_soft: they come back when they are needed
 
 
-def _call(name: str, argument: int) -> None:
+def forget_pages(tensor: torch.Tensor) -> None:
+    """Let the system have back the memory that a tensor mapped from a file has taken as it was read.
+
+    Until then it counts as the process's. Its numbers stay readable, from the file.
+    """
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, end = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+    start, end = math.ceil(start / mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:  # whole pages, because others may be needed for its neighbours
+        _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+_MADV_DONTNEED = 4
+
+
+def _call(name: str, *arguments: Any) -> None:
     """Call a function of the libraries that are loaded, if there is one of this name."""
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
     if function is not None:
-        function(argument)
+        function(*arguments)

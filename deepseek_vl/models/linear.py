@@ -22,6 +22,8 @@ WIDEN_ROWS = 32
 CHUNK_ELEMENTS = 2**22
 """So much of a weight is widened at a time: 16 MB, which stay in the cache."""
 
+QUANTISED_ELEMENTS = 2**20
+"""So much of a weight is quantised at a time: 4 MB as float32, which stay in the cache."""
 
 X86 = ("x86_64", "AMD64")
 
@@ -96,11 +98,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        scales = [_scales(linear.weight.detach(), 127) for linear in linears]  # [out_features, 1] each
-        weights = [
-            linear.weight.detach().to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
-            for linear, scale in zip(linears, scales, strict=True)
-        ]
+        weights, scales = zip(*(_quantised(linear.weight.detach()) for linear in linears), strict=True)
         # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
         self._weight = torch.ops.onednn.qlinear_prepack(torch.cat(weights), None)
         self._scale = torch.cat(scales).flatten()
@@ -180,6 +178,21 @@ class Int8Sibling(nn.Module):
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
     """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
     return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(levels)
+
+
+def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] -> int8 [N, K], and what each of its rows is to be multiplied with, float32 [N, 1]."""
+    quantised, scales = (
+        torch.empty_like(weight, dtype=torch.int8),
+        weight.new_empty(len(weight), 1, dtype=torch.float32),
+    )
+    step = max(1, QUANTISED_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        wide = weight[part].to(torch.float32, copy=True)
+        scales[part] = scale = _scales(wide, 127)
+        quantised[part] = wide.div_(scale).round_()
+    return quantised, scales
 
 
 def quantize_int8(model: nn.Module) -> None:

@@ -14,7 +14,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
-from deepseek_vl.models.linear import Int8Linear, WideningLinear, quantize_int8, widen
+from deepseek_vl.models.linear import (
+    Int8Linear,
+    OneDNNLinear,
+    WideningLinear,
+    fastest_linear,
+    quantize_int8,
+    replace_linear,
+)
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.data import load_data
 from deepseek_vl.train.evaluate import evaluate
@@ -64,7 +71,7 @@ def test_a_widening_layer_is_as_exact_as_a_plain_one(dtype: torch.dtype, bias: b
     torch.manual_seed(0)
     plain = nn.Linear(1024, 5000, bias=bias).to(dtype)  # widened in two parts
     holder = nn.Sequential(copy.deepcopy(plain))
-    widen(holder)
+    replace_linear(holder, WideningLinear)
     inputs = torch.randn(*shape, 1024).to(dtype)
     exact = F.linear(inputs.double(), plain.weight.double(), plain.bias.double() if bias else None)
     output = holder(inputs)
@@ -80,7 +87,7 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
 ) -> None:
     model = tiny_in(dtype)
     plain = error(logits(model, prompt), expected)
-    widen(model)
+    replace_linear(model, WideningLinear)
     use_float32_attention(model.language_model)
     assert error(logits(model, prompt), expected) <= 1.5 * plain  # how roundings add up in one model is luck
 
@@ -89,14 +96,14 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
 def test_its_answers_are_the_plain_ones(dtype: torch.dtype, prompt: dict[str, torch.Tensor]) -> None:
     model = tiny_in(dtype)
     plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    widen(model)
+    replace_linear(model, WideningLinear)
     use_float32_attention(model.language_model)
     assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
 
 
 def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
     model = tiny_in(torch.float32)
-    widen(model)
+    replace_linear(model, WideningLinear)
     use_float32_attention(model.language_model)
     assert torch.equal(logits(model, prompt), expected)
 
@@ -104,7 +111,7 @@ def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expe
 def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
     model = tiny_in(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    widen(model)
+    replace_linear(model, WideningLinear)
     use_float32_attention(model.language_model)
     model.save_pretrained(tmp_path)
     again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -115,21 +122,69 @@ def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
-def test_a_widening_model_learns_as_a_plain_one(lora: bool, prompt: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), [(WideningLinear, torch.bfloat16), (OneDNNLinear, torch.float32)])
+def test_a_model_of_such_layers_learns_as_a_plain_one(
+    kind: type[nn.Linear], dtype: torch.dtype, lora: bool, prompt: dict[str, torch.Tensor]
+) -> None:
     gradients = []
-    for widened in (False, True):
-        model = tiny_in(torch.bfloat16)
-        if widened:
-            widen(model)
+    for replaced in (False, True):
+        model = tiny_in(dtype)
+        if replaced:
+            replace_linear(model, kind)
             use_float32_attention(model.language_model)
         if lora:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
         model(**prompt, labels=prompt["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    plain, widened = gradients
-    assert plain.keys() == widened.keys()
-    assert all(torch.equal(plain[name], widened[name]) for name in plain)
+    plain, changed = gradients
+    assert plain.keys() == changed.keys()
+    assert all(torch.equal(plain[name], changed[name]) for name in plain)
+
+
+# --- oneDNN's products of float32 ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 40)], ids=str)
+@torch.inference_mode()
+def test_a_layer_of_onednns_products_is_as_exact_as_a_plain_one(bias: bool, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 500, bias=bias)
+    holder = nn.Sequential(copy.deepcopy(plain))
+    replace_linear(holder, OneDNNLinear)
+    inputs = torch.randn(*shape, 1024)
+    exact = F.linear(inputs.double(), plain.weight.double(), plain.bias.double() if bias else None)
+    output = holder(inputs)
+    assert (output.dtype, output.shape) == (torch.float32, exact.shape)
+    assert error(output, exact) <= max(2 * error(plain(inputs), exact), 1e-6)
+
+
+def test_a_model_of_onednns_products_answers_as_a_plain_one(
+    prompt: dict[str, torch.Tensor], expected: torch.Tensor
+) -> None:
+    model = tiny_in(torch.float32)
+    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    replace_linear(model, OneDNNLinear)
+    torch.testing.assert_close(logits(model, prompt), expected, rtol=1e-4, atol=1e-4)
+    assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize(
+    ("maker", "avx512", "kind"),
+    [("AuthenticAMD", True, OneDNNLinear), ("AuthenticAMD", False, nn.Linear), ("GenuineIntel", True, nn.Linear)],
+)
+def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
+    maker: str, avx512: bool, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek_vl.models.linear._processor", lambda: f"vendor_id : {maker}")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    assert fastest_linear(torch.float32) is kind
+    _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
+    assert type(model.language_model.lm_head) is kind
+
+
+# --- attention ---
 
 
 @NARROW
@@ -311,6 +366,6 @@ def test_an_unknown_kind_is_an_error_of_loading(tmp_path: Path) -> None:
 
 def test_widening_layers_are_linear_layers_to_others() -> None:
     model = tiny_in(torch.float16)
-    widen(model)
+    replace_linear(model, WideningLinear)
     assert isinstance(model.language_model.lm_head, WideningLinear)
     assert isinstance(model.language_model.lm_head, nn.Linear)

@@ -252,7 +252,7 @@ def load_pretrained_model(
 
     from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
     from deepseek_vl.models.attention import use_float32_attention
-    from deepseek_vl.models.linear import multiplies_in_hardware, quantize_int8, widen
+    from deepseek_vl.models.linear import fastest_linear, quantize_int8, replace_linear
 
     try:
         config, _ = MultiModalityConfig.get_config_dict(str(path) if is_directory else source)
@@ -275,8 +275,8 @@ def load_pretrained_model(
         raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
     if quantize is not None:
         quantize_int8(model)
-    elif not multiplies_in_hardware(kwargs["dtype"]):
-        widen(model)
+    elif device.type == "cpu":
+        replace_linear(model, fastest_linear(kwargs["dtype"]))
     if device.type == "cpu":
         use_float32_attention(model.language_model)
     release_threads()

@@ -231,6 +231,16 @@ def test_an_int8_layer_is_near_the_exact_one(dtype: torch.dtype, bias: bool) -> 
     assert error(output, linear.double()(inputs.double())) < 0.025
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(4096, 24))
+    rows = torch.randn(3, 1000, 4096, dtype=dtype, requires_grad=True)
+    output = layer(rows)
+    assert (output.shape, output.dtype, output.requires_grad) == ((3, 1000, 24), dtype, False)
+    assert torch.equal(output, torch.stack([layer(part) for part in rows]))
+
+
 @torch.inference_mode()
 def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ WIDEN_ROWS = 32
 product of float32 take longer than reading its weights."""
 
 CHUNK_ELEMENTS = 2**22
-"""So much of a weight is widened at a time: 16 MB, which stay in the cache."""
+"""So much of a weight is widened at a time, or of an input quantised: 16 MB, which stay in the cache."""
 
 QUANTISED_ELEMENTS = 2**20
 """So much of a weight is quantised at a time: 4 MB as float32, which stay in the cache."""
@@ -155,9 +155,21 @@ class Int8Linear(nn.Module):
         self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
         self.eval()
 
+    @torch.no_grad()
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], in the input's dtype."""
+        """[..., in_features] -> [..., out_features], in the input's dtype, without a gradient."""
         rows = input.reshape(-1, self.in_features)
+        step = max(WIDEN_ROWS, CHUNK_ELEMENTS // max(self.in_features, self.out_features))
+        if len(rows) <= step:
+            output = self._multiplied(rows)
+        else:
+            output = rows.new_empty(len(rows), self.out_features)
+            for start in range(0, len(rows), step):
+                output[start : start + step] = self._multiplied(rows[start : start + step])
+        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] -> float32 [rows, out_features]."""
         scale = _scales(rows, self._levels)  # [rows, 1]
         # The kernel wants them unsigned, so something stands for 0; the conversion cuts off what 0.5 rounds up.
         zero = self._levels + 1
@@ -169,8 +181,7 @@ class Int8Linear(nn.Module):
             *(1.0, 0, torch.float32),  # the output as it is
             *("none", [], ""),  # nor any operation after it
         )
-        output = torch.addcmul(self._bias, output, scale)
-        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        return torch.addcmul(self._bias, output, scale, out=output)
 
     def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
         """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""

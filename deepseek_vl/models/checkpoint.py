@@ -60,7 +60,7 @@ def unread_tensors(file: str, dtype: torch.dtype | None = None) -> list[tuple[st
     """The names and tensors of a safetensors file, each to be read when it is indexed, as `dtype` if it is floating
     point and one is given."""
     try:
-        opened = safe_open(file, framework="pt")
+        opened = safe_open(file, framework="pt", backend="mmap")
     except SafetensorError as error:
         raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
     return [(name, UnreadTensor(opened, name, dtype)) for name in opened.keys()]  # noqa: SIM118  it is no dict

@@ -191,8 +191,12 @@ def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
 @pytest.mark.parametrize("masks", [0, 1, 2], ids=["causal", "a mask for all", "a mask for each"])
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @torch.inference_mode()
-def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masks: int, queries: int) -> None:
-    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once."""
+def test_attention_in_float32_is_as_exact_as_the_plain_one(
+    dtype: torch.dtype, masks: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once; on a processor
+    that multiplies float32 only."""
+    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_in_hardware", lambda dtype: False)
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True

@@ -1,7 +1,7 @@
 """Attention for inference on CPUs: keys and values narrow to be kept, and float32 to be multiplied.
 
 PyTorch's kernel computes bfloat16 and float16 several times as slowly as float32 when there are few queries, as in
-decoding, where it multiplies vectors.
+decoding, where it multiplies vectors; and with many, where the processor has no instructions for them.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from deepseek_vl.models.linear import NARROW, WIDEN_ROWS
+from deepseek_vl.models.linear import NARROW, WIDEN_ROWS, multiplies_in_hardware
 
 FLOAT32_ATTENTION = "sdpa_float32"
 """Name of this attention among transformers' implementations."""
@@ -30,9 +30,10 @@ def attend_in_float32(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`; few queries of a narrow dtype in float32, as many heads at a time as fit in the cache.
+    """transformers' `sdpa`, of a narrow dtype in float32, as many heads at a time as fit in the cache.
 
-    Where gradients are on, and on other devices, it is plain `sdpa`.
+    Where gradients are on, on other devices, and for many queries of a dtype that the processor multiplies, it is plain
+    `sdpa`.
 
     Args:
         module: the attention layer.
@@ -45,10 +46,10 @@ def attend_in_float32(
         [B, T, heads, head_dim] in the query's dtype, and no weights.
     """
     if (
-        query.shape[2] >= WIDEN_ROWS
-        or query.dtype not in NARROW
+        query.dtype not in NARROW
         or query.device.type != "cpu"
         or torch.is_grad_enabled()
+        or (query.shape[2] >= WIDEN_ROWS and multiplies_in_hardware(query.dtype))
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape

@@ -31,6 +31,7 @@ QUANTISED_ELEMENTS = 2**20
 X86 = ("x86_64", "AMD64")
 
 
+@functools.cache
 def multiplies_in_hardware(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for products of matrices of a floating point dtype."""
     if dtype is torch.float16:

@@ -168,7 +168,6 @@ def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> Traini
         bf16=torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         logging_steps=20,
         save_steps=500,
-        save_total_limit=2,
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
         remove_unused_columns=False,

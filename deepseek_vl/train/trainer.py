@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
@@ -46,8 +46,20 @@ def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+class CheckpointRotation(TrainerCallback):
+    """Deletes all but the last two checkpoints of a run.
+
+    `Trainer`'s own way to it, `save_total_limit`, also deletes what others have called `checkpoint-` something.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            for checkpoint in checkpoints(Path(args.output_dir))[2:]:
+                shutil.rmtree(checkpoint)
+
+
 class OrderedTrainer(Trainer):
-    """`Trainer` that can take the data as they come.
+    """`Trainer` that can take the data as they come, and keeps the last two checkpoints.
 
     Args:
         shuffle: whether they come in a random order, a new one in each epoch.
@@ -57,6 +69,7 @@ class OrderedTrainer(Trainer):
     def __init__(self, *, shuffle: bool = True, **kwargs: Any):
         super().__init__(**kwargs)
         self.shuffle = shuffle
+        self.add_callback(CheckpointRotation())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return (
@@ -119,6 +132,12 @@ class VLTrainer(OrderedTrainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [(int(match[1]), path) for path in output.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end; later ones, cut off by a kill, are deleted.
 
@@ -127,8 +146,7 @@ def last_checkpoint(output: Path) -> Path | None:
     Raises:
         OSError: if a checkpoint cannot be read.
     """
-    found = [(int(match[1]), path) for path in output.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    for _, checkpoint in sorted(found, reverse=True):
+    for checkpoint in checkpoints(output):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # it is missing or cut off

@@ -19,6 +19,7 @@ from deepseek_vl.models.linear import (
     OneDNNLinear,
     WideningLinear,
     fastest_linear,
+    multiplies_fast,
     quantize_int8,
     replace_linear,
 )
@@ -172,16 +173,42 @@ def test_a_model_of_onednns_products_answers_as_a_plain_one(
 
 @pytest.mark.parametrize(
     ("maker", "avx512", "kind"),
-    [("AuthenticAMD", True, OneDNNLinear), ("AuthenticAMD", False, nn.Linear), ("GenuineIntel", True, nn.Linear)],
+    [("AMD", True, OneDNNLinear), ("AMD", False, nn.Linear), ("Intel", True, nn.Linear)],
 )
 def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
     maker: str, avx512: bool, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek_vl.models.linear._processor", lambda: f"vendor_id : {maker}")
+    monkeypatch.setattr("deepseek_vl.models.linear._is_amd", lambda: maker == "AMD")
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     assert fastest_linear(torch.float32) is kind
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
     assert type(model.language_model.lm_head) is kind
+
+
+@pytest.mark.parametrize(
+    ("maker", "instructions", "fast"),
+    [
+        ("AMD", {"avx512_bf16"}, {torch.float32, torch.bfloat16}),
+        ("AMD", set(), {torch.float32}),
+        ("Intel", {"avx512_bf16"}, {torch.float32}),
+        ("Intel", {"avx512_bf16", "amx_tile"}, {torch.float32, torch.bfloat16}),
+        ("Intel", {"avx512_bf16", "amx_tile", "amx_fp16"}, {torch.float32, torch.bfloat16, torch.float16}),
+    ],
+)
+def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
+    maker: str, instructions: set[str], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("deepseek_vl.models.linear._is_amd", lambda: maker == "AMD")
+    for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
+    multiplies_fast.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert multiplies_fast(dtype) is (dtype in fast)
+            assert (fastest_linear(dtype) is WideningLinear) is (dtype not in fast)
+    finally:
+        multiplies_fast.cache_clear()
 
 
 # --- attention ---
@@ -195,8 +222,8 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(
     dtype: torch.dtype, masks: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once; on a processor
-    that multiplies float32 only."""
-    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_in_hardware", lambda dtype: False)
+    that multiplies float32 the fastest."""
+    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_fast", lambda dtype: False)
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True

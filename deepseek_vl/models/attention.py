@@ -1,7 +1,7 @@
 """Attention for inference on CPUs: keys and values narrow to be kept, and float32 to be multiplied.
 
 PyTorch's kernel computes bfloat16 and float16 several times as slowly as float32 when there are few queries, as in
-decoding, where it multiplies vectors; and with many, where the processor has no instructions for them.
+decoding, where it multiplies vectors; and with many, where the processor does not multiply them fast.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from deepseek_vl.models.linear import NARROW, WIDEN_ROWS, multiplies_in_hardware
+from deepseek_vl.models.linear import NARROW, WIDEN_ROWS, multiplies_fast
 
 FLOAT32_ATTENTION = "sdpa_float32"
 """Name of this attention among transformers' implementations."""
@@ -32,8 +32,8 @@ def attend_in_float32(
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa`, of a narrow dtype in float32, as many heads at a time as fit in the cache.
 
-    Where gradients are on, on other devices, and for many queries of a dtype that the processor multiplies, it is plain
-    `sdpa`.
+    Where gradients are on, on other devices, and for many queries of a dtype that the processor multiplies fast, it is
+    plain `sdpa`.
 
     Args:
         module: the attention layer.
@@ -49,7 +49,7 @@ def attend_in_float32(
         query.dtype not in NARROW
         or query.device.type != "cpu"
         or torch.is_grad_enabled()
-        or (query.shape[2] >= WIDEN_ROWS and multiplies_in_hardware(query.dtype))
+        or (query.shape[2] >= WIDEN_ROWS and multiplies_fast(query.dtype))
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape

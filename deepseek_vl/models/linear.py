@@ -1,8 +1,8 @@
 """Linear layers for inference on CPUs: the fastest products, narrow weights without slow ones, and int8.
 
 One row at a time (decoding), a linear layer takes as long as its weights take to be read, so narrow ones are fast. With
-many rows (a prompt, an image) it takes as long as the arithmetic, which is in hardware for float32 and for int8, but
-for bfloat16 and float16 on few processors.
+many rows (a prompt, an image) it takes as long as the arithmetic, which is fast in float32 and in int8, but in bfloat16
+and float16 on few processors.
 """
 
 import functools
@@ -32,15 +32,23 @@ X86 = ("x86_64", "AMD64")
 
 
 @functools.cache
-def multiplies_in_hardware(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of matrices of a floating point dtype."""
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a floating point dtype faster than such of float32.
+
+    To have instructions for it is not enough. Intel's are fast in tiles (AMX) only: without, bfloat16 by AVX-512 takes
+    twice as long as float32, and float16 is converted. On AMD's processors bfloat16 by AVX-512 takes half as long.
+    """
+    if dtype not in NARROW:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in X86:
+        if dtype is torch.float16:
+            return torch.cpu._is_amx_fp16_supported()
+        return torch.cpu._is_amx_tile_supported() or (_is_amd() and torch.cpu._is_avx512_bf16_supported())
     if dtype is torch.float16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if dtype is torch.bfloat16:
-        if platform.machine() in X86:  # where oneDNN would also emulate them
-            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return True
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class WideningLinear(nn.Linear):
@@ -102,22 +110,21 @@ def replace_linear(model: nn.Module, kind: type[nn.Linear]) -> None:
 
 def fastest_linear(dtype: torch.dtype) -> type[nn.Linear]:
     """The kind of linear layers that is the fastest on this processor, for weights of a floating point dtype."""
-    if not multiplies_in_hardware(dtype):
+    if not multiplies_fast(dtype):
         return WideningLinear
     # PyTorch's products of float32 are MKL's, which on AMD's processors with AVX-512 take a fifth longer.
-    if dtype is torch.float32 and "AuthenticAMD" in _processor() and torch.cpu._is_avx512_supported():
+    if dtype is torch.float32 and _is_amd() and torch.cpu._is_avx512_supported():
         return OneDNNLinear
     return nn.Linear
 
 
-@functools.cache
-def _processor() -> str:
-    """Who made the processor, on x86."""
+def _is_amd() -> bool:
+    """Whether AMD made the processor, as far as the system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        return platform.processor()
-    return next((line for line in lines if line.startswith("vendor_id")), "")
+        return "AuthenticAMD" in platform.processor()
+    return "AuthenticAMD" in next((line for line in lines if line.startswith("vendor_id")), "")
 
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

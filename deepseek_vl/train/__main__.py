@@ -20,9 +20,9 @@ from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLCha
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.data import ConversationDataset, check_data, load_data
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
-from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train
+from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
-from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model, pick_device, pick_dtype
+from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model, pick_device
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> int | None:
     if IS_FIRST:
         _keep_to_the_run(args)
     set_seed(args.seed)
-    dtype = _pick_dtype(args)
+    dtype = training_dtype(pick_device(args.device), args.dtype)
     # What learns is kept in float32; behind adapters the weights only have to be read.
     loaded_in = dtype if args.lora else torch.float32
     _, processor, model = load_pretrained_model(args.model_path, device="cpu", dtype=loaded_in)
@@ -223,14 +223,6 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{str(args.output)!r} is not empty and holds no run; choose another --output.")
     args.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(chosen, indent=2), encoding="utf-8")
-
-
-def _pick_dtype(args: argparse.Namespace) -> torch.dtype:
-    device = pick_device(args.device)
-    dtype = pick_dtype(device, "float32" if args.dtype == "auto" and device.type == "mps" else args.dtype)
-    if dtype is torch.float16 and device.type != "cuda":
-        raise ValueError("Training in float16 needs a CUDA device; use --dtype bfloat16 or float32.")
-    return dtype
 
 
 def _max_length(args: argparse.Namespace, config: MultiModalityConfig) -> int:

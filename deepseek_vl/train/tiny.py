@@ -28,9 +28,10 @@ from deepseek_vl.models.siglip_vit import SigLIPVisionTransformer
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.sight import MapCollator, PatchReader
 from deepseek_vl.train.stages import parts_of, set_trainable
-from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train
+from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train, training_dtype
 from deepseek_vl.train.world import ByLength, Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
+from deepseek_vl.utils.io import pick_device
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> Traini
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=100,
         use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        bf16=training_dtype(pick_device()) is torch.bfloat16,
         logging_steps=20,
         save_steps=500,
         dataloader_num_workers=1,

@@ -18,9 +18,11 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from deepseek_vl.models.linear import multiplies_fast
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parameter_groups
+from deepseek_vl.utils.io import pick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,20 @@ class VLTrainer(OrderedTrainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # With a cache transformers would not look for the borders of packed rows in their positions.
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+
+def training_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
+    """The dtype to train in: the one asked for, or the fastest on this device.
+
+    Raises:
+        ValueError: for one that cannot be trained in there.
+    """
+    picked = pick_dtype(device, dtype)
+    if dtype == "auto" and device.type != "cuda" and not (device.type == "cpu" and multiplies_fast(picked)):
+        return torch.float32
+    if picked is torch.float16 and device.type != "cuda":
+        raise ValueError("Training in float16 needs a CUDA device; use --dtype bfloat16 or float32.")
+    return picked
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -38,6 +38,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that one process does not end with minutes of work that none can share."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """What the reference computed: prompts, ids, hashes, greedy tokens."""

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,26 @@ def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
     assert fastest_linear(torch.float32) is kind
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
     assert type(model.language_model.lm_head) is kind
+
+
+@NARROW
+def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
+    """Each in memory of its own, which serves in inference mode as well as without gradients."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(64 * size, 3000, bias=False) for size in range(1, 5)).to(dtype)
+    replace_linear(layers, WideningLinear)
+    inputs = [torch.randn(40, layer.in_features).to(dtype) for layer in layers]
+
+    def multiplied(_: int = 0) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            first = layers[0](inputs[0])
+        with torch.no_grad():
+            return [first] + [layer(rows) for layer, rows in zip(layers[1:], inputs[1:], strict=True)]
+
+    expected = multiplied()
+    with ThreadPoolExecutor(4) as pool:
+        for outputs in pool.map(multiplied, range(40)):
+            assert all(torch.equal(output, alone) for output, alone in zip(outputs, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and float16 on few processors.
 
 import functools
 import platform
+import threading
 import weakref
 from pathlib import Path
 
@@ -68,12 +69,25 @@ class WideningLinear(nn.Linear):
         step = max(1, CHUNK_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
+            weight = _scratch(self.weight[part].shape).copy_(self.weight[part])
             bias = None if self.bias is None else self.bias[part].float()
-            output[..., part] = F.linear(wide, self.weight[part].float(), bias)
+            output[..., part] = F.linear(wide, weight, bias)
         return output
 
     def _is_to_widen(self, input: torch.Tensor) -> bool:
         return input.dtype in NARROW and _are_many_rows(input, self)
+
+
+_held = threading.local()
+
+
+def _scratch(shape: torch.Size) -> torch.Tensor:
+    """A float32 tensor to write to, in memory that this thread keeps for the next: as much is slow to get anew."""
+    held = getattr(_held, "tensor", None)
+    if held is None or held.numel() < shape.numel():
+        with torch.inference_mode(False):  # it may be written to within as well as without
+            held = _held.tensor = torch.empty(shape.numel(), dtype=torch.float32, device="cpu")
+    return held[: shape.numel()].view(shape)
 
 
 class OneDNNLinear(nn.Linear):

@@ -52,7 +52,7 @@ setup(
             "psutil>=6",
             "pyte>=0.8.2",
             "pytest>=8",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
         ],
         "gradio": GRADIO,

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
@@ -55,6 +56,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.14",
         ],
+        "gpu": GPU,
         "gradio": GRADIO,
         "serve": SERVE,
         "train": TRAIN,

@@ -411,9 +411,9 @@ def test_it_cannot_be_saved(quantised: Loaded, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "quantize", "message"),
     [
-        ("cuda", "int8", "not for cuda"),
-        ("mps", "int8", "not for mps"),
-        ("cpu", "int3", "Unknown quantize 'int3'; try int8"),
+        ("mps", "int8", "for cpu and cuda, not for mps"),
+        ("cpu", "int4", "for cuda, not for cpu"),
+        ("cpu", "int3", "Unknown quantize 'int3'; try int8 or int4"),
     ],
 )
 def test_what_cannot_be_quantised_is_said_before_anything_is_loaded(device: str, quantize: str, message: str) -> None:
@@ -422,8 +422,8 @@ def test_what_cannot_be_quantised_is_said_before_anything_is_loaded(device: str,
 
 
 def test_an_unknown_kind_is_an_error_of_loading(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown quantize 'int4'"):
-        load_pretrained_model(tmp_path, device="cpu", quantize="int4")
+    with pytest.raises(ValueError, match="Unknown quantize 'int5'"):
+        load_pretrained_model(tmp_path, device="cpu", quantize="int5")
 
 
 def test_widening_layers_are_linear_layers_to_others() -> None:

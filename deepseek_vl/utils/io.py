@@ -33,8 +33,8 @@ SAFE_IMAGES = 16
 """In one message or request of a stranger's."""
 
 
-QUANTIZATIONS = ("int8",)
-"""The ways to quantise a model's weights when it is loaded."""
+QUANTIZATIONS = {"cpu": ("int8",), "cuda": ("int8", "int4")}
+"""The ways to quantise a model's weights when it is loaded, by the kind of device."""
 
 
 class ImageLoadError(OSError, ValueError):
@@ -200,11 +200,17 @@ def check_quantization(device: torch.device, quantize: str | None) -> None:
     """
     if quantize is None:
         return
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"Unknown quantize {quantize!r}; try {', '.join(QUANTIZATIONS)}.")
-    if device.type != "cpu":
-        raise ValueError(f"Quantised weights ({quantize}) are for the CPU, not for {device.type}; use --device cpu.")
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    known = sorted({name for names in QUANTIZATIONS.values() for name in names}, reverse=True)
+    if quantize not in known:
+        raise ValueError(f"Unknown quantize {quantize!r}; try {' or '.join(known)}.")
+    if quantize not in QUANTIZATIONS.get(device.type, ()):
+        kinds = " and ".join(kind for kind, names in QUANTIZATIONS.items() if quantize in names)
+        raise ValueError(f"Quantised weights ({quantize}) are for {kinds}, not for {device.type}.")
+    if device.type == "cuda":
+        from deepseek_vl.models.weight_only import check_torchao
+
+        check_torchao()
+    elif not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise ValueError(f"This PyTorch has no kernel for quantised weights ({quantize}): it was built without oneDNN.")
 
 
@@ -221,8 +227,9 @@ def load_pretrained_model(
         model_path: a directory, an id on the Hugging Face Hub, or the name of a model that comes with the package.
         device: see `pick_device`.
         dtype: see `pick_dtype`.
-        quantize: "int8" for int8 weights and inputs in the linear layers of a model on the CPU: less time
-            and memory, for answers that are almost the same. Such a model can neither learn nor be saved.
+        quantize: less time and memory, for answers that are almost the same. On the CPU "int8", for int8 weights and
+            inputs in all linear layers; on CUDA GPUs "int8" or "int4", for the language model's weights, by torchao.
+            Such a model is for answers: it can neither learn nor be saved.
         kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
             is not used.
 
@@ -273,12 +280,16 @@ def load_pretrained_model(
         raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
     except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
         raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
-    if quantize is not None:
-        quantize_int8(model)
-    elif device.type == "cpu":
-        replace_linear(model, fastest_linear(kwargs["dtype"]))
     if device.type == "cpu":
+        if quantize is None:
+            replace_linear(model, fastest_linear(kwargs["dtype"]))
+        else:
+            quantize_int8(model)
         use_float32_attention(model.language_model)
+    elif quantize is not None:
+        from deepseek_vl.models.weight_only import quantize_weights
+
+        quantize_weights(model.language_model, quantize)
     release_threads()
     return processor.tokenizer, processor, model
 

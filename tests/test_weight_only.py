@@ -1,0 +1,67 @@
+"""Narrow weights by torchao, which needs no GPU for int8."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Loaded, messages_of
+from PIL import Image
+
+from deepseek_vl.models.weight_only import quantize_weights
+from deepseek_vl.serve.compiled import compile_model
+from deepseek_vl.serve.inference import load_model, stream_answer
+from deepseek_vl.serve.settings import GenerationSettings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny() -> Loaded:
+    return load_model("tiny", device="cpu", dtype="float32")
+
+
+def test_without_torchao_it_is_said_what_to_install(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match="pip install torchao"):
+        quantize_weights(tiny[1].language_model, "int8")
+
+
+def test_int4_is_for_bfloat16(tiny: Loaded) -> None:
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        quantize_weights(tiny[1].language_model, "int4")
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) -> None:
+    pytest.importorskip("torchao")
+    _, model, processor = tiny
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        plain = copy.deepcopy(model.language_model)(input_ids=ids).logits
+        quantize_weights(model.language_model, "int8")
+        logits = model.language_model(input_ids=ids).logits
+    assert 0 < (logits - plain).norm() / plain.norm() < 0.05
+    layers = [module for module in model.language_model.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(layer.weight).__name__ for layer in layers} == {"Int8Tensor"}
+
+    if is_compiled:
+        compile_model(model, processor)
+    image = Image.open(ROOT / "images" / "shapes.png").convert("RGB")
+    messages = messages_of("<image_placeholder>What colour is the star?", image)
+    assert "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip() == "The star is blue."
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_on_a_gpu_all_kinds_answer(kind: str, is_compiled: bool) -> None:
+    pytest.importorskip("torchao")
+    _, model, processor = load_model("tiny", device="cuda", dtype="bfloat16", quantize=kind)
+    if is_compiled:
+        compile_model(model, processor)
+    image = Image.open(ROOT / "images" / "shapes.png").convert("RGB")
+    messages = messages_of("<image_placeholder>What colour is the star?", image)
+    assert "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip() == "The star is blue."

@@ -67,14 +67,16 @@ def test_a_table_has_its_rows_in_json_and_a_plot(
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quantised_weights_have_rows_of_their_own(siglip_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantised_and_compiled_models_have_rows_of_their_own(siglip_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--model_path", str(siglip_checkpoint)]
     command += ["--table", "first-token", "--size", "small", "--device", "cpu", "--peer_dtypes", "float32"]
-    command += ["--quantize", "int8", "--output", str(tmp_path / "it.png")]
+    command += ["--quantize", "int8", "--compile", "--output", str(tmp_path / "it.png")]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=600)
     rows = json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))
     limits = {row["contender"]: row["limit"] for row in rows if row["unit"] == "s" and "token" in row["quantity"]}
     assert limits["ours, int8"] < limits["ours, default dtype"], "its weights are narrower"
+    assert limits["ours, default dtype, compiled"] == limits["ours, default dtype"]
+    assert "ours, int8, compiled" not in limits, "on a CPU there is none"
 
 
 def test_ratios_are_to_the_best_peer(speed: ModuleType) -> None:

@@ -79,7 +79,9 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--prompt", "Hi", "--top_p", "seven"], "argument --top_p"),
         (["--prompt", "Hi", "--device", "toaster"], "Unknown device 'toaster'"),
         (["--prompt", "Hi", "--dtype", "int7"], "Unknown dtype 'int7'"),
-        (["--prompt", "Hi", "--quantize", "int3"], "Unknown quantize 'int3'; try int8."),
+        (["--prompt", "Hi", "--quantize", "int3"], "Unknown quantize 'int3'; try int8 or int4."),
+        (["--prompt", "Hi", "--device", "cpu", "--quantize", "int4"], "(int4) are for cuda, not for cpu"),
+        (["--prompt", "Hi", "--device", "cpu", "--quantize", "int8", "--compile"], "leave --compile out"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -153,6 +155,25 @@ def test_with_int8_weights_the_answer_is_the_same() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "The star is blue.\n", "")
 
 
+def test_a_compiled_model_says_that_it_compiles_and_answers_the_same() -> None:
+    chat = Chat("tiny", "--compile", "--image", str(ROOT / "images" / "shapes.png"), patience=180)
+    try:
+        assert "Compiling the language model ..." in chat.read()
+        assert chat.ask("What colour is the star?").strip() == "The star is blue."
+    finally:
+        chat.close()
+
+
+def test_without_a_compiler_compiling_is_an_error(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "cli_chat.py"), "--model_path", "tiny", "--device", "cpu", "--compile"]
+    result = subprocess.run(
+        [*command, "--prompt", "Hi"], capture_output=True, text=True, timeout=180, check=False, env=environment
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "cli_chat.py: error: The model cannot be compiled on this machine: " in result.stderr
+
+
 def test_help_is_quick_and_names_every_flag() -> None:
     result = run_cli("--help")
     flags = [
@@ -164,6 +185,7 @@ def test_help_is_quick_and_names_every_flag() -> None:
         "device",
         "dtype",
         "quantize",
+        "compile",
         "image",
         "prompt",
         "json",

@@ -2,17 +2,22 @@
 
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Loaded, messages_of, wait_until
-from transformers import DynamicCache
+from packaging.version import Version
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, PreTrainedModel
 
+from deepseek_vl.serve.compiled import compile_model
+from deepseek_vl.serve.decoding import Step
 from deepseek_vl.serve.engine import Engine, Generation, engine_of
 from deepseek_vl.serve.inference import load_model, stream_answer
-from deepseek_vl.serve.rows import STEP, RowCache
+from deepseek_vl.serve.rows import STEP, RowCache, SharedBuffers
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.io import load_image
 
@@ -25,7 +30,7 @@ def loaded(checkpoint: Path) -> Loaded:
 
 def generation_of(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int, **settings: Any) -> Generation:
     tokenizer, model, processor = loaded
-    inputs = processor(conversations=messages, images=messages[0]["images"])
+    inputs = processor(conversations=messages, images=messages[0]["images"]).to(model.device)
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
     generation = Generation(model, tokenizer, inputs, GenerationSettings(max_new_tokens, **settings), pieces.put)
     generation.pieces = pieces
@@ -35,7 +40,7 @@ def generation_of(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens
 def alone(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int) -> list[int]:
     """What transformers' own greedy decoding gives."""
     _, model, processor = loaded
-    inputs = processor(conversations=messages, images=messages[0]["images"])
+    inputs = processor(conversations=messages, images=messages[0]["images"]).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return ids[0, inputs.input_ids.shape[1] :].tolist()
 
@@ -52,10 +57,42 @@ def questions(picture: Path, count: int) -> list[tuple[list[dict[str, Any]], int
     return found
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 16])
-def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_rows: int) -> None:
+class LentStep(Step):
+    """Runs where CUDA graphs would: in buffers that all caches share, one after the other."""
+
+    def __init__(self) -> None:
+        self._buffers = SharedBuffers()
+
+    def __call__(self, language_model: PreTrainedModel, token_ids: Sequence[int], cache: RowCache) -> torch.Tensor:
+        capacity = 64
+        while capacity <= cache.get_seq_length():
+            capacity *= 2
+        self._buffers.reserve(cache, capacity)
+        self._buffers.lend(cache, capacity)
+        return super().__call__(language_model, token_ids, cache)
+
+
+@pytest.fixture(scope="module")
+def steps(loaded: Loaded) -> dict[str, Step]:
+    """The ways to compute a token, by name."""
+    _, model, processor = loaded
+    plain = engine_of(model).step
+    progress: list[str] = []
+    compile_model(model, processor, progress.append)
+    assert progress == ["Compiling the language model ..."]
+    compiled, engine_of(model).step = engine_of(model).step, plain
+    return {"plain": plain, "lent": LentStep(), "compiled": compiled}
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "step"), [(1, "plain"), (3, "plain"), (16, "plain"), (3, "lent"), (1, "compiled"), (3, "compiled")]
+)
+def test_answers_in_a_batch_are_those_alone(
+    loaded: Loaded, steps: dict[str, Step], picture: Path, max_rows: int, step: str
+) -> None:
     asked = questions(picture, 12)
     engine = Engine(max_rows)
+    engine.step = steps[step]
     generations = [generation_of(loaded, messages, length) for messages, length in asked]
     most = 0
     for generation in generations:
@@ -169,6 +206,78 @@ def test_a_row_cache_holds_what_transformers_cache_holds() -> None:
             for got, expected in zip(cache.update(*states, layer), plain.update(*states, layer), strict=True):
                 assert torch.equal(got, expected)
     assert cache.get_seq_length() == plain.get_seq_length()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Path, dtype: str) -> None:
+    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype=dtype)
+    language_model = model.language_model
+    before = counters["stats"]["unique_graphs"]
+    compile_model(model, processor)
+    graphs = counters["stats"]["unique_graphs"]
+    # None where a model of the same shapes was compiled before. Before 2.8 transformers' wrappers break it.
+    assert graphs <= before + 1 or Version(torch.__version__) < Version("2.8")
+    exact_model = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")[1].language_model
+    ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(0))
+    ways = [(exact_model, Step()), (language_model, Step()), (language_model, engine_of(model).step)]
+    caches = [RowCache([100]) for _ in ways]
+    errors = []
+    with torch.inference_mode():
+        for (run, _), cache in zip(ways, caches, strict=True):
+            run(input_ids=ids, past_key_values=cache, use_cache=True)
+        for token_id in range(2 * STEP):
+            exact, plain, compiled = (
+                step(run, [token_id], cache).float() for (run, step), cache in zip(ways, caches, strict=True)
+            )
+            errors.append([float((found - exact).norm() / exact.norm()) for found in (plain, compiled)])
+    of_plain, of_compiled = torch.tensor(errors).mean(0)
+    assert of_compiled < (1e-5 if dtype == "float32" else 1.2 * of_plain)
+    assert caches[2].lengths == [100 + 2 * STEP]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_answers_from_graphs_are_those_alone(checkpoint: Path, picture: Path, max_rows: int) -> None:
+    on_gpu = load_model(str(checkpoint), device="cuda", dtype="float32")
+    _, model, processor = on_gpu
+    compile_model(model, processor)
+    engine = engine_of(model)
+    engine.max_rows = max_rows
+    asked = questions(picture, 12)
+    generations = [generation_of(on_gpu, messages, length) for messages, length in asked]
+    for generation in generations:
+        engine.submit(generation)
+    for generation, (messages, length) in zip(generations, asked, strict=True):
+        assert generation.done.wait(300)
+        assert generation.text.token_ids == alone(on_gpu, messages, length)
+
+
+def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, picture: Path) -> None:
+    engine = Engine()
+    engine.step = LentStep()
+    image = load_image(picture)
+    for question in ("First.", "Another one, which is written to the same memory.", "First."):
+        generation = generation_of(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
+        engine.submit(generation)
+        assert generation.done.wait(60)
+        assert generation.text.token_ids == alone(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
+    assert generation.cached_tokens == generation.prompt_tokens - 1
+
+
+def test_a_cache_moves_between_shared_buffers_of_any_size() -> None:
+    torch.manual_seed(0)
+    cache, buffers = RowCache([5, 5]), SharedBuffers()
+    expected = cache.update(*torch.randn(2, 2, 3, 5, 4), 0)[0].clone()
+    for capacity in (8, 16, 8, 32):
+        buffers.reserve(cache, capacity)
+        (lent,) = buffers.lend(cache, capacity)
+        assert lent[0].shape == (2, 3, capacity, 4)
+        assert cache.is_borrowed
+        assert torch.equal(cache.layers[0].keys, expected)
+    cache.keep([1])
+    assert not cache.is_borrowed
+    assert torch.equal(cache.layers[0].keys, expected[1:])
 
 
 def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:

@@ -54,7 +54,8 @@ def attend_in_float32(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape
     queries_per_key = query.shape[1] // kv_heads
-    parts = math.ceil(kv_heads * length * head_dim / CACHED_ELEMENTS)
+    # Code that is compiled holds for every length, and fuses the conversion anyway.
+    parts = 1 if torch.compiler.is_compiling() else math.ceil(kv_heads * length * head_dim / CACHED_ELEMENTS)
     heads_per_part = math.ceil(kv_heads / parts)
     attended = query.new_empty(rows, query.shape[2], query.shape[1], head_dim)
     for row, start in itertools.product(range(rows), range(0, kv_heads, heads_per_part)):

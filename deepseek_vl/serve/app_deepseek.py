@@ -19,9 +19,10 @@ from PIL import Image
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.chat import ChatSession, with_image_tags
+from deepseek_vl.serve.compiled import compile_model
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.serve.text import safe_markdown
-from deepseek_vl.utils.command import OneLineParser, add_quantize, run_command
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, run_command
 from deepseek_vl.utils.io import (
     SAFE_FORMATS,
     SAFE_IMAGES,
@@ -421,6 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
     add_quantize(parser)
+    add_compile(parser)
     return parser
 
 
@@ -437,6 +439,8 @@ def _run(args: argparse.Namespace) -> None:
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
         _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype, quantize=args.quantize)
+        if args.compile:
+            compile_model(model, processor)
         # A directory's name is enough to choose by; where it is, is the server's business.
         name = Path(path).resolve().name if Path(path).is_dir() else path
         models[path if name in models else name] = (model, processor)

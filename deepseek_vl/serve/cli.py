@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_quantize
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize
 from deepseek_vl.utils.rows import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
     )
     add_quantize(parser)
+    add_compile(parser)
     parser.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="PATH",
         help="images for the first message: paths, web addresses, or - for standard input",
@@ -111,12 +112,18 @@ def _run(args: argparse.Namespace) -> int:
         device = pick_device(args.device)
         dtype = pick_dtype(device, args.dtype)
         check_quantization(device, args.quantize)
+        if args.compile:
+            from deepseek_vl.serve.compiled import check_compile, compile_model
+
+            check_compile(device, args.quantize)
         images = [open_image(source) for source in args.image]
         _be_quiet(progress=not one_shot and sys.stderr.isatty())
         from deepseek_vl.serve.chat import ChatSession
         from deepseek_vl.serve.screen import pick_screen, write_pieces
 
     _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
+    if args.compile:
+        compile_model(model, processor, progress=print if not one_shot else lambda _: None)
     session = ChatSession(model, processor, settings)
     if args.json:
         print(json.dumps(_answer_object(args.model_path, session, args.prompt, images), ensure_ascii=False))

@@ -30,6 +30,7 @@ from transformers import (
 
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
+from deepseek_vl.serve.decoding import Step
 from deepseek_vl.serve.memory import Memory
 from deepseek_vl.serve.prompt import Prompt
 from deepseek_vl.serve.rows import RowCache
@@ -141,7 +142,8 @@ class Generation:
             return
         length = cache.lengths[row]  # without the last token, which never ran
         content = np.concatenate([content, np.array(self.text.token_ids, dtype=np.int64)])[:length]
-        memory.conversations.keep(content, cache if len(cache.lengths) == 1 else cache.prefix(row, length))
+        is_given = len(cache.lengths) == 1 and not cache.is_borrowed
+        memory.conversations.keep(content, cache if is_given else cache.prefix(row, length))
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from float logits [vocabulary]."""
@@ -191,11 +193,15 @@ class Engine:
         max_rows: how many answers make up the batch at most.
         memory_bytes: how much memory the keys and values of conversations that have ended may take, on the model's
             device; None for `conversation_bytes` of the model, 0 to keep none.
+
+    Attributes:
+        step: what computes one more token for every row.
     """
 
     def __init__(self, max_rows: int = 16, memory_bytes: int | None = None):
         self.max_rows = max_rows
         self.memory_bytes = memory_bytes
+        self.step = Step()
         self._memory: Memory | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
         self._rows: list[Generation] = []
@@ -249,6 +255,7 @@ class Engine:
         switching an adapter) call this.
         """
         self._memory = None
+        self.step.forget()
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -316,6 +323,7 @@ class Engine:
         """What is kept of this model as it is now."""
         memory = self._memory
         if memory is None or not memory.holds_for(model):
+            self.step.forget()
             self._memory = memory = Memory(model, self.memory_bytes)
         return memory
 
@@ -331,15 +339,8 @@ class Engine:
         """One more token for every row."""
         rows = self._rows
         try:
-            language_model = rows[0].model.language_model
-            device = language_model.get_input_embeddings().weight.device
-            output = language_model(
-                input_ids=torch.tensor([[generation.text.token_ids[-1]] for generation in rows], device=device),
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._cache.step_arguments(device),
-            )
-            logits = output.logits[:, -1].float()
+            token_ids = [generation.text.token_ids[-1] for generation in rows]
+            logits = self.step(rows[0].model.language_model, token_ids, self._cache).float()
         except BaseException as error:  # raised again in every reader
             for generation in rows:
                 generation.end(error)

@@ -1,5 +1,6 @@
 """The key/value cache of a batch whose rows come and go."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,12 +9,20 @@ from transformers.cache_utils import Cache, DynamicLayer
 STEP = 128
 """A cache grows by at least so many positions, so that most tokens are written without copying what is there."""
 
+Buffers = tuple[torch.Tensor, torch.Tensor]
+"""Room for a layer's keys and values, [rows, heads, capacity, head_dim] each."""
+
 
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values, in buffers longer than what they hold.
 
     transformers' own layer copies everything for each new token.
+
+    Attributes:
+        is_borrowed: whether the buffers are someone else's, who will write other rows to them.
     """
+
+    is_borrowed = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -27,12 +36,32 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = self._buffers
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            self._buffers = [_widened(held, max(end, start + STEP)) for held in (self.keys, self.values)]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+        for buffer, states in zip(self.reserve(end), (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
-        self._show(end)
+        self.show(end)
         return self.keys, self.values
+
+    def reserve(self, length: int) -> Buffers:
+        """The buffers, made long enough for so many positions; what is behind those held is finite."""
+        if length > self._buffers[0].shape[2]:
+            length = -(-max(length, self.get_seq_length() + STEP) // STEP) * STEP
+            self._own([_widened(held, length) for held in (self.keys, self.values)], self.get_seq_length())
+        return tuple(self._buffers)
+
+    def show(self, length: int) -> None:
+        """Hold the first so many positions of the buffers."""
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def borrow(self, buffers: Buffers) -> None:
+        """Hold the same in buffers of another's, which are long enough."""
+        if self.is_borrowed and all(map(torch.Tensor.is_set_to, buffers, self._buffers)):
+            return
+        length = self.get_seq_length()
+        held = [states.clone() if self.is_borrowed else states for states in (self.keys, self.values)]  # may overlap
+        for buffer, states in zip(buffers, held, strict=True):
+            buffer[:, :, :length] = states
+        self._own(buffers, length)
+        self.is_borrowed = True
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, room: int) -> "GrowingLayer":
@@ -40,8 +69,7 @@ class GrowingLayer(DynamicLayer):
         layer = cls()
         layer.lazy_initialization(keys, values)
         length = keys.shape[2]
-        layer._buffers = [_widened(held, length + room) for held in (keys, values)]
-        layer._show(length)
+        layer._own([_widened(held, length + room) for held in (keys, values)], length)
         return layer
 
     @property
@@ -51,16 +79,18 @@ class GrowingLayer(DynamicLayer):
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold these instead."""
-        self._buffers = [keys, values]
-        self._show(keys.shape[2])
+        self._own([keys, values], keys.shape[2])
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+    def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
+        self._buffers, self.is_borrowed = list(buffers), False
+        self.show(length)
 
 
 def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
     wider = held.new_empty(*held.shape[:2], length, held.shape[3])
     wider[:, :, : held.shape[2]] = held
+    # What is masked is multiplied with 0, which leaves 0 of finite numbers only.
+    wider[:, :, held.shape[2] :] = 0
     return wider
 
 
@@ -80,6 +110,11 @@ class RowCache(Cache):
         """How much memory it takes."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether its keys and values are in someone else's buffers."""
+        return any(layer.is_borrowed for layer in self.layers)
+
     def prefix(self, row: int, length: int, room: int = 0) -> "RowCache":
         """The first `length` positions of a row, copied to a cache of their own with room for so many more."""
         start = self.get_seq_length() - self.lengths[row]
@@ -88,6 +123,10 @@ class RowCache(Cache):
         copied.layers += [GrowingLayer.of(layer.keys[span], layer.values[span], room) for layer in self.layers]
         return copied
 
+    def count(self) -> None:
+        """Note that every row has got one more position."""
+        self.lengths = [length + 1 for length in self.lengths]
+
     def step_arguments(self, device: torch.device | str) -> dict[str, torch.Tensor | None]:
         """`attention_mask` and `position_ids` for one more token in every row, which this also counts.
 
@@ -95,7 +134,7 @@ class RowCache(Cache):
         """
         longest = self.get_seq_length() + 1
         positions = self.lengths
-        self.lengths = [length + 1 for length in self.lengths]
+        self.count()
         if min(self.lengths) == longest:
             return {"attention_mask": None, "position_ids": None}
         padding = torch.tensor([[longest - length] for length in self.lengths], device=device)
@@ -130,3 +169,33 @@ def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Te
     both[: len(first), :, length - first.shape[2] :] = first
     both[len(first) :, :, length - second.shape[2] :] = second
     return both
+
+
+class SharedBuffers:
+    """Buffers for one cache at a time, whose addresses depend on its number of rows and its capacity only."""
+
+    def __init__(self) -> None:
+        self._memory: list[Buffers] = []  # each layer's, flat
+
+    def reserve(self, cache: RowCache, capacity: int) -> bool:
+        """Make them large enough for a cache of this capacity; returns whether that changes their addresses."""
+        elements = math.prod(_shape(cache, capacity))
+        if self._memory and self._memory[0][0].numel() >= elements:
+            return False
+        self._memory = [
+            tuple(held.new_zeros(elements) for held in (layer.keys, layer.values)) for layer in cache.layers
+        ]
+        return True
+
+    def lend(self, cache: RowCache, capacity: int) -> list[Buffers]:
+        """Move a cache into them, unless it is there, and whatever was there out of use; returns each layer's."""
+        shape = _shape(cache, capacity)
+        lent = [tuple(flat[: math.prod(shape)].view(shape) for flat in pair) for pair in self._memory]
+        for layer, buffers in zip(cache.layers, lent, strict=True):
+            layer.borrow(buffers)
+        return lent
+
+
+def _shape(cache: RowCache, capacity: int) -> tuple[int, int, int, int]:
+    rows, heads, _, head_dim = cache.layers[0].keys.shape
+    return rows, heads, capacity, head_dim

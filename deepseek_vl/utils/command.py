@@ -39,7 +39,14 @@ def run_command(
 def add_quantize(parser: argparse.ArgumentParser) -> None:
     """The argument `--quantize` of commands that load a model; its value is for `load_pretrained_model`."""
     parser.add_argument(
-        "--quantize", metavar="int8", help="int8 for int8 weights on the CPU: faster, with almost the same answers"
+        "--quantize", metavar="KIND", help="int8, or int4 on GPUs: faster and smaller, with almost the same answers"
+    )
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """The argument `--compile` of commands that give many answers; it is for `compile_model`."""
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the model first, in a minute or two: answers are faster then"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_quantize, positive, run_command
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, positive, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
     add_quantize(parser)
+    add_compile(parser)
     parser.add_argument("--max_batch", type=positive, default=16, help="answers at a time (default: %(default)s)")
     parser.add_argument("--max_waiting", type=positive, default=64, help="requests in line (default: %(default)s)")
     parser.add_argument(
@@ -60,6 +61,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from deepseek_vl.serve.api.app import Limits, Service, create_app
     from deepseek_vl.serve.api.fetch import ImageFetcher
+    from deepseek_vl.serve.compiled import compile_model
     from deepseek_vl.serve.engine import engine_of
     from deepseek_vl.utils.io import load_pretrained_model
 
@@ -67,6 +69,8 @@ def _run(args: argparse.Namespace) -> None:
     _, processor, model = load_pretrained_model(
         args.model_path, device=args.device, dtype=args.dtype, quantize=args.quantize
     )
+    if args.compile:
+        compile_model(model, processor)
     engine = engine_of(model)
     engine.max_rows = args.max_batch
     engine.memory_bytes = None if args.memory_mb is None else args.memory_mb << 20

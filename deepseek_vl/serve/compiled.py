@@ -1,0 +1,85 @@
+"""Compiling a loaded model, with a warm-up, so that no answer waits for it."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.models.linear import Int8Linear
+from deepseek_vl.serve.decoding import CompiledStep
+from deepseek_vl.serve.engine import engine_of
+from deepseek_vl.serve.rows import RowCache
+
+logger = logging.getLogger(__name__)
+
+TYPICAL_POSITIONS = 1024
+"""Compiled code holds for every number of positions, and is best for so many."""
+
+
+def compile_model(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, progress: Callable[[str], None] = logger.info
+) -> None:
+    """Compile what a model runs for each token of an answer, and on GPUs its vision tower, by `torch.compile`.
+
+    All answers that the engine gives from then on (`stream_answer` and the front-ends) are faster, and the same up to
+    rounding. It takes a minute or two; PyTorch keeps the code on the disk, for the next time. Move, cast, quantise or
+    otherwise change the model before, not after.
+
+    Args:
+        model: in evaluation mode, all of it on one device.
+        processor: the model's.
+        progress: gets a line of text whenever something begins.
+
+    Raises:
+        ValueError: if the model is on several devices or one for which PyTorch does not compile, or there is no
+            compiler.
+    """
+    is_int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+    check_compile(model.device, "int8" if is_int8 else None)
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ValueError("A model that is spread over several devices cannot be compiled.")
+    step = CompiledStep(model.language_model)
+    try:
+        # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
+        with ThreadPoolExecutor(1) as thread:
+            if model.device.type == "cuda":  # on CPUs its products take all the time
+                progress("Compiling the vision tower ...")
+                model.vision_model.compile()
+                model.aligner.compile()
+                thread.submit(_encode_blank, model, processor).result()
+            progress("Compiling the language model ...")
+            thread.submit(_answer_nothing, model, step).result()
+    except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The model cannot be compiled on this machine: {reason}") from error
+    engine_of(model).step = step
+
+
+def check_compile(device: torch.device, quantize: str | None) -> None:
+    """Whether a model on this device, with weights quantised so, can be compiled, as far as is known beforehand.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Models are compiled for the CPU and for CUDA, not for {device.type}.")
+    if device.type == "cpu" and quantize is not None:
+        raise ValueError(f"With {quantize} weights on the CPU compiling gains nothing; leave --compile out.")
+
+
+@torch.inference_mode()
+def _encode_blank(model: MultiModalityCausalLM, processor: VLChatProcessor) -> None:
+    side = processor.image_processor.image_size
+    model.get_image_features(torch.zeros(1, 3, side, side, device=model.device, dtype=model.dtype))
+
+
+@torch.inference_mode()
+def _answer_nothing(model: MultiModalityCausalLM, step: CompiledStep) -> None:
+    cache = RowCache([1])
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.language_model(input_ids=first, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.reserve(TYPICAL_POSITIONS)
+    step(model.language_model, [0], cache)

@@ -79,13 +79,19 @@ class Setup:
     device: str
     quantize: Sequence[str]
     peer_dtypes: Sequence[str]
+    compiled: bool
     sizes: Sizes
 
     def ours(self, dtype: str = "auto") -> dict[str, dict[str, Any]]:
-        """This package as it comes, and with quantised weights, by the name of the row."""
+        """This package as it comes, with quantised weights, and compiled where it can be, by the name of the row."""
         plain = {"name": "ours", "model_path": self.model_path, "device": self.device, "dtype": dtype}
         label = "default dtype" if dtype == "auto" else dtype
-        return {f"ours, {label}": plain, **{f"ours, {kind}": {**plain, "quantize": kind} for kind in self.quantize}}
+        ours = {f"ours, {label}": plain, **{f"ours, {kind}": {**plain, "quantize": kind} for kind in self.quantize}}
+        if self.compiled:
+            is_gpu = self.device.startswith("cuda")
+            can_be = {name: contender for name, contender in ours.items() if is_gpu or "quantize" not in contender}
+            ours |= {f"{name}, compiled": {**contender, "compiled": True} for name, contender in can_be.items()}
+        return ours
 
     def peers(self, *dtypes: str) -> dict[str, dict[str, Any]]:
         """transformers' own class in these dtypes, or in those asked for, by the name of the row."""
@@ -290,13 +296,16 @@ def main() -> None:
     parser.add_argument("--exported", help="for load: the same in transformers' layout, if it was converted already")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quantize", nargs="*", default=["int8"], help="kinds to measure too (default: int8)")
+    parser.add_argument("--compile", action="store_true", help="measure compiled models too")
     parser.add_argument("--peer_dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers' class")
     parser.add_argument("--size", choices=SIZES, default="published", help="of the inputs")
     parser.add_argument("--output", type=Path, default=Path("speed.png"), help="the plot; numbers go to .json")
     args = parser.parse_args()
 
     model_path = str(Path(args.model_path).resolve())
-    setup = Setup(model_path, args.exported, args.device, args.quantize, args.peer_dtypes, SIZES[args.size])
+    setup = Setup(
+        model_path, args.exported, args.device, args.quantize, args.peer_dtypes, args.compile, SIZES[args.size]
+    )
     rows: list[Row] = []
     for name in args.table:
         measured = []

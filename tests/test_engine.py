@@ -73,36 +73,47 @@ class LentStep(Step):
 
 
 @pytest.fixture(scope="module")
-def steps(loaded: Loaded) -> dict[str, Step]:
-    """The ways to compute a token, by name."""
+def compiled_step(loaded: Loaded) -> Step:
     _, model, processor = loaded
-    plain = engine_of(model).step
-    progress: list[str] = []
+    engine, progress = engine_of(model), []
+    plain = engine.step
     compile_model(model, processor, progress.append)
     assert progress == ["Compiling the language model ..."]
-    compiled, engine_of(model).step = engine_of(model).step, plain
-    return {"plain": plain, "lent": LentStep(), "compiled": compiled}
+    compiled, engine.step = engine.step, plain
+    return compiled
 
 
-@pytest.mark.parametrize(
-    ("max_rows", "step"), [(1, "plain"), (3, "plain"), (16, "plain"), (3, "lent"), (1, "compiled"), (3, "compiled")]
-)
-def test_answers_in_a_batch_are_those_alone(
-    loaded: Loaded, steps: dict[str, Step], picture: Path, max_rows: int, step: str
-) -> None:
+def check_that_all_answer_as_alone(loaded: Loaded, engine: Engine, picture: Path) -> None:
     asked = questions(picture, 12)
-    engine = Engine(max_rows)
-    engine.step = steps[step]
     generations = [generation_of(loaded, messages, length) for messages, length in asked]
     most = 0
     for generation in generations:
         engine.submit(generation)
     for generation, (messages, length) in zip(generations, asked, strict=True):
         most = max(most, engine.running)
-        assert generation.done.wait(120)
+        assert generation.done.wait(300)
         assert generation.text.token_ids == alone(loaded, messages, length)
-    assert most <= max_rows
+    assert most <= engine.max_rows
     assert (engine.waiting, engine.running) == (0, 0)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 16])
+def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_rows: int) -> None:
+    check_that_all_answer_as_alone(loaded, Engine(max_rows), picture)
+
+
+def test_answers_from_shared_buffers_are_those_alone(loaded: Loaded, picture: Path) -> None:
+    engine = Engine(3)
+    engine.step = LentStep()
+    check_that_all_answer_as_alone(loaded, engine, picture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_compiled_answers_are_those_alone(loaded: Loaded, compiled_step: Step, picture: Path, max_rows: int) -> None:
+    engine = Engine(max_rows)
+    engine.step = compiled_step
+    check_that_all_answer_as_alone(loaded, engine, picture)
 
 
 def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: Loaded, picture: Path) -> None:
@@ -208,7 +219,7 @@ def test_a_row_cache_holds_what_transformers_cache_holds() -> None:
     assert cache.get_seq_length() == plain.get_seq_length()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Path, dtype: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype=dtype)
     language_model = model.language_model
@@ -236,6 +247,16 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.parametrize(
+    ("loading", "message"),
+    [({"quantize": "int8"}, "int8 weights on the CPU"), ({"attn_implementation": "eager"}, "sdpa, not with eager")],
+)
+def test_what_cannot_be_compiled_is_said(siglip_checkpoint: Path, loading: dict[str, str], message: str) -> None:
+    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32", **loading)
+    with pytest.raises(ValueError, match=message):
+        compile_model(model, processor)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_answers_from_graphs_are_those_alone(checkpoint: Path, picture: Path, max_rows: int) -> None:
@@ -244,13 +265,7 @@ def test_answers_from_graphs_are_those_alone(checkpoint: Path, picture: Path, ma
     compile_model(model, processor)
     engine = engine_of(model)
     engine.max_rows = max_rows
-    asked = questions(picture, 12)
-    generations = [generation_of(on_gpu, messages, length) for messages, length in asked]
-    for generation in generations:
-        engine.submit(generation)
-    for generation, (messages, length) in zip(generations, asked, strict=True):
-        assert generation.done.wait(300)
-        assert generation.text.token_ids == alone(on_gpu, messages, length)
+    check_that_all_answer_as_alone(on_gpu, engine, picture)
 
 
 def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, picture: Path) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.models.attention import FLOAT32_ATTENTION
 from deepseek_vl.models.linear import Int8Linear
 from deepseek_vl.serve.decoding import CompiledStep
 from deepseek_vl.serve.engine import engine_of
@@ -33,13 +34,16 @@ def compile_model(
         progress: gets a line of text whenever something begins.
 
     Raises:
-        ValueError: if the model is on several devices or one for which PyTorch does not compile, or there is no
-            compiler.
+        ValueError: if the model is on several devices or one for which PyTorch does not compile, attends with another
+            implementation than `sdpa`, or has int8 weights on the CPU; or if there is no compiler.
     """
     is_int8 = any(isinstance(module, Int8Linear) for module in model.modules())
     check_compile(model.device, "int8" if is_int8 else None)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("A model that is spread over several devices cannot be compiled.")
+    attention = model.language_model.config._attn_implementation
+    if attention not in ("sdpa", FLOAT32_ATTENTION):
+        raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
     step = CompiledStep(model.language_model)
     try:
         # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.

@@ -15,6 +15,9 @@ from deepseek_vl.serve.rows import Buffers, RowCache, SharedBuffers
 GRAPH_POSITIONS = 1024
 """A graph's rows have room for so many positions, or twice as many, or four times: each size is a graph of its own."""
 
+Graph = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]
+"""A CUDA graph of a step, the numbers that it reads, and the logits that it writes."""
+
 
 class Step:
     """One more token for every row."""
@@ -137,21 +140,21 @@ class _Graphs:
     def __init__(self, run: Callable[[torch.Tensor, Sequence[Buffers]], torch.Tensor], device: torch.device):
         self._run = run
         self._device = device
-        self._memory = SharedBuffers()
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.clear()
 
     def clear(self) -> None:
-        self._graphs = {}
+        """Free them. May be called from any thread; a step that runs goes on with what it has."""
+        self._held: tuple[SharedBuffers, dict[tuple[int, int], Graph]] = SharedBuffers(), {}
 
     def replay(self, numbers: torch.Tensor, cache: RowCache) -> torch.Tensor:
         """Run a step on a cache, which then is in the graphs' memory."""
         capacity = GRAPH_POSITIONS
         while capacity <= cache.get_seq_length():
             capacity *= 2
-        if self._memory.reserve(cache, capacity):
-            self.clear()  # they are of the memory that was replaced
-        buffers = self._memory.lend(cache, capacity)
-        graphs, size = self._graphs, (len(numbers), capacity)
+        memory, graphs = self._held
+        if memory.reserve(cache, capacity):
+            graphs.clear()  # they read and write what was there before
+        buffers, size = memory.lend(cache, capacity), (len(numbers), capacity)
         with torch.cuda.device(self._device):
             if size not in graphs:
                 graphs[size] = self._capture(numbers, buffers)
@@ -160,10 +163,7 @@ class _Graphs:
             graph.replay()
         return logits
 
-    def _capture(
-        self, numbers: torch.Tensor, buffers: list[Buffers]
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """A graph, and the tensors from which it reads and to which it writes."""
+    def _capture(self, numbers: torch.Tensor, buffers: list[Buffers]) -> Graph:
         inputs = numbers.to(self._device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

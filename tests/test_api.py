@@ -37,7 +37,7 @@ class Server:
         self.url = self.text().split("Uvicorn running on ")[1].split()[0]
 
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")  # a progress bar's last character may be half written
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)

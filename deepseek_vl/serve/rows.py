@@ -60,6 +60,7 @@ class GrowingLayer(DynamicLayer):
         held = [states.clone() if self.is_borrowed else states for states in (self.keys, self.values)]  # may overlap
         for buffer, states in zip(buffers, held, strict=True):
             buffer[:, :, :length] = states
+            buffer[:, :, length:] = 0  # another's may not be finite, see `_widened`
         self._own(buffers, length)
         self.is_borrowed = True
 

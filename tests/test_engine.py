@@ -191,6 +191,29 @@ def test_closing_ends_everything(loaded: Loaded) -> None:
     assert (engine.waiting, engine.running) == (0, 0)
 
 
+def test_ctrl_c_while_the_thread_starts_harms_nothing(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    def submit_and_interrupt(generation: Generation) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threading.Thread, "start", interrupted)
+            engine.submit(generation)
+
+    engine = Engine()
+    given_up, answered, closed = (generation_of(loaded, messages_of("Hello."), 2) for _ in range(3))
+    submit_and_interrupt(given_up)
+    given_up.cancelled.set()  # as `AnswerStream` does
+    engine.submit(answered)
+    assert answered.done.wait(30)
+    assert (given_up.finish_reason, answered.finish_reason) == ("cancelled", "length")
+    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 5)
+    submit_and_interrupt(closed)
+    engine.close()
+    assert closed.done.is_set()
+    assert (engine.waiting, engine.running) == (0, 0)
+
+
 def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loaded) -> None:
     engine = Engine()
     for _ in range(20):

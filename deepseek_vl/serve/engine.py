@@ -230,9 +230,9 @@ class Engine:
         """Begin a generation as soon as there is room."""
         with self._lock:
             self._waiting.append(generation)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True)
-                self._thread.start()
+            is_working = self._thread is not None
+        if not is_working:
+            threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True).start()
 
     def cancel(self) -> None:
         """End everything within one token."""
@@ -243,7 +243,13 @@ class Engine:
     def close(self) -> None:
         """Cancel everything, wait until it has ended, and free what was kept."""
         self.cancel()
-        thread = self._thread
+        with self._lock:
+            thread, left = self._thread, []
+            if thread is None:  # or one that has not come to work yet
+                left = list(self._waiting)
+                self._waiting.clear()
+        for generation in left:
+            generation.end()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         self.forget()
@@ -260,6 +266,11 @@ class Engine:
     @torch.inference_mode()
     def _work(self) -> None:
         """The thread's body."""
+        # Not before: Ctrl-C may come between a thread's creation and its start, or while its start is awaited.
+        with self._lock:
+            if self._thread is not None:
+                return  # two answers came at once, and the other's thread is at work
+            self._thread = threading.current_thread()
         while True:
             self._admit()
             self._keep([not generation.cancelled.is_set() for generation in self._rows])

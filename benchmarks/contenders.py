@@ -4,6 +4,7 @@ A job is a JSON object: `run`, the name of a function below, and its arguments. 
 output as a line of JSON. Heavy modules are imported by the functions, so that loading is measured from the start.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -204,11 +205,11 @@ def chat_processor(model_path: str) -> Any:
 
 
 def warm_up(loaded: Contender, processor: Any) -> None:
-    """Answer something, and forget it: no prompt that is measured may go on from it."""
+    """Answer something, and remember nothing, also later: no prompt that is measured may go on from another."""
     from deepseek_vl.serve.engine import engine_of
 
+    engine_of(loaded.model).memory_bytes = 0
     loaded.answer(question(processor, 1), 2)
-    engine_of(loaded.model).forget()
 
 
 def first_token(contender: dict[str, Any], prompt: int, answer: int) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
         first_answer: what the model has said to the first one; None to have it say something.
     """
     loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
-    warm_up(loaded, processor)
+    loaded.answer(question(processor, 1), 2)
     messages = question(processor, prompt, [picture(1)])
     text = " ".join(["And"] + ["what"] * (follow_up - 1))
     if first_answer is not None:
@@ -299,13 +300,20 @@ def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption:
         list(stream)
         return stream.completion_tokens
 
-    rates = {}
-    for size in sizes:
-        questions = [question(processor, prompt, [picture(1000 * size + number)]) for number in range(size)]
+    seeds = itertools.count()
+
+    def rate(size: int) -> float:
+        questions = [question(processor, prompt, [picture(next(seeds))]) for _ in range(size)]
         begun = time.perf_counter()
         with ThreadPoolExecutor(size) as pool:
             tokens = sum(pool.map(tokens_of, questions))
-        rates[size] = tokens / (time.perf_counter() - begun)
+        return tokens / (time.perf_counter() - begun)
+
+    rates = {}
+    for size in sizes:
+        if contender.get("compiled"):
+            rate(size)  # graphs are captured for each number of rows
+        rates[size] = rate(size)
     return {"rates": rates}
 
 
@@ -402,9 +410,10 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
 def bytes_per_token(model: Any) -> int:
     """The weights that are read for each token: the language model's, but for the table of its embeddings."""
     from deepseek_vl.models.linear import Int8Linear
+    from deepseek_vl.models.weight_only import stored_bytes
 
     modules = [*model.get_decoder().modules(), *model.get_output_embeddings().modules()]
-    parameters = sum(parameter.nbytes for module in modules for parameter in module.parameters(recurse=False))
+    parameters = sum(stored_bytes(weight) for module in modules for weight in module.parameters(recurse=False))
     quantised = sum(module.nbytes for module in modules if isinstance(module, Int8Linear))
     return parameters + quantised - model.get_input_embeddings().weight.nbytes
 

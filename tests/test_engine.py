@@ -13,11 +13,12 @@ from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
+from deepseek_vl.serve import rows
 from deepseek_vl.serve.compiled import compile_model
 from deepseek_vl.serve.decoding import Step
 from deepseek_vl.serve.engine import Engine, Generation, engine_of
 from deepseek_vl.serve.inference import load_model, stream_answer
-from deepseek_vl.serve.rows import STEP, RowCache, SharedBuffers
+from deepseek_vl.serve.rows import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.utils.io import load_image
 
@@ -61,14 +62,12 @@ class LentStep(Step):
     """Runs where CUDA graphs would: in buffers that all caches share, one after the other."""
 
     def __init__(self) -> None:
-        self._buffers = SharedBuffers()
+        self._buffers: SharedBuffers | None = None
 
     def __call__(self, language_model: PreTrainedModel, token_ids: Sequence[int], cache: RowCache) -> torch.Tensor:
-        capacity = 64
-        while capacity <= cache.get_seq_length():
-            capacity *= 2
-        self._buffers.reserve(cache, capacity)
-        self._buffers.lend(cache, capacity)
+        if self._buffers is None or not self._buffers.has_room(cache):
+            self._buffers = SharedBuffers(cache)
+        self._buffers.lend(cache)
         return super().__call__(language_model, token_ids, cache)
 
 
@@ -102,7 +101,10 @@ def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_r
     check_that_all_answer_as_alone(loaded, Engine(max_rows), picture)
 
 
-def test_answers_from_shared_buffers_are_those_alone(loaded: Loaded, picture: Path) -> None:
+def test_answers_from_shared_buffers_are_those_alone(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "SHARED_POSITIONS", 64)  # so that answers outgrow it
     engine = Engine(3)
     engine.step = LentStep()
     check_that_all_answer_as_alone(loaded, engine, picture)
@@ -303,19 +305,51 @@ def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, pictu
     assert generation.cached_tokens == generation.prompt_tokens - 1
 
 
-def test_a_cache_moves_between_shared_buffers_of_any_size() -> None:
+def cache_of(rows: int, length: int) -> RowCache:
+    cache = RowCache([length] * rows)
+    cache.update(*torch.randn(2, rows, 3, length, 4), 0)
+    return cache
+
+
+def test_a_cache_lies_where_others_of_its_size_lay() -> None:
     torch.manual_seed(0)
-    cache, buffers = RowCache([5, 5]), SharedBuffers()
-    expected = cache.update(*torch.randn(2, 2, 3, 5, 4), 0)[0].clone()
-    for capacity in (8, 16, 8, 32):
-        buffers.reserve(cache, capacity)
-        (lent,) = buffers.lend(cache, capacity)
-        assert lent[0].shape == (2, 3, capacity, 4)
-        assert cache.is_borrowed
+    first, second = cache_of(rows=2, length=5), cache_of(rows=2, length=SHARED_POSITIONS - 1)
+    longer, more = cache_of(rows=2, length=SHARED_POSITIONS), cache_of(rows=3, length=5)
+    expected = [cache.layers[0].keys.clone() for cache in (first, second)]
+    buffers = SharedBuffers(first)
+    (lent,) = buffers.lend(first)
+    assert lent[0].shape == (2, 3, SHARED_POSITIONS, 4)
+    assert buffers.lend(first)[0][0].is_set_to(lent[0])
+    assert first.is_borrowed
+    assert torch.equal(first.layers[0].keys, expected[0])
+    first.keep([1])
+    assert not first.is_borrowed
+    assert buffers.lend(second)[0][0].is_set_to(lent[0])
+    assert torch.equal(first.layers[0].keys, expected[0][1:])
+    assert torch.equal(second.layers[0].keys, expected[1])
+    assert not buffers.has_room(longer)
+    assert not buffers.has_room(more)
+
+
+def test_a_cache_is_the_same_in_larger_buffers() -> None:
+    torch.manual_seed(0)
+    cache = cache_of(rows=2, length=5)
+    expected = cache.layers[0].keys.clone()
+    for _ in range(2):
+        (lent,) = SharedBuffers(cache_of(rows=4, length=5)).lend(cache)
+        assert lent[0].shape == (2, 3, SHARED_POSITIONS, 4)
         assert torch.equal(cache.layers[0].keys, expected)
-    cache.keep([1])
-    assert not cache.is_borrowed
-    assert torch.equal(cache.layers[0].keys, expected[1:])
+
+
+def test_shared_buffers_forget_what_was_there() -> None:
+    """What is masked is multiplied with 0, which leaves 0 of finite numbers only."""
+    spoilt, cache = cache_of(rows=1, length=9), cache_of(rows=1, length=5)
+    spoilt.layers[0].values.fill_(torch.nan)
+    buffers = SharedBuffers(spoilt)
+    buffers.lend(spoilt)
+    ((keys, values),) = buffers.lend(cache)
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
 
 
 def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:

@@ -2,19 +2,22 @@
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import Loaded, messages_of
-from PIL import Image
+from conftest import ROOT, Loaded, messages_of
 
-from deepseek_vl.models.weight_only import quantize_weights
+from deepseek_vl.models.weight_only import quantize_weights, stored_bytes
 from deepseek_vl.serve.compiled import compile_model
 from deepseek_vl.serve.inference import load_model, stream_answer
 from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.utils.io import load_image
 
-ROOT = Path(__file__).parents[1]
+
+def colour_of_the_star(loaded: Loaded) -> str:
+    _, model, processor = loaded
+    messages = messages_of("<image_placeholder>What colour is the star?", load_image(ROOT / "images" / "shapes.png"))
+    return "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip()
 
 
 @pytest.fixture
@@ -46,12 +49,12 @@ def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) ->
     assert 0 < (logits - plain).norm() / plain.norm() < 0.05
     layers = [module for module in model.language_model.modules() if isinstance(module, torch.nn.Linear)]
     assert {type(layer.weight).__name__ for layer in layers} == {"Int8Tensor"}
+    for layer in layers:  # a byte for each weight, and for each output its scale
+        assert 4 <= stored_bytes(layer.weight) / layer.out_features - layer.in_features <= 8
 
     if is_compiled:
         compile_model(model, processor)
-    image = Image.open(ROOT / "images" / "shapes.png").convert("RGB")
-    messages = messages_of("<image_placeholder>What colour is the star?", image)
-    assert "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip() == "The star is blue."
+    assert colour_of_the_star(tiny) == "The star is blue."
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,9 +62,7 @@ def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) ->
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_on_a_gpu_all_kinds_answer(kind: str, is_compiled: bool) -> None:
     pytest.importorskip("torchao")
-    _, model, processor = load_model("tiny", device="cuda", dtype="bfloat16", quantize=kind)
+    loaded = load_model("tiny", device="cuda", dtype="bfloat16", quantize=kind)
     if is_compiled:
-        compile_model(model, processor)
-    image = Image.open(ROOT / "images" / "shapes.png").convert("RGB")
-    messages = messages_of("<image_placeholder>What colour is the star?", image)
-    assert "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip() == "The star is blue."
+        compile_model(*loaded[1:])
+    assert colour_of_the_star(loaded) == "The star is blue."

@@ -46,6 +46,14 @@ def quantize_weights(language_model: PreTrainedModel, kind: str) -> None:
     )
 
 
+def stored_bytes(weight: torch.Tensor) -> int:
+    """How much memory a weight takes; `nbytes` of a quantised one is that of the weight that it stands for."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()
+    return sum(stored_bytes(getattr(weight, name)) for name in names)
+
+
 def check_torchao() -> None:
     """
     Raises:

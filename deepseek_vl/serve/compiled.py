@@ -44,21 +44,25 @@ def compile_model(
     attention = model.language_model.config._attn_implementation
     if attention not in ("sdpa", FLOAT32_ATTENTION):
         raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
+    # On CPUs a tower's products take all the time.
+    encoders = (model.vision_model, model.aligner) if model.device.type == "cuda" else ()
     step = CompiledStep(model.language_model)
     try:
         # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
         with ThreadPoolExecutor(1) as thread:
-            if model.device.type == "cuda":  # on CPUs its products take all the time
+            if encoders:
                 progress("Compiling the vision tower ...")
-                model.vision_model.compile()
-                model.aligner.compile()
-                thread.submit(_encode_blank, model, processor).result()
+                for encoder in encoders:
+                    encoder.compile()
+                thread.submit(_encode_blanks, model, processor).result()
             progress("Compiling the language model ...")
             thread.submit(_answer_nothing, model, step).result()
     except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
+        for encoder in encoders:
+            encoder._compiled_call_impl = None  # `compile` has no other way back
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The model cannot be compiled on this machine: {reason}") from error
-    engine_of(model).step = step
+    engine_of(model).use(step, model)
 
 
 def check_compile(device: torch.device, quantize: str | None) -> None:
@@ -74,9 +78,10 @@ def check_compile(device: torch.device, quantize: str | None) -> None:
 
 
 @torch.inference_mode()
-def _encode_blank(model: MultiModalityCausalLM, processor: VLChatProcessor) -> None:
+def _encode_blanks(model: MultiModalityCausalLM, processor: VLChatProcessor) -> None:
     side = processor.image_processor.image_size
-    model.get_image_features(torch.zeros(1, 3, side, side, device=model.device, dtype=model.dtype))
+    for count in (1, 2):  # the second is compiled for every number above 1
+        model.get_image_features(torch.zeros(count, 3, side, side, device=model.device, dtype=model.dtype))
 
 
 @torch.inference_mode()

@@ -4,7 +4,11 @@ Launched one by one, the few hundred small kernels of a token take a GPU less ti
 graph launches them at once, on inputs and outputs whose addresses stay the same.
 """
 
+import logging
+import math
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -12,11 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from deepseek_vl.serve.rows import Buffers, RowCache, SharedBuffers
 
-GRAPH_POSITIONS = 1024
-"""A graph's rows have room for so many positions, or twice as many, or four times: each size is a graph of its own."""
-
-Graph = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]
-"""A CUDA graph of a step, the numbers that it reads, and the logits that it writes."""
+logger = logging.getLogger(__name__)
 
 
 class Step:
@@ -72,6 +72,8 @@ class CompiledStep(Step):
             logits = self._run_fastest(numbers, [layer.reserve(place + 1) for layer in cache.layers])
         else:
             logits = self._graphs.replay(numbers, cache)
+            if logits is None:
+                return super().__call__(language_model, token_ids, cache)
         for layer in cache.layers:
             layer.show(place + 1)
         cache.count()
@@ -129,8 +131,35 @@ class _PlacedLayer(DynamicLayer):
         return self.keys, self.values
 
 
+_capturing = threading.Lock()
+"""PyTorch captures one graph at a time in a process."""
+
+
+@dataclass
+class _GraphedStep:
+    """A step as a CUDA graph, the numbers that it reads, and the logits that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    numbers: torch.Tensor
+    logits: torch.Tensor
+
+    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        self.numbers.copy_(numbers)
+        self.graph.replay()
+        return self.logits
+
+
+@dataclass
+class _Captured:
+    """Graphed steps by the shape of their buffers, and the memory that all of them use."""
+
+    buffers: SharedBuffers
+    pool: tuple[int, int] = field(default_factory=torch.cuda.graph_pool_handle)
+    steps: dict[torch.Size, _GraphedStep] = field(default_factory=dict)
+
+
 class _Graphs:
-    """CUDA graphs of a step, one for each number of rows and each capacity, on memory that they share.
+    """CUDA graphs of a step, one for each number of rows and each capacity.
 
     Args:
         run: numbers on the device, and each layer's buffers -> logits.
@@ -140,39 +169,52 @@ class _Graphs:
     def __init__(self, run: Callable[[torch.Tensor, Sequence[Buffers]], torch.Tensor], device: torch.device):
         self._run = run
         self._device = device
+        # Its own: a stream that is shared may belong to another GPU.
+        self._stream = torch.cuda.Stream(device)
         self.clear()
 
     def clear(self) -> None:
         """Free them. May be called from any thread; a step that runs goes on with what it has."""
-        self._held: tuple[SharedBuffers, dict[tuple[int, int], Graph]] = SharedBuffers(), {}
+        self._captured: _Captured | None = None
+        self._too_large = math.inf
 
-    def replay(self, numbers: torch.Tensor, cache: RowCache) -> torch.Tensor:
-        """Run a step on a cache, which then is in the graphs' memory."""
-        capacity = GRAPH_POSITIONS
-        while capacity <= cache.get_seq_length():
-            capacity *= 2
-        memory, graphs = self._held
-        if memory.reserve(cache, capacity):
-            graphs.clear()  # they read and write what was there before
-        buffers, size = memory.lend(cache, capacity), (len(numbers), capacity)
+    def replay(self, numbers: torch.Tensor, cache: RowCache) -> torch.Tensor | None:
+        """Run a step on a cache, which then is in the graphs' memory.
+
+        Returns:
+            logits [rows, vocabulary]; None if there is not enough memory.
+        """
+        positions = len(numbers) * (cache.get_seq_length() + 1)
+        if positions >= self._too_large:
+            return None
+        try:
+            return self._replay(numbers, cache)
+        except torch.OutOfMemoryError:
+            logger.warning("Too little memory for a CUDA graph of %d positions: they are computed without.", positions)
+        self.clear()
+        self._too_large = positions
+        return None
+
+    def _replay(self, numbers: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        captured = self._captured
+        if captured is None or not captured.buffers.has_room(cache):
+            self._captured = captured = None  # freed before there is more
+            self._captured = captured = _Captured(SharedBuffers(cache))
+        buffers = captured.buffers.lend(cache)
+        shape = buffers[0][0].shape
         with torch.cuda.device(self._device):
-            if size not in graphs:
-                graphs[size] = self._capture(numbers, buffers)
-            graph, inputs, logits = graphs[size]
-            inputs.copy_(numbers)
-            graph.replay()
-        return logits
+            if shape not in captured.steps:
+                captured.steps[shape] = self._capture(numbers, buffers, captured.pool)
+            return captured.steps[shape](numbers)
 
-    def _capture(self, numbers: torch.Tensor, buffers: list[Buffers]) -> Graph:
-        inputs = numbers.to(self._device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles it, and lets libraries get their own memory
-            for _ in range(2):
-                self._run(inputs, buffers)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: they prepare other requests' images.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._run(inputs, buffers)
-        return graph, inputs, logits
+    def _capture(self, numbers: torch.Tensor, buffers: list[Buffers], pool: tuple[int, int]) -> _GraphedStep:
+        inputs, graph = numbers.to(self._device), torch.cuda.CUDAGraph()
+        with _capturing:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # compiles it, and lets libraries get their own memory
+                for _ in range(2):
+                    self._run(inputs, buffers)
+            # Other threads may go on: they prepare other requests' images.
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                logits = self._run(inputs, buffers)
+        return _GraphedStep(graph, inputs, logits)

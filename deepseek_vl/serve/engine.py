@@ -226,6 +226,11 @@ class Engine:
         memory = self._memory
         return 0 if memory is None else memory.conversations.nbytes + memory.images.nbytes
 
+    def use(self, step: Step, model: MultiModalityCausalLM) -> None:
+        """Compute tokens with another step, which is ready for this model as it is now."""
+        self._memory_of(model)  # before, as it lets a step forget what held for other weights
+        self.step = step
+
     def submit(self, generation: Generation) -> None:
         """Begin a generation as soon as there is room."""
         with self._lock:

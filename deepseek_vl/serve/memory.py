@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.models.weight_only import stored_bytes
 from deepseek_vl.serve.prompt import PromptImage
 from deepseek_vl.serve.rows import STEP, RowCache
 
@@ -24,7 +25,7 @@ def conversation_bytes(model: MultiModalityCausalLM) -> int:
 
     In bfloat16 that is 5,000 tokens for the 1.3B model and 7,500 for the 7B model.
     """
-    return max(sum(weight.nbytes for weight in _weights(model)) // 4, 256 << 20)
+    return max(sum(map(stored_bytes, _weights(model))) // 4, 256 << 20)
 
 
 def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:

@@ -9,6 +9,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 STEP = 128
 """A cache grows by at least so many positions, so that most tokens are written without copying what is there."""
 
+SHARED_POSITIONS = 1024
+"""Shared buffers have room for so many positions of a row, or twice as many, or four times, and so on."""
+
 Buffers = tuple[torch.Tensor, torch.Tensor]
 """Room for a layer's keys and values, [rows, heads, capacity, head_dim] each."""
 
@@ -173,30 +176,35 @@ def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Te
 
 
 class SharedBuffers:
-    """Buffers for one cache at a time, whose addresses depend on its number of rows and its capacity only."""
+    """Memory for one cache at a time, in which caches of the same size lie at the same addresses.
 
-    def __init__(self) -> None:
-        self._memory: list[Buffers] = []  # each layer's, flat
+    Args:
+        cache: what there is to be room for, at least.
+    """
 
-    def reserve(self, cache: RowCache, capacity: int) -> bool:
-        """Make them large enough for a cache of this capacity; returns whether that changes their addresses."""
-        elements = math.prod(_shape(cache, capacity))
-        if self._memory and self._memory[0][0].numel() >= elements:
-            return False
-        self._memory = [
-            tuple(held.new_zeros(elements) for held in (layer.keys, layer.values)) for layer in cache.layers
+    def __init__(self, cache: RowCache):
+        elements = 1 << (math.prod(_shape(cache)) - 1).bit_length()  # so that it seldom has to grow
+        self._memory: list[Buffers] = [  # each layer's, flat
+            tuple(held.new_empty(elements) for held in (layer.keys, layer.values)) for layer in cache.layers
         ]
-        return True
 
-    def lend(self, cache: RowCache, capacity: int) -> list[Buffers]:
-        """Move a cache into them, unless it is there, and whatever was there out of use; returns each layer's."""
-        shape = _shape(cache, capacity)
+    def has_room(self, cache: RowCache) -> bool:
+        """Whether a cache, and one more position of it, can be here."""
+        return math.prod(_shape(cache)) <= self._memory[0][0].numel()
+
+    def lend(self, cache: RowCache) -> list[Buffers]:
+        """Move a cache here, unless it is, and whatever was here out of use; returns each layer's buffers."""
+        shape = _shape(cache)
         lent = [tuple(flat[: math.prod(shape)].view(shape) for flat in pair) for pair in self._memory]
         for layer, buffers in zip(cache.layers, lent, strict=True):
             layer.borrow(buffers)
         return lent
 
 
-def _shape(cache: RowCache, capacity: int) -> tuple[int, int, int, int]:
-    rows, heads, _, head_dim = cache.layers[0].keys.shape
+def _shape(cache: RowCache) -> tuple[int, int, int, int]:
+    """Of a layer's keys, with room for one more position."""
+    rows, heads, length, head_dim = cache.layers[0].keys.shape
+    capacity = SHARED_POSITIONS
+    while capacity <= length:
+        capacity *= 2
     return rows, heads, capacity, head_dim

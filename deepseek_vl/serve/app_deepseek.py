@@ -22,7 +22,7 @@ from deepseek_vl.serve.chat import ChatSession, with_image_tags
 from deepseek_vl.serve.compiled import compile_model
 from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.serve.text import safe_markdown
-from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, run_command
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, run_command, starting
 from deepseek_vl.utils.io import (
     SAFE_FORMATS,
     SAFE_IMAGES,
@@ -438,7 +438,10 @@ def _run(args: argparse.Namespace) -> None:
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
-        _, processor, model = load_pretrained_model(path, device=args.device, dtype=args.dtype, quantize=args.quantize)
+        with starting():
+            _, processor, model = load_pretrained_model(
+                path, device=args.device, dtype=args.dtype, quantize=args.quantize
+            )
         if args.compile:
             compile_model(model, processor)
         # A directory's name is enough to choose by; where it is, is the server's business.

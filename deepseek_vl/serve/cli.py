@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, starting
 from deepseek_vl.utils.rows import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -105,23 +105,24 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--image - reads one image from standard input, and needs --prompt.")
     if not one_shot:
         print(f"Loading {args.model_path} ...", flush=True)
-    with _import_interruptible():
-        from deepseek_vl.serve.attachments import open_image
-        from deepseek_vl.utils.io import check_quantization, load_pretrained_model, pick_device, pick_dtype
+    with starting():
+        with _import_interruptible():
+            from deepseek_vl.serve.attachments import open_image
+            from deepseek_vl.utils.io import check_quantization, load_pretrained_model, pick_device, pick_dtype
 
-        device = pick_device(args.device)
-        dtype = pick_dtype(device, args.dtype)
-        check_quantization(device, args.quantize)
-        if args.compile:
-            from deepseek_vl.serve.compiled import check_compile, compile_model
+            device = pick_device(args.device)
+            dtype = pick_dtype(device, args.dtype)
+            check_quantization(device, args.quantize)
+            if args.compile:
+                from deepseek_vl.serve.compiled import check_compile, compile_model
 
-            check_compile(device, args.quantize)
-        images = [open_image(source) for source in args.image]
-        _be_quiet(progress=not one_shot and sys.stderr.isatty())
-        from deepseek_vl.serve.chat import ChatSession
-        from deepseek_vl.serve.screen import pick_screen, write_pieces
+                check_compile(device, args.quantize)
+            images = [open_image(source) for source in args.image]
+            _be_quiet(progress=not one_shot and sys.stderr.isatty())
+            from deepseek_vl.serve.chat import ChatSession
+            from deepseek_vl.serve.screen import pick_screen, write_pieces
 
-    _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
+        _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
     if args.compile:
         compile_model(model, processor, progress=print if not one_shot else lambda _: None)
     session = ChatSession(model, processor, settings)

@@ -1,9 +1,12 @@
 """What the commands share: errors in one line, exit codes, a log on standard error."""
 
 import argparse
+import atexit
+import contextlib
+import gc
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 
@@ -34,6 +37,24 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """A program imports its modules and loads its model: nothing of that is garbage, so nobody looks for any.
+
+    Python's collector would go through the millions of new objects again and again. What there is at the end, it goes
+    through only when the process ends; after an exception as ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries complain of what is left when the process ends
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, positive, run_command
+from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, positive, run_command, starting
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     settings = GenerationSettings(args.max_gen_len, args.temperature)
 
-    import uvicorn
+    with starting():
+        import uvicorn
 
-    from deepseek_vl.serve.api.app import Limits, Service, create_app
-    from deepseek_vl.serve.api.fetch import ImageFetcher
-    from deepseek_vl.serve.compiled import compile_model
-    from deepseek_vl.serve.engine import engine_of
-    from deepseek_vl.utils.io import load_pretrained_model
+        from deepseek_vl.serve.api.app import Limits, Service, create_app
+        from deepseek_vl.serve.api.fetch import ImageFetcher
+        from deepseek_vl.serve.compiled import compile_model
+        from deepseek_vl.serve.engine import engine_of
+        from deepseek_vl.utils.io import load_pretrained_model
 
-    logger.info("Loading %s ...", args.model_path)
-    _, processor, model = load_pretrained_model(
-        args.model_path, device=args.device, dtype=args.dtype, quantize=args.quantize
-    )
+        logger.info("Loading %s ...", args.model_path)
+        _, processor, model = load_pretrained_model(
+            args.model_path, device=args.device, dtype=args.dtype, quantize=args.quantize
+        )
     if args.compile:
         compile_model(model, processor)
     engine = engine_of(model)

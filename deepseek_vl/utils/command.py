@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, exit codes, a log on standard error."""
+"""What the commands share: errors in one line, exit codes, a log on standard error, a quick start."""
 
 import argparse
 import atexit
@@ -43,8 +43,8 @@ def run_command(
 def starting() -> Iterator[None]:
     """A program imports its modules and loads its model: nothing of that is garbage, so nobody looks for any.
 
-    Python's collector would go through the millions of new objects again and again. What there is at the end, it goes
-    through only when the process ends; after an exception as ever.
+    Python's collector would go through hundreds of thousands of new objects again and again. Those that there are at
+    the end it goes through only when the process ends; after an exception as ever.
     """
     enabled = gc.isenabled()
     gc.disable()

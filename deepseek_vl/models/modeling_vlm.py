@@ -241,6 +241,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         sft_format: list[str] | None = None,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model on ids with or without images, or on embeddings.
@@ -256,19 +257,33 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             use_cache: return the cache.
             logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
             sft_format: the processor output's prompt strings; not used.
+            loss_only: return nothing but the loss, for which only the logits that are learnt are computed: of a
+                vocabulary of 102,400 the others take most of a training step's memory.
             kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
 
         Returns:
             `loss` (with labels), `logits` [b, T, vocabulary], `past_key_values`, `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for pixels without masks; and
-                what `prepare_inputs_embeds` raises.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for pixels without masks, or for
+                `loss_only` without labels; and what `prepare_inputs_embeds` raises.
         """
+        if loss_only and labels is None:
+            raise ValueError("loss_only needs labels.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask, position_ids)
+        if loss_only:
+            items = kwargs.pop("num_items_in_batch", None)
+            hidden = self.language_model.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **kwargs,
+            )[0]
+            return CausalLMOutputWithPast(loss=self._loss_of(hidden, labels, items))
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -278,6 +293,20 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
+        )
+
+    def _loss_of(
+        self, hidden: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
+        learnt = targets != -100
+        logits = self.language_model.lm_head(hidden[learnt])  # [learnt positions, vocabulary]
+        return self.language_model.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=targets[learnt],
         )
 
     def _embed(

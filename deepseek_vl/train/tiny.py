@@ -2,32 +2,35 @@
 
 A tokenizer is learnt from the synthetic world's sentences. A small vision tower learns to see from maps of pictures, in
 place of the published models' pretrained ones. Then a small model of the 1.3B's architecture learns, as in the paper's
-last two stages, first from captions and then from conversations, of which the later ones ask more of what is hard.
+last two stages, first from captions, while its vision tower is frozen, and then all of it from conversations, of which
+the later ones ask more of what is hard.
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.optim.muon import Muon
+from timm.optim import muon
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainingArguments, set_seed
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
+from deepseek_vl.models.linear import multiplies_fast
 from deepseek_vl.models.processing_vlm import load_tokenizer
 from deepseek_vl.models.siglip_vit import SigLIPVisionTransformer
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.sight import MapCollator, PatchReader
-from deepseek_vl.train.stages import parts_of, set_trainable
+from deepseek_vl.train.stages import STAGES, parts_of, set_trainable
 from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train, training_dtype
 from deepseek_vl.train.world import ByLength, Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
@@ -135,6 +138,18 @@ def make_model(vocabulary: int) -> MultiModalityCausalLM:
     return model
 
 
+class Float32Muon(muon.Muon):
+    """Muon in float32, for processors that multiply bfloat16 slowly; timm's has no option for it."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        narrow = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = functools.partial(narrow, dtype=torch.float32)
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = narrow
+
+
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, heads and vectors.
 
@@ -152,7 +167,30 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimi
         groups.setdefault((is_matrix, can_see), {"params": [], "weight_decay": 0.0, **options})["params"].append(
             parameter
         )
-    return Muon(list(groups.values()), lr=learning_rate, nesterov=True, betas=(0.9, 0.98))
+    optimizer = muon.Muon if torch.cuda.is_available() or multiplies_fast(torch.bfloat16) else Float32Muon
+    return optimizer(list(groups.values()), lr=learning_rate, nesterov=True, betas=(0.9, 0.98))
+
+
+def compile_layers(model: MultiModalityCausalLM, batch: dict[str, torch.Tensor]) -> None:
+    """Compile the language model's layers for training; where that is not possible, say so and leave them.
+
+    In a small model the operations between the products take as long as they do.
+
+    Args:
+        batch: the same whenever a run is begun or resumed. The code holds for every length, but is best for this one's;
+            if the next batch decided, a resumed run would round otherwise than an unbroken one.
+    """
+    layers = model.language_model.model.layers
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        model.train()(**batch, loss_only=True).loss.backward()
+    except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
+        for layer in layers:
+            layer._compiled_call_impl = None  # `compile` has no other way back
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("Training takes a quarter longer, because layers cannot be compiled here: %s", reason)
+    model.zero_grad()
 
 
 def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> TrainingArguments:
@@ -168,7 +206,7 @@ def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> Traini
         use_cpu=not torch.cuda.is_available(),
         bf16=training_dtype(pick_device()) is torch.bfloat16,
         logging_steps=20,
-        save_steps=500,
+        save_steps=args.save_steps,
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
         remove_unused_columns=False,
@@ -198,16 +236,21 @@ def learn(
     model: MultiModalityCausalLM,
     processor: VLChatProcessor,
     world: Dataset,
+    parts: Iterable[str],
     output: Path,
     args: argparse.Namespace,
 ) -> None:
-    """Train on every conversation of a world, and write the model to `output`."""
-    set_trainable(model, parts_of(model))
+    """Train these parts on every conversation of a world, and write the model to `output`."""
+    set_trainable(model, parts)
+    settings = settings_of(output, world, args)
+    collator = TrainingCollator(processor)
+    if settings.use_cpu and not settings.bf16:
+        compile_layers(model, collator([world[index] for index in range(args.batch_size)]))
     trainer = VLTrainer(
         model,
-        settings_of(output, world, args),
+        settings,
         processor,
-        TrainingCollator(processor),
+        collator,
         world,
         optimizers=(make_optimizer(model, args.learning_rate), None),
         shuffle=False,
@@ -228,10 +271,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hard_conversations",
         type=positive,
-        default=4100,
+        default=3700,
         help="then, steps on conversations with more of what is hard (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")
+    parser.add_argument(
+        "--save_steps", type=positive, default=500, help="between checkpoints, to go on from (default: %(default)s)"
+    )
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="at its highest (default: %(default)s)")
     return parser
 
@@ -252,12 +298,12 @@ def _run(args: argparse.Namespace) -> None:
         reader = PatchReader(model.vision_model.vision_tower)
         reader.load_state_dict(load_file(maps / "model.safetensors"))
         world = ByLength(Captions(args.captions * args.batch_size, args.seed), args.batch_size)
-        learn(model, processor, world, captions, args)
+        learn(model, processor, world, STAGES["pretrain"].parts, captions, args)
     model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
     easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
     first = ByLength(SyntheticWorld(easy, args.seed), args.batch_size)
     later = Subset(ByLength(HardQuestions(easy + hard, args.seed), args.batch_size), range(easy, easy + hard))
-    learn(model, processor, ConcatDataset([first, later]), tiny, args)
+    learn(model, processor, ConcatDataset([first, later]), parts_of(model), tiny, args)
     model.to(torch.float16).save_pretrained(tiny)
     logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
 

@@ -23,6 +23,7 @@ from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parameter_groups
 from deepseek_vl.utils.io import pick_dtype
+from deepseek_vl.utils.native import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class VLTrainer(OrderedTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # With a cache transformers would not look for the borders of packed rows in their positions.
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        only = {"use_cache": False, "loss_only": self.compute_metrics is None}
+        return super().compute_loss(model, {**inputs, **only}, *args, **kwargs)
 
 
 def training_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
@@ -220,6 +222,8 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         FileExistsError: if the directory has the result of a run, but no checkpoint to go on from.
         what reading the data raises.
     """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()  # before the processes that load data are forked, for them too
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, exported = last_checkpoint(output), (output / "log.jsonl").exists()

@@ -1,6 +1,7 @@
 """What is said to the C libraries below PyTorch."""
 
 import ctypes
+import platform
 import re
 import subprocess
 import sys
@@ -62,6 +63,40 @@ def test_pages_of_a_mapped_file_are_forgotten_and_read_again(tmp_path: Path) -> 
         assert 0.8 * forgotten < with_both - mapped_memory()  # the system maps more around what is read
     assert torch.equal(first, numbers)
     assert torch.equal(second, -numbers)
+
+
+KEEP = """
+import re
+from pathlib import Path
+import torch
+from deepseek_vl.utils.native import keeping_freed_memory
+
+SIZE = 2**26
+
+def memory():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def kept():
+    return memory() - before > SIZE / 2
+
+def take():
+    torch.ones(SIZE, dtype=torch.uint8)
+
+take()
+before = memory()
+with keeping_freed_memory():
+    take()
+    print(kept(), end=" ")
+print(kept(), end=" ")
+take()
+print(kept())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_freed_memory_is_kept_and_given_back_at_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False"]
 
 
 def mapped_memory() -> int:

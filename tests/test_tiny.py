@@ -1,6 +1,11 @@
 """The recipe of the small model: its tokenizer, its size, and that its three stages learn, go on and can be opened."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,13 +16,14 @@ from deepseek_vl.train.tiny import IMAGE_TOKENS, main, make_model, make_processo
 from deepseek_vl.train.world import Captions
 from deepseek_vl.utils.io import load_pretrained_model
 
+STEPS = ["--batch_size", "2", "--maps", "2", "--captions", "5", "--conversations", "1", "--hard_conversations", "1"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe with a few small steps."""
     output = tmp_path_factory.mktemp("tiny")
-    steps = ["--maps", "2", "--captions", "3", "--conversations", "1", "--hard_conversations", "1"]
-    assert main(["--output", str(output), "--batch_size", "2", *steps]) == 0
+    assert main(["--output", str(output), *STEPS]) == 0
     return output
 
 
@@ -52,6 +58,41 @@ def test_all_stages_leave_their_log_and_plot(run: Path) -> None:
     for stage in ("maps", "captions", "tiny"):
         assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (run / stage / "log.jsonl").exists()
+
+
+def test_killed_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deepseek_vl.train.tiny", "--output", str(tmp_path / "out"), *STEPS]
+    checkpoint = tmp_path / "out/captions/checkpoint-3"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--save_steps", "1"], stdout=log, stderr=log, start_new_session=True)
+        while not (checkpoint / "trainer_state.json").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out/captions/model.safetensors").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"Going on from {checkpoint.parent}" in done.stderr
+    for stage in ("maps", "captions", "tiny"):
+        whole, again = (load_file(directory / stage / "model.safetensors") for directory in (run, tmp_path / "out"))
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deepseek_vl.train.tiny", "--output", str(tmp_path / "out"), *STEPS],
+        env={**os.environ, "CXX": str(tmp_path / "missing"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "cannot be compiled here" in line]
+    assert len(said) == 2  # of the stages that train a language model
+    assert "Traceback" not in done.stderr
+    compiled, plain = (load_file(directory / "tiny/model.safetensors") for directory in (run, tmp_path / "out"))
+    for name, weight in compiled.items():
+        torch.testing.assert_close(plain[name].float(), weight.float(), rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_what_a_stage_learnt_is_where_the_next_begins(run: Path) -> None:

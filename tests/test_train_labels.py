@@ -270,6 +270,37 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(opened, pic
         torch.testing.assert_close(packed_gradients[key], gradient, rtol=1e-3, atol=1e-6 * scale, msg=key)
 
 
+@pytest.mark.parametrize("items", [None, 77])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_loss_only_is_the_loss_with_its_gradients(opened, pictures, name, pack, items):
+    processor, model = opened
+    batch = TrainingCollator(processor, pack=pack)(
+        [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
+    )
+    batch["num_items_in_batch"] = None if items is None else torch.tensor(items)
+    results = []
+    for loss_only in (False, True):
+        model.zero_grad()
+        output = model(**batch, use_cache=False, loss_only=loss_only)
+        assert (output.logits is None) == loss_only
+        output.loss.backward()
+        gradients = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+        results.append((output.loss.detach(), gradients))
+    (loss, gradients), (only, only_gradients) = results
+    torch.testing.assert_close(only, loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == only_gradients.keys()
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(only_gradients[key], gradient, rtol=1e-4, atol=1e-7 * scale, msg=key)
+
+
+def test_the_loss_only_needs_labels(opened):
+    _, model = opened
+    with pytest.raises(ValueError, match=r"^loss_only needs labels\.$"):
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), loss_only=True)
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_padded_batch_has_the_loss_of_its_rows_alone(opened, pictures, name):
     processor, model = opened

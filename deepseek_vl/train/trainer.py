@@ -23,7 +23,7 @@ from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parameter_groups
 from deepseek_vl.utils.io import pick_dtype
-from deepseek_vl.utils.native import keep_freed_memory
+from deepseek_vl.utils.native import keeping_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -222,18 +222,16 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         FileExistsError: if the directory has the result of a run, but no checkpoint to go on from.
         what reading the data raises.
     """
-    if trainer.args.device.type == "cpu":
-        keep_freed_memory()  # before the processes that load data are forked, for them too
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, exported = last_checkpoint(output), (output / "log.jsonl").exists()
     if checkpoint is None and exported:
         raise FileExistsError(f"{str(output)!r} holds a finished run without checkpoints; choose another directory.")
     if checkpoint is None:
-        trainer.train()
+        _take_steps(trainer)
     elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
         logger.warning("Going on from %s.", checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+        _take_steps(trainer, str(checkpoint))
     elif exported:
         logger.warning("The run in %s is finished; there is nothing to do.", output)
         return
@@ -248,6 +246,11 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
         plot_loss(history, output / "loss.png")
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
+
+
+def _take_steps(trainer: Trainer, checkpoint: str | None = None) -> None:
+    with keeping_freed_memory() if trainer.args.device.type == "cpu" else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:

@@ -4,6 +4,8 @@ import ctypes
 import math
 import mmap
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +16,26 @@ def return_freed_memory() -> None:
     _call("malloc_trim", 0)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep all that this process frees, for what it allocates next.
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Let glibc keep all that this process frees, for what it allocates next, and give it back at the end.
 
-    Training allocates and frees the same large tensors in every step; otherwise the system takes their pages each time
-    and clears them for the next, which on two cores is a tenth of a step. It holds from now on, and cannot be undone.
+    Training allocates and frees the same large tensors in every step. Without this the system takes their pages each
+    time and clears them for the next, which on two cores is a tenth of a step. Processes that are forked keep it up.
     """
     _call("mallopt", _M_TRIM_THRESHOLD, -1)
     _call("mallopt", _M_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        # Once set, they no longer adapt; these are what they adapt to in a process that frees large tensors.
+        _call("mallopt", _M_TRIM_THRESHOLD, 64 * 2**20)
+        _call("mallopt", _M_MMAP_THRESHOLD, 32 * 2**20)
+        _call("mallopt", _M_MMAP_MAX, 2**16)
+        return_freed_memory()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def release_threads() -> None:

@@ -63,7 +63,7 @@ def main() -> None:
     phases = Phases(device)
     phases.watch(model.vision_model, "vision forward")
     phases.watch(model.aligner, "projector forward")
-    phases.watch(model.language_model, "language forward")
+    phases.watch(model.language_model.model, "language forward")
     if args.lora:
         model = add_lora(model, [part for part in STAGES["pretrain"].parts if part in parts_of(model)])
     else:
@@ -85,7 +85,7 @@ def main() -> None:
             batch = collator([world[first + i] for i in range(args.batch_size)])
             batch = {name: value.to(device) for name, value in batch.items()}
         with phases.phase("rest of forward"), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(**batch, use_cache=False).loss
+            loss = model(**batch, use_cache=False, loss_only=True).loss
         with phases.phase("backward"):
             loss.backward()
         with phases.phase("optimizer"):

@@ -179,7 +179,7 @@ def test_a_model_of_onednns_products_answers_as_a_plain_one(
 def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
     maker: str, avx512: bool, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek_vl.models.linear._is_amd", lambda: maker == "AMD")
+    monkeypatch.setattr("deepseek_vl.models.linear.is_made_by", lambda vendor: maker in vendor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     assert fastest_linear(torch.float32) is kind
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
@@ -220,7 +220,7 @@ def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
     maker: str, instructions: set[str], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("deepseek_vl.models.linear._is_amd", lambda: maker == "AMD")
+    monkeypatch.setattr("deepseek_vl.models.linear.is_made_by", lambda vendor: maker in vendor)
     for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
     multiplies_fast.cache_clear()
@@ -236,6 +236,27 @@ def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
 
 
 @NARROW
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("many", [False, True])
+@torch.inference_mode()
+def test_attention_is_narrow_where_that_is_faster(
+    dtype: torch.dtype, few: bool, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek_vl.models.attention.FEW_ARE_FASTER_NARROW", few)
+    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_fast", lambda dtype: many)
+    layer = nn.Module()
+    layer.is_causal = True
+    key, value = torch.randn(2, 1, 4, 40, 16).to(dtype)
+    for queries, is_narrow in ((1, few), (40, many)):
+        query = torch.randn(1, 4, queries, 16).to(dtype)
+        plain, _ = sdpa_attention_forward(layer, query, key, value, None)
+        wide, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), None)
+        output, _ = attend_in_float32(layer, query, key, value, None)
+        assert torch.equal(output, plain if is_narrow else wide.to(dtype))
+        assert not torch.equal(plain, wide.to(dtype))
+
+
+@NARROW
 @pytest.mark.parametrize("masks", [0, 1, 2], ids=["causal", "a mask for all", "a mask for each"])
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @torch.inference_mode()
@@ -245,6 +266,7 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(
     """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once; on a processor
     that multiplies float32 the fastest."""
     monkeypatch.setattr("deepseek_vl.models.attention.multiplies_fast", lambda dtype: False)
+    monkeypatch.setattr("deepseek_vl.models.attention.FEW_ARE_FASTER_NARROW", False)
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True
@@ -291,6 +313,19 @@ def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtyp
     output = layer(rows)
     assert (output.shape, output.dtype, output.requires_grad) == ((3, 1000, 24), dtype, False)
     assert torch.equal(output, torch.stack([layer(part) for part in rows]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_alone_has_the_result_that_it_has_among_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(512, 64))
+    rows = torch.randn(4, 512).to(dtype)
+    before = rows.clone()
+    alone = torch.cat([layer(row[None]) for row in rows])
+    assert alone.dtype == dtype
+    assert torch.equal(rows, before)
+    torch.testing.assert_close(alone, layer(rows), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     if platform.machine() in X86:
         if dtype is torch.float16:
             return torch.cpu._is_amx_fp16_supported()
-        return torch.cpu._is_amx_tile_supported() or (_is_amd() and torch.cpu._is_avx512_bf16_supported())
+        return torch.cpu._is_amx_tile_supported() or (is_made_by(AMD) and torch.cpu._is_avx512_bf16_supported())
     if dtype is torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -127,18 +127,22 @@ def fastest_linear(dtype: torch.dtype) -> type[nn.Linear]:
     if not multiplies_fast(dtype):
         return WideningLinear
     # PyTorch's products of float32 are MKL's, which on AMD's processors with AVX-512 take a fifth longer.
-    if dtype is torch.float32 and _is_amd() and torch.cpu._is_avx512_supported():
+    if dtype is torch.float32 and is_made_by(AMD) and torch.cpu._is_avx512_supported():
         return OneDNNLinear
     return nn.Linear
 
 
-def _is_amd() -> bool:
-    """Whether AMD made the processor, as far as the system says."""
+AMD, INTEL = "AuthenticAMD", "GenuineIntel"
+
+
+@functools.cache
+def is_made_by(vendor: str) -> bool:
+    """Whether the processor is a vendor's, as far as the system says."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            return vendor in next((line for line in lines if line.startswith("vendor_id")), "")
     except OSError:  # not Linux
-        return "AuthenticAMD" in platform.processor()
-    return "AuthenticAMD" in next((line for line in lines if line.startswith("vendor_id")), "")
+        return vendor in platform.processor()
 
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -196,14 +200,15 @@ class Int8Linear(nn.Module):
         # The kernel wants them unsigned, so something stands for 0; the conversion cuts off what 0.5 rounds up.
         zero = self._levels + 1
         quantised = (rows / scale).add_(zero + 0.5).to(torch.uint8)
+        is_one = len(rows) == 1  # which the kernel can scale, too
         output = torch.ops.onednn.qlinear_pointwise(
-            *(quantised, 1.0, zero),
+            *(quantised, scale.item() if is_one else 1.0, zero),
             *(self._weight, self._scale, self._zero_point),
-            None,  # no bias yet
+            self._bias if is_one else None,
             *(1.0, 0, torch.float32),  # the output as it is
             *("none", [], ""),  # nor any operation after it
         )
-        return torch.addcmul(self._bias, output, scale, out=output)
+        return output if is_one else torch.addcmul(self._bias, output, scale, out=output)
 
     def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
         """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""

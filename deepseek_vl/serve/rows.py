@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 STEP = 128
-"""A cache grows by at least so many positions, so that most tokens are written without copying what is there."""
+"""A cache that has grown has room for about so many tokens more, so that most are written without copying the rest."""
 
 SHARED_POSITIONS = 1024
 """Shared buffers have room for so many positions of a row, or twice as many, or four times, and so on."""
@@ -47,7 +47,7 @@ class GrowingLayer(DynamicLayer):
     def reserve(self, length: int) -> Buffers:
         """The buffers, made long enough for so many positions; what is behind those held is finite."""
         if length > self._buffers[0].shape[2]:
-            length = -(-max(length, self.get_seq_length() + STEP) // STEP) * STEP
+            length = -(-(length + STEP - 1) // STEP) * STEP
             self._own([_widened(held, length) for held in (self.keys, self.values)], self.get_seq_length())
         return tuple(self._buffers)
 

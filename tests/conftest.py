@@ -27,10 +27,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
+from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 BOS, EOS, IMAGE_TAG = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
+Batch = BatchedVLChatProcessorOutput
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
@@ -163,6 +165,60 @@ def siglip_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
 def hybrid_checkpoint(small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature of the 7B model."""
     return write_checkpoint("hybrid", small_tokenizer_dir, tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint: Path) -> VLChatProcessor:
+    return VLChatProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> MultiModalityCausalLM:
+    """Shared by the module's tests, which leave it as it is."""
+    return MultiModalityCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture
+def own_model(checkpoint: Path) -> MultiModalityCausalLM:
+    """A test's own, to change."""
+    return MultiModalityCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def picture_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("pictures")
+    return [make_picture(directory / f"{seed}.png", seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def make_batch(processor: VLChatProcessor, picture_files: list[Path]) -> Callable[..., Batch]:
+    """A batch with so many images per row."""
+    remaining_words = ["What is this?", "Tell me a story about a boat.", "Why?"]
+
+    def make(*image_counts: int) -> Batch:
+        files = iter(picture_files)
+        rows = []
+        for count, words in zip(image_counts, remaining_words, strict=False):
+            conversation = [
+                {"role": "User", "content": "<image_placeholder>" * count + words},
+                {"role": "Assistant", "content": ""},
+            ]
+            images = [Image.open(next(files)).convert("RGB") for _ in range(count)]
+            rows.append(processor(conversations=conversation, images=images, force_batchify=False))
+        return processor.batchify(rows)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch: Callable[..., Batch]) -> Batch:
+    """Rows with two images, none, and one: padding and blank slots."""
+    return make_batch(2, 0, 1)
+
+
+def embedded(model: MultiModalityCausalLM, batch: Batch) -> dict[str, torch.Tensor]:
+    """What downstream tools give to `language_model.generate`."""
+    return {"inputs_embeds": model.prepare_inputs_embeds(**batch), "attention_mask": batch.attention_mask}
 
 
 STOCK = {

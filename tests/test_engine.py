@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from deepseek_vl.serve import rows
 from deepseek_vl.serve.compiled import compile_model
 from deepseek_vl.serve.decoding import Step
-from deepseek_vl.serve.engine import Engine, Generation, engine_of
+from deepseek_vl.serve.engine import END, Engine, Generation, engine_of
 from deepseek_vl.serve.inference import load_model, stream_answer
 from deepseek_vl.serve.rows import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
 from deepseek_vl.serve.settings import GenerationSettings
@@ -149,6 +149,54 @@ def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
     assert "[1] image positions" in next(
         str(item) for item in iter(bad.pieces.get, None) if isinstance(item, ValueError)
     )
+
+
+@pytest.mark.parametrize("broken", ["append", "keep"])
+def test_when_memory_runs_out_between_tokens_later_answers_are_right(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """`append` is needed when an answer joins, `keep` when it leaves."""
+    whole, failed = getattr(RowCache, broken), []
+
+    def fail_once(cache: RowCache, *arguments: Any) -> None:
+        if not failed:
+            failed.append(broken)
+            raise torch.OutOfMemoryError("There is no memory left.")
+        whole(cache, *arguments)
+
+    monkeypatch.setattr(RowCache, broken, fail_once)
+    engine = Engine()
+    first, second, *later = (generation_of(loaded, messages_of("Hello."), length) for length in (900, 3, 20, 30))
+    engine.submit(first)
+    first.pieces.get()
+    engine.submit(second)
+    assert first.done.wait(60)
+    assert second.done.wait(60)
+    errors = [item for item in iter(first.pieces.get, END) if isinstance(item, torch.OutOfMemoryError)]
+    assert len(errors) == 1
+    assert second.finish_reason == ("length" if broken == "keep" else None)
+    for generation in later:
+        engine.submit(generation)
+    for generation, length in zip(later, (20, 30), strict=True):
+        assert generation.done.wait(60)
+        assert generation.text.token_ids == alone(loaded, messages_of("Hello."), length)
+
+
+def test_without_another_thread_an_answer_is_refused_and_forgotten(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = Engine()
+    refused_one, answered = (generation_of(loaded, messages_of("Hello."), 2) for _ in range(2))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", refused)
+        engine.submit(refused_one)
+    assert engine.waiting == 0
+    engine.submit(answered)
+    assert answered.done.wait(30)
+    assert not refused_one.done.is_set()
 
 
 def test_sampled_answers_follow_their_own_seeds_in_a_batch(loaded: Loaded) -> None:

@@ -367,9 +367,9 @@ def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, p
 def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work) -> None:
     questions = [messages_of(f"{i} " * 100) for i in range(6)]
     unbounded = Engine()
-    for messages in questions[:2]:
-        ask(unbounded, loaded, messages)
-    engine = Engine(memory_bytes=unbounded.memory_used)
+    ask(unbounded, loaded, questions[0])
+    one = unbounded.memory_used
+    engine = Engine(memory_bytes=int(2.9 * one))
     for messages in questions:
         ask(engine, loaded, messages)
         assert engine.memory_used <= engine.memory_bytes
@@ -379,6 +379,13 @@ def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work)
     positions = work.of()[0]
     assert positions[:2] == [1, 1]
     assert min(positions[2:]) > 100
+
+
+def test_a_short_conversation_takes_no_room_for_more(loaded: Loaded) -> None:
+    messages = messages_of("Hello.")
+    engine = Engine()
+    positions = length_of(loaded, messages) + len(ask(engine, loaded, messages, 5)) - 1
+    assert engine.memory_used == positions * 2 * 2 * 64 * 4  # keys and values x layers x width x bytes
 
 
 def test_a_conversation_that_is_too_long_is_kept_as_far_as_there_is_room(loaded: Loaded, work: Work) -> None:

@@ -236,8 +236,15 @@ class Engine:
         with self._lock:
             self._waiting.append(generation)
             is_working = self._thread is not None
-        if not is_working:
+        if is_working:
+            return
+        try:
             threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True).start()
+        except RuntimeError:  # the system gives no more threads
+            with self._lock:
+                if generation in self._waiting:  # no other's thread has taken it
+                    self._waiting.remove(generation)
+                    raise
 
     def cancel(self) -> None:
         """End everything within one token."""
@@ -277,11 +284,14 @@ class Engine:
                 return  # two answers came at once, and the other's thread is at work
             self._thread = threading.current_thread()
         while True:
-            self._admit()
-            self._keep([not generation.cancelled.is_set() for generation in self._rows])
-            if self._rows:
-                self._step()
-                continue
+            try:
+                self._admit()
+                self._keep([not generation.cancelled.is_set() for generation in self._rows])
+                if self._rows:
+                    self._step()
+                    continue
+            except BaseException as error:  # raised again in every reader
+                self._fail(error)
             with self._lock:
                 if not self._waiting:
                     self._thread = None
@@ -354,16 +364,17 @@ class Engine:
     def _step(self) -> None:
         """One more token for every row."""
         rows = self._rows
-        try:
-            token_ids = [generation.text.token_ids[-1] for generation in rows]
-            logits = self.step(rows[0].model.language_model, token_ids, self._cache).float()
-        except BaseException as error:  # raised again in every reader
-            for generation in rows:
-                generation.end(error)
-            self._rows, self._cache = [], RowCache()
-            self.forget()
-            return
+        token_ids = [generation.text.token_ids[-1] for generation in rows]
+        logits = self.step(rows[0].model.language_model, token_ids, self._cache).float()
         self._keep([_advance(row, row_logits) for row, row_logits in zip(rows, logits, strict=True)])
+
+    def _fail(self, error: BaseException) -> None:
+        """End all rows with an error, after which their keys and values may be of any state."""
+        for generation in self._rows:
+            if not generation.done.is_set():
+                generation.end(error)
+        self._rows, self._cache = [], RowCache()
+        self.forget()
 
     def _keep(self, goes_on: list[bool]) -> None:
         """Let go of the rows that do not go on."""

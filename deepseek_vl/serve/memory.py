@@ -114,6 +114,8 @@ class Conversations(_Recent[RowCache]):
 
         The cache is then no longer the caller's.
         """
+        if cache.spare_bytes > cache.nbytes // 10:
+            cache = cache.prefix(0, len(content))
         if cache.nbytes > self.max_bytes:
             length = min(len(content), self.max_bytes // cache.prefix(0, 1).nbytes)
             if length <= 0:

@@ -81,9 +81,9 @@ class GrowingLayer(DynamicLayer):
         """How much memory it takes."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
-    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold these instead."""
-        self._own([keys, values], keys.shape[2])
+    def replace(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Hold so many positions of these instead; what is behind is finite."""
+        self._own([keys, values], length)
 
     def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
         self._buffers, self.is_borrowed = list(buffers), False
@@ -113,6 +113,11 @@ class RowCache(Cache):
     def nbytes(self) -> int:
         """How much memory it takes."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def spare_bytes(self) -> int:
+        """How much of that memory is room for more positions."""
+        return self.nbytes - sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     @property
     def is_borrowed(self) -> bool:
@@ -151,27 +156,27 @@ class RowCache(Cache):
         """Keep these rows and forget the others, and the padding that they alone needed."""
         index = torch.tensor(rows, dtype=torch.long)
         self.lengths = [self.lengths[row] for row in rows]
-        padding = self.get_seq_length() - max(self.lengths, default=0)
+        length = max(self.lengths, default=0)
+        padding = self.get_seq_length() - length
         for layer in self.layers:
-            layer.replace(
-                *(held[:, :, padding:].index_select(0, index.to(held.device)) for held in (layer.keys, layer.values))
-            )
+            kept = (held[:, :, padding:].index_select(0, index.to(held.device)) for held in (layer.keys, layer.values))
+            layer.replace(*kept, length)
 
     def append(self, other: "RowCache") -> None:
         """Add the rows of another cache, which may be longer or shorter."""
         length = max(self.get_seq_length(), other.get_seq_length())
         for layer, added in zip(self.layers, other.layers, strict=True):
             pairs = ((layer.keys, added.keys), (layer.values, added.values))
-            layer.replace(*(_stacked(held, new, length) for held, new in pairs))
+            layer.replace(*(_stacked(held, new, length) for held, new in pairs), length)
         self.lengths += other.lengths
 
 
 def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor:
     """Two blocks of rows aligned at their ends, with room for more positions behind; the padding is zero."""
     rows = len(first) + len(second)
-    both = first.new_zeros(rows, first.shape[1], length, first.shape[3])
-    both[: len(first), :, length - first.shape[2] :] = first
-    both[len(first) :, :, length - second.shape[2] :] = second
+    both = first.new_zeros(rows, first.shape[1], length + STEP, first.shape[3])
+    both[: len(first), :, length - first.shape[2] : length] = first
+    both[len(first) :, :, length - second.shape[2] : length] = second
     return both
 
 

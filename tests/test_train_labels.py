@@ -1,5 +1,6 @@
 """What is learnt of a conversation, token for token, and batches that give the same loss however they are made."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import BOS, EOS, IMAGE_TAG, make_picture
+from transformers import DynamicCache, TrainingArguments
 
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import load_tokenizer
 from deepseek_vl.train.collator import NOT_LEARNT, EncodedRow, TrainingCollator, encode_row
 from deepseek_vl.train.stages import parts_of, set_trainable
+from deepseek_vl.train.trainer import VLTrainer
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 from deepseek_vl.utils.rows import DataError, TrainingRow
 
@@ -271,13 +274,15 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(opened, pic
 
 
 @pytest.mark.parametrize("items", [None, 77])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("made", ["padded", "padded on the left", "packed"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_loss_only_is_the_loss_with_its_gradients(opened, pictures, name, pack, items):
+def test_the_loss_only_is_the_loss_with_its_gradients(opened, pictures, name, made, items):
     processor, model = opened
-    batch = TrainingCollator(processor, pack=pack)(
-        [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
-    )
+    rows = [conversation(pictures, *CONVERSATIONS[part]) for part in BATCHES[name]]
+    if made == "padded on the left":
+        batch = left_padded([encode_row(row, processor) for row in rows], processor)
+    else:
+        batch = TrainingCollator(processor, pack=made == "packed")(rows)
     batch["num_items_in_batch"] = None if items is None else torch.tensor(items)
     results = []
     for loss_only in (False, True):
@@ -295,10 +300,57 @@ def test_the_loss_only_is_the_loss_with_its_gradients(opened, pictures, name, pa
         torch.testing.assert_close(only_gradients[key], gradient, rtol=1e-4, atol=1e-7 * scale, msg=key)
 
 
-def test_the_loss_only_needs_labels(opened):
+def test_the_loss_only_needs_labels_and_no_past(opened):
     _, model = opened
-    with pytest.raises(ValueError, match=r"^loss_only needs labels\.$"):
-        model(input_ids=torch.ones(1, 2, dtype=torch.long), loss_only=True)
+    ids = torch.ones(1, 2, dtype=torch.long)
+    for given in ({}, {"labels": ids, "past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match=r"^loss_only needs labels, and no past_key_values\.$"):
+            model(input_ids=ids, loss_only=True, **given)
+
+
+def test_where_nothing_is_learnt_the_loss_only_is_zero(opened):
+    _, model = opened
+    ids = torch.ones(2, 5, dtype=torch.long)
+    loss = model(input_ids=ids, labels=torch.full_like(ids, NOT_LEARNT), loss_only=True, num_items_in_batch=3).loss
+    loss.backward()
+    assert loss == 0
+
+
+def test_the_trainer_computes_no_logits_but_those_that_are_asked_for(opened, pictures, tmp_path):
+    processor, model = opened
+    rows = [conversation(pictures, *CONVERSATIONS[name]) for name in ("one turn", "image")]
+    has_logits: list[bool] = []
+    hook = model.register_forward_hook(lambda *run: has_logits.append(run[-1].logits is not None))
+
+    def trainer(loss: Callable[..., torch.Tensor] | None = None, **options: Any) -> VLTrainer:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            learning_rate=0.0,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            **options,
+        )
+        return VLTrainer(model, arguments, processor, TrainingCollator(processor), rows, rows, compute_loss_func=loss)
+
+    def mean_of_logits(output: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return output.logits.float().mean()
+
+    plain = trainer()
+    losses = [
+        each.train().training_loss for each in (plain, trainer(label_smoothing_factor=0.2), trainer(mean_of_logits))
+    ]
+    assert has_logits == [False, True, True]
+    assert len({round(loss, 4) for loss in losses}) == 3
+    assert plain.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert plain.predict(rows).predictions.shape[0] == len(rows)
+    assert trainer(prediction_loss_only=True).evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert has_logits[3:] == [True, True, False]
+    hook.remove()
+    model.train()
 
 
 @pytest.mark.parametrize("name", BATCHES)

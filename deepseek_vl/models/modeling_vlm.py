@@ -258,7 +258,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
             sft_format: the processor output's prompt strings; not used.
             loss_only: return nothing but the loss, for which only the logits that are learnt are computed. With a
-                vocabulary of 102,400 the others are about a tenth of a training step.
+                vocabulary of 102,400 the others are about a tenth of a training step. Without a past and a cache.
             kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
 
         Returns:
@@ -266,10 +266,10 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for pixels without masks, or for
-                `loss_only` without labels; and what `prepare_inputs_embeds` raises.
+                `loss_only` without labels or with a past; and what `prepare_inputs_embeds` raises.
         """
-        if loss_only and labels is None:
-            raise ValueError("loss_only needs labels.")
+        if loss_only and (labels is None or past_key_values is not None):
+            raise ValueError("loss_only needs labels, and no past_key_values.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:

@@ -12,6 +12,7 @@ from deepseek_vl.models.linear import Int8Linear
 from deepseek_vl.serve.decoding import CompiledStep
 from deepseek_vl.serve.engine import engine_of
 from deepseek_vl.serve.rows import RowCache
+from deepseek_vl.utils.compiling import CompilationError, compiling
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +47,17 @@ def compile_model(
         raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
     # On CPUs a tower's products take all the time.
     encoders = (model.vision_model, model.aligner) if model.device.type == "cuda" else ()
-    step = CompiledStep(model.language_model)
     try:
         # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
-        with ThreadPoolExecutor(1) as thread:
+        with compiling(encoders), ThreadPoolExecutor(1) as thread:
             if encoders:
                 progress("Compiling the vision tower ...")
-                for encoder in encoders:
-                    encoder.compile()
                 thread.submit(_encode_blanks, model, processor).result()
             progress("Compiling the language model ...")
+            step = CompiledStep(model.language_model)
             thread.submit(_answer_nothing, model, step).result()
-    except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
-        for encoder in encoders:
-            encoder._compiled_call_impl = None  # `compile` has no other way back
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The model cannot be compiled on this machine: {reason}") from error
+    except CompilationError as error:
+        raise ValueError(f"The model cannot be compiled on this machine: {error}") from error
     engine_of(model).use(step, model)
 
 

@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from deepseek_vl.train.stages import STAGES, parts_of, set_trainable
 from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train, training_dtype
 from deepseek_vl.train.world import ByLength, Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
+from deepseek_vl.utils.compiling import CompilationError, compiling
 from deepseek_vl.utils.io import pick_device
 
 logger = logging.getLogger(__name__)
@@ -178,18 +180,14 @@ def compile_layers(model: MultiModalityCausalLM, batch: dict[str, torch.Tensor])
 
     Args:
         batch: the same whenever a run is begun or resumed. The code holds for every length, but is best for this one's;
-            if the next batch decided, a resumed run would round otherwise than an unbroken one.
+            if the next batch decided, or the stage before, a resumed run would round otherwise than an unbroken one.
     """
-    layers = model.language_model.model.layers
-    for layer in layers:
-        layer.compile(dynamic=True)
+    torch.compiler.reset()
     try:
-        model.train()(**batch, loss_only=True).loss.backward()
-    except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
-        for layer in layers:
-            layer._compiled_call_impl = None  # `compile` has no other way back
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("Training takes a quarter longer, because layers cannot be compiled here: %s", reason)
+        with compiling(model.language_model.model.layers, dynamic=True):
+            model.train()(**batch, loss_only=True).loss.backward()
+    except CompilationError as error:
+        logger.warning("Training takes a quarter longer, because layers cannot be compiled here: %s", error)
     model.zero_grad()
 
 
@@ -239,8 +237,9 @@ def learn(
     parts: Iterable[str],
     output: Path,
     args: argparse.Namespace,
+    stored_in: torch.dtype | None = None,
 ) -> None:
-    """Train these parts on every conversation of a world, and write the model to `output`."""
+    """Train these parts on every conversation of a world, and write the model to `output`, in its or another dtype."""
     set_trainable(model, parts)
     settings = settings_of(output, world, args)
     collator = TrainingCollator(processor)
@@ -255,7 +254,7 @@ def learn(
         optimizers=(make_optimizer(model, args.learning_rate), None),
         shuffle=False,
     )
-    train(trainer)
+    train(trainer, stored_in)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -288,28 +287,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
+        raise ValueError(
+            "The recipe is one process's on one device, or it would see everything twice: start it without accelerate "
+            "launch, with CUDA_VISIBLE_DEVICES set to one GPU."
+        )
     set_seed(args.seed)
     processor = make_processor(args.seed, args.output / "tokenizer")
     maps, captions, tiny = (args.output / name for name in ("maps", "captions", "tiny"))
-    model = make_model(len(processor.tokenizer))
     if not _is_done(captions):
+        model = make_model(len(processor.tokenizer))
         if not _is_done(maps):
             learn_to_see(model.vision_model.vision_tower, processor, maps, args)
         reader = PatchReader(model.vision_model.vision_tower)
         reader.load_state_dict(load_file(maps / "model.safetensors"))
         world = ByLength(Captions(args.captions * args.batch_size, args.seed), args.batch_size)
         learn(model, processor, world, STAGES["pretrain"].parts, captions, args)
-    model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
-    easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
-    first = ByLength(SyntheticWorld(easy, args.seed), args.batch_size)
-    later = Subset(ByLength(HardQuestions(easy + hard, args.seed), args.batch_size), range(easy, easy + hard))
-    learn(model, processor, ConcatDataset([first, later]), parts_of(model), tiny, args)
-    model.to(torch.float16).save_pretrained(tiny)
+    if not _is_done(tiny):
+        model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
+        easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
+        first = ByLength(SyntheticWorld(easy, args.seed), args.batch_size)
+        later = Subset(ByLength(HardQuestions(easy + hard, args.seed), args.batch_size), range(easy, easy + hard))
+        learn(model, processor, ConcatDataset([first, later]), parts_of(model), tiny, args, torch.float16)
     logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
 
 
 def _is_done(stage: Path) -> bool:
-    return (stage / "loss.png").is_file()  # written last
+    return (stage / "log.jsonl").is_file()  # written last
 
 
 if __name__ == "__main__":

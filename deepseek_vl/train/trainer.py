@@ -132,8 +132,11 @@ class VLTrainer(OrderedTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # With a cache transformers would not look for the borders of packed rows in their positions.
-        only = {"use_cache": False, "loss_only": self.compute_metrics is None}
-        return super().compute_loss(model, {**inputs, **only}, *args, **kwargs)
+        inputs = {**inputs, "use_cache": False}
+        needs_only_loss = model.training or self.args.prediction_loss_only
+        if needs_only_loss and self.label_smoother is None and self.compute_loss_func is None:
+            inputs["loss_only"] = True
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def training_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
@@ -243,9 +246,10 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
-        (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
         plot_loss(history, output / "loss.png")
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
+        # Last, as it says that all is there.
+        (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
 def _take_steps(trainer: Trainer, checkpoint: str | None = None) -> None:

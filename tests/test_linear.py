@@ -1,6 +1,9 @@
 """Narrow and int8 weights on the CPU: the same answers as the plain way, or almost, and what such models cannot do."""
 
 import copy
+import os
+import shutil
+import subprocess
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +19,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
 from deepseek_vl.models.linear import (
+    AMD,
+    INTEL,
     Int8Linear,
     OneDNNLinear,
     WideningLinear,
     fastest_linear,
+    is_made_by,
     multiplies_fast,
     quantize_int8,
     replace_linear,
@@ -315,6 +321,13 @@ def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtyp
     assert torch.equal(output, torch.stack([layer(part) for part in rows]))
 
 
+@pytest.mark.skipif(shutil.which("lscpu") is None, reason="nothing else says who made the processor")
+def test_who_made_the_processor_is_known() -> None:
+    said = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    makers = {maker for maker in (AMD, INTEL) if maker in said.stdout}
+    assert {maker for maker in (AMD, INTEL) if is_made_by(maker)} == makers
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_row_alone_has_the_result_that_it_has_among_others(dtype: torch.dtype) -> None:
@@ -339,20 +352,22 @@ def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
 
 
 @torch.inference_mode()
-def test_the_largest_inputs_and_weights_do_not_overflow() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_largest_inputs_and_weights_do_not_overflow(rows: int) -> None:
     linear = nn.Linear(256, 8, bias=False)
     linear.weight.fill_(1.0)
     for sign in (1.0, -1.0):
-        output = Int8Linear(linear)(torch.full((3, 256), sign))
-        torch.testing.assert_close(output, torch.full((3, 8), sign * 256))
+        output = Int8Linear(linear)(torch.full((rows, 256), sign))
+        torch.testing.assert_close(output, torch.full((rows, 8), sign * 256))
 
 
 @torch.inference_mode()
-def test_rows_and_weights_of_zeros_give_the_bias() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_and_weights_of_zeros_give_the_bias(rows: int) -> None:
     linear = nn.Linear(16, 8)
-    assert torch.equal(Int8Linear(linear)(torch.zeros(2, 16)), linear.bias.expand(2, 8))
+    assert torch.equal(Int8Linear(linear)(torch.zeros(rows, 16)), linear.bias.expand(rows, 8))
     linear.weight.zero_()
-    assert torch.equal(Int8Linear(linear)(torch.randn(2, 16)), linear.bias.expand(2, 8))
+    assert torch.equal(Int8Linear(linear)(torch.randn(rows, 16)), linear.bias.expand(rows, 8))
 
 
 class Siblings(nn.Module):

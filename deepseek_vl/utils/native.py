@@ -18,10 +18,11 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Let glibc keep all that this process frees, for what it allocates next, and give it back at the end.
+    """Let glibc keep what the main thread frees, for what it allocates next, and give it back at the end.
 
     Training allocates and frees the same large tensors in every step. Without this the system takes their pages each
     time and clears them for the next, which on two cores is a tenth of a step. Processes that are forked keep it up.
+    Memory of other threads is kept in part, and settings by environment variables (`MALLOC_...`) end with the block.
     """
     _call("mallopt", _M_TRIM_THRESHOLD, -1)
     _call("mallopt", _M_MMAP_MAX, 0)

@@ -362,10 +362,20 @@ def test_the_largest_inputs_and_weights_do_not_overflow(rows: int) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_rows_and_weights_of_zeros_give_the_bias(rows: int) -> None:
+def test_what_is_no_number_does_not_become_one(rows: int, value: float) -> None:
+    inputs = torch.randn(rows, 16)
+    inputs[0, 3] = value
+    assert not Int8Linear(nn.Linear(16, 8))(inputs)[0].isfinite().any()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_zeros_or_of_almost_nothing_and_weights_of_zeros_give_the_bias(rows: int) -> None:
     linear = nn.Linear(16, 8)
     assert torch.equal(Int8Linear(linear)(torch.zeros(rows, 16)), linear.bias.expand(rows, 8))
+    assert torch.equal(Int8Linear(linear)(torch.full((rows, 16), 1e-45)), linear.bias.expand(rows, 8))
     linear.weight.zero_()
     assert torch.equal(Int8Linear(linear)(torch.randn(rows, 16)), linear.bias.expand(rows, 8))
 

@@ -31,6 +31,9 @@ QUANTISED_ELEMENTS = 2**20
 
 X86 = ("x86_64", "AMD64")
 
+SMALLEST = 2.0**-100
+"""Of what inputs and weights are scaled by: what it is divided by is far from overflowing."""
+
 
 @functools.cache
 def multiplies_fast(dtype: torch.dtype) -> bool:
@@ -179,6 +182,9 @@ class Int8Linear(nn.Module):
         self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
         # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
         self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
+        # The kernel wants inputs unsigned, so something stands for 0; their conversion cuts off what 0.5 rounds up.
+        self._zero = self._levels + 1
+        self._middle = torch.tensor([self._zero + 0.5])
         self.eval()
 
     @torch.no_grad()
@@ -196,19 +202,24 @@ class Int8Linear(nn.Module):
 
     def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] -> float32 [rows, out_features]."""
-        scale = _scales(rows, self._levels)  # [rows, 1]
-        # The kernel wants them unsigned, so something stands for 0; the conversion cuts off what 0.5 rounds up.
-        zero = self._levels + 1
-        quantised = (rows / scale).add_(zero + 0.5).to(torch.uint8)
-        is_one = len(rows) == 1  # which the kernel can scale, too
-        output = torch.ops.onednn.qlinear_pointwise(
-            *(quantised, scale.item() if is_one else 1.0, zero),
+        if len(rows) == 1:  # as in every step of decoding: in as few operations as there are
+            scale = _scale(rows, self._levels)
+            quantised = torch.add(self._middle, rows, alpha=1 / scale).to(torch.uint8)
+            return self._product(quantised, scale, self._bias)
+        scales = _scales(rows, self._levels)  # [rows, 1]
+        quantised = (rows / scales).add_(self._middle).to(torch.uint8)
+        output = self._product(quantised)
+        return torch.addcmul(self._bias, output, scales, out=output)
+
+    def _product(self, quantised: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [rows, in_features] -> float32 [rows, out_features]."""
+        return torch.ops.onednn.qlinear_pointwise(
+            *(quantised, scale, self._zero),
             *(self._weight, self._scale, self._zero_point),
-            self._bias if is_one else None,
+            bias,
             *(1.0, 0, torch.float32),  # the output as it is
             *("none", [], ""),  # nor any operation after it
         )
-        return output if is_one else torch.addcmul(self._bias, output, scale, out=output)
 
     def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
         """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""
@@ -256,7 +267,13 @@ class Int8Sibling(nn.Module):
 
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
     """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
-    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny).div_(levels)
+    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST).div_(levels)
+
+
+def _scale(row: torch.Tensor, levels: int) -> float:
+    """As `_scales`, for one row [1, K]."""
+    least, most = torch.aminmax(row)  # both are NaN if anything is
+    return max(most.item(), -least.item(), SMALLEST) / levels
 
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,7 @@
 
 A tokenizer is learnt from the synthetic world's sentences. A small vision tower learns to see from maps of pictures, in
 place of the published models' pretrained ones. Then a small model of the 1.3B's architecture learns, as in the paper's
-last two stages, first from captions, while its vision tower is frozen, and then all of it from conversations, of which
-the later ones ask more of what is hard.
+last two stages, first from captions and then from conversations, of which the later ones ask more of what is hard.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from deepseek_vl.models.processing_vlm import load_tokenizer
 from deepseek_vl.models.siglip_vit import SigLIPVisionTransformer
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.sight import MapCollator, PatchReader
-from deepseek_vl.train.stages import STAGES, parts_of, set_trainable
+from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import OrderedTrainer, VLTrainer, train, training_dtype
 from deepseek_vl.train.world import ByLength, Captions, HardQuestions, Maps, SyntheticWorld
 from deepseek_vl.utils.command import OneLineParser, positive, run_command
@@ -191,15 +190,28 @@ def compile_layers(model: MultiModalityCausalLM, batch: dict[str, torch.Tensor])
     model.zero_grad()
 
 
-def settings_of(output: Path, data: Dataset, args: argparse.Namespace) -> TrainingArguments:
-    """How a stage is trained: on everything in `data`, once and in order."""
+SCHEDULE = {"decay_type": "1-sqrt", "decay": 0.25}
+"""The learning rate falls over the last quarter of a stage's steps (Hägele et al. 2024)."""
+
+LONG_SCHEDULE = {"decay_type": "linear", "decay": 0.8}
+"""Most of the steps at a falling rate: what conversations ask is learnt well at low rates only."""
+
+
+def settings_of(
+    output: Path, data: Dataset, args: argparse.Namespace, decay_type: str, decay: float
+) -> TrainingArguments:
+    """How a stage is trained: on everything in `data`, once and in order.
+
+    Args:
+        decay_type, decay: how, and over which part of the steps, the learning rate falls to 0 at the end.
+    """
     steps = len(data) // args.batch_size
     return TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
+        lr_scheduler_kwargs={"num_decay_steps": int(steps * decay), "decay_type": decay_type},
         warmup_steps=100,
         use_cpu=not torch.cuda.is_available(),
         bf16=training_dtype(pick_device()) is torch.bfloat16,
@@ -221,7 +233,7 @@ def learn_to_see(
     reader = PatchReader(tower)
     trainer = OrderedTrainer(
         model=reader,
-        args=settings_of(output, maps, args),
+        args=settings_of(output, maps, args, **SCHEDULE),
         data_collator=MapCollator(processor.image_processor, reader.side),
         train_dataset=maps,
         optimizers=(make_optimizer(reader, args.learning_rate), None),
@@ -234,14 +246,14 @@ def learn(
     model: MultiModalityCausalLM,
     processor: VLChatProcessor,
     world: Dataset,
-    parts: Iterable[str],
     output: Path,
     args: argparse.Namespace,
+    schedule: Mapping[str, Any],
     stored_in: torch.dtype | None = None,
 ) -> None:
-    """Train these parts on every conversation of a world, and write the model to `output`, in its or another dtype."""
-    set_trainable(model, parts)
-    settings = settings_of(output, world, args)
+    """Train on every conversation of a world, and write the model to `output`, in its or another dtype."""
+    set_trainable(model, parts_of(model))
+    settings = settings_of(output, world, args, **schedule)
     collator = TrainingCollator(processor)
     if settings.use_cpu and not settings.bf16:
         compile_layers(model, collator([world[index] for index in range(args.batch_size)]))
@@ -270,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hard_conversations",
         type=positive,
-        default=3700,
+        default=3900,
         help="then, steps on conversations with more of what is hard (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=positive, default=32, help="per step (default: %(default)s)")
@@ -302,13 +314,13 @@ def _run(args: argparse.Namespace) -> None:
         reader = PatchReader(model.vision_model.vision_tower)
         reader.load_state_dict(load_file(maps / "model.safetensors"))
         world = ByLength(Captions(args.captions * args.batch_size, args.seed), args.batch_size)
-        learn(model, processor, world, STAGES["pretrain"].parts, captions, args)
+        learn(model, processor, world, captions, args, SCHEDULE)
     if not _is_done(tiny):
         model = MultiModalityCausalLM.from_pretrained(str(captions), dtype=torch.float32)
         easy, hard = args.conversations * args.batch_size, args.hard_conversations * args.batch_size
         first = ByLength(SyntheticWorld(easy, args.seed), args.batch_size)
         later = Subset(ByLength(HardQuestions(easy + hard, args.seed), args.batch_size), range(easy, easy + hard))
-        learn(model, processor, ConcatDataset([first, later]), parts_of(model), tiny, args, torch.float16)
+        learn(model, processor, ConcatDataset([first, later]), tiny, args, LONG_SCHEDULE, torch.float16)
     logger.info("Chat with it: python cli_chat.py --model_path %s", tiny)
 
 

@@ -17,6 +17,7 @@ from deepseek_vl.train.world.questions import (
     ask,
     ask_absent,
     ask_count,
+    ask_place,
     ask_repeated,
     ask_shared,
     ask_two,
@@ -116,14 +117,14 @@ class SyntheticWorld(Dataset):
 
 
 class HardQuestions(SyntheticWorld):
-    """The same world, asked more often what is learnt last: how many, whether there is one, which picture has it.
+    """The same world, asked more often what is learnt last: how many, where, whether there is one, which picture it is.
 
     What is rare by chance is asked for: several of a kind, and shapes that two pictures share.
     """
 
-    kinds = {"shapes": 40, "words": 21, "chart": 3, "mixed": 8, "two": 26, "talk": 2}
-    more = ((ask_absent, 0.5), (ask_count, 2), (ask_repeated, 3))
-    more_of_two = ((ask_shared, 3),)
+    kinds = {"shapes": 39, "words": 25, "chart": 3, "mixed": 8, "two": 23, "talk": 2}
+    more = ((ask_place, 1), (ask_absent, 1), (ask_count, 1.5), (ask_repeated, 2.5))
+    more_of_two = ((ask_shared, 2.5),)
     alike = 0.4
 
 

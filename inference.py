@@ -8,7 +8,7 @@ Everything it calls is public; copy it to start a program of your own.
 import argparse
 from pathlib import Path
 
-from deepseek_vl.utils.command import add_quantize
+from deepseek_vl.command_line import add_quantize
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 

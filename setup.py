@@ -22,7 +22,7 @@ setup(
     license="MIT",
     license_files=["LICENSE-CODE"],
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
-    package_data={"deepseek_vl.bundled": ["*/*"]},
+    package_data={"deepseek_vl": ["bundled/*/*"]},
     entry_points={"console_scripts": ["deepseek-vl-chat=deepseek_vl.serve.cli:main"]},
     python_requires=">=3.11",
     install_requires=[

@@ -72,13 +72,13 @@ class Ours:
         self.tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
         self.compiled = compiled
         if compiled:
-            from deepseek_vl.serve.compiled import compile_model
+            from deepseek_vl.engine.compiled import compile_model
 
             compile_model(self.model, self.processor)
 
     def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
-        from deepseek_vl.serve.inference import stream_answer
-        from deepseek_vl.serve.settings import GenerationSettings
+        from deepseek_vl.engine.settings import GenerationSettings
+        from deepseek_vl.engine.stream import stream_answer
 
         with TokenClock(self.model) as clock, self._ticking(clock):
             stream = stream_answer(self.model, self.processor, messages, GenerationSettings(max_new_tokens=tokens))
@@ -88,7 +88,7 @@ class Ours:
     @contextmanager
     def _ticking(self, clock: TokenClock) -> Iterator[None]:
         """Let the clock tick after each compiled step."""
-        from deepseek_vl.serve.engine import engine_of
+        from deepseek_vl.engine.engine import engine_of
 
         engine = engine_of(self.model)
         step = engine.step
@@ -117,17 +117,19 @@ class Transformers:
         import torch
         import transformers
 
+        from deepseek_vl.checkpoints.layout_configs import to_transformers
+        from deepseek_vl.checkpoints.layout_weights import TRANSFORMERS, rename
+        from deepseek_vl.checkpoints.read import unread_weights
         from deepseek_vl.convert import weight_files
         from deepseek_vl.hf import DeepseekVLProcessor
-        from deepseek_vl.models.checkpoint import unread_weights
-        from deepseek_vl.models.layout_configs import to_transformers
-        from deepseek_vl.models.layout_weights import TRANSFORMERS, rename
-        from deepseek_vl.utils.io import load_json, pick_device
+        from deepseek_vl.kernels.device import pick_device
+        from deepseek_vl.models.clip_encoder import tower_fields
+        from deepseek_vl.utils.io import load_json
 
         path = Path(model_path)
         self.processor = DeepseekVLProcessor.from_pretrained(model_path)
         images, token_id = load_json(path / "preprocessor_config.json"), self.processor.image_token_id
-        config = to_transformers(load_json(path / "config.json"), images, token_id)
+        config = to_transformers(load_json(path / "config.json"), images, token_id, tower_fields)
         model_class = getattr(transformers, config["architectures"][0])
         weights, _ = rename(unread_weights(map(str, weight_files(path))), TRANSFORMERS)
         self.model = model_class.from_pretrained(
@@ -206,7 +208,7 @@ def chat_processor(model_path: str) -> Any:
 
 def warm_up(loaded: Contender, processor: Any) -> None:
     """Answer something, and remember nothing, also later: no prompt that is measured may go on from another."""
-    from deepseek_vl.serve.engine import engine_of
+    from deepseek_vl.engine.engine import engine_of
 
     engine_of(loaded.model).memory_bytes = 0
     loaded.answer(question(processor, 1), 2)
@@ -239,8 +241,8 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
         messages += [{"role": "User", "content": text}, {"role": "Assistant", "content": ""}]
         return {**loaded.answer(messages, 2), "first_answer": first_answer}
 
-    from deepseek_vl.serve.chat import ChatSession
-    from deepseek_vl.serve.settings import GenerationSettings
+    from deepseek_vl.engine.chat import ChatSession
+    from deepseek_vl.engine.settings import GenerationSettings
 
     session = ChatSession(loaded.model, processor, GenerationSettings(max_new_tokens=8))
     list(session.ask(messages[0]["content"], messages[0]["images"]))
@@ -288,8 +290,8 @@ def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption:
     """Tokens per second of captions for so many images at once, by their number."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from deepseek_vl.serve.inference import stream_answer
-    from deepseek_vl.serve.settings import GenerationSettings
+    from deepseek_vl.engine.settings import GenerationSettings
+    from deepseek_vl.engine.stream import stream_answer
 
     loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
     warm_up(loaded, processor)
@@ -340,8 +342,8 @@ def preprocess(image_size: int, do_normalize: bool, repeats: int) -> dict[str, A
     from PIL import Image
     from transformers.image_transforms import normalize, rescale
 
+    from deepseek_vl.imaging.square import expand2square
     from deepseek_vl.models import VLMImageProcessor
-    from deepseek_vl.models.image_processing_vlm import expand2square
 
     torch.set_num_threads(1)
     processor = VLMImageProcessor(image_size, do_normalize=do_normalize)
@@ -367,7 +369,7 @@ def limits(model_path: str, device: str, prompt: int, matrix: int, memory: int) 
     """What the machine can do, and how many operations a prompt with an image takes."""
     from measuring import multiplication_rates, read_rate
 
-    from deepseek_vl.utils.io import pick_device
+    from deepseek_vl.kernels.device import pick_device
 
     picked = pick_device(device)
     encode, language = operations(model_path, prompt)
@@ -409,8 +411,8 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
 
 def bytes_per_token(model: Any) -> int:
     """The weights that are read for each token: the language model's, but for the table of its embeddings."""
-    from deepseek_vl.models.linear import Int8Linear
-    from deepseek_vl.models.weight_only import stored_bytes
+    from deepseek_vl.kernels.int8 import Int8Linear
+    from deepseek_vl.kernels.weight_only import stored_bytes
 
     modules = [*model.get_decoder().modules(), *model.get_output_embeddings().modules()]
     parameters = sum(stored_bytes(weight) for module in modules for weight in module.parameters(recurse=False))

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 from measuring import plot, write_json
 
-from deepseek_vl.utils.io import image_data_url, load_image
+from deepseek_vl.imaging.open import image_data_url, load_image
 
 START_SECONDS = 600.0
 IMAGES = Path(__file__).parents[1] / "images"

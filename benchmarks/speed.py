@@ -3,7 +3,7 @@
     python benchmarks/speed.py --model_path DIR --table first-token turns
 
 One command per table, or for several: the same weights (a checkpoint in the reference's layout; random ones will do,
-see `deepseek_vl.utils.random_checkpoint`), the same inputs, one contender after the other, each in a process of its
+see `benchmarks/random_checkpoint.py`), the same inputs, one contender after the other, each in a process of its
 own. Ratios say how many times better than the best peer. The limit is the time that the machine's fastest matrix
 product, or reading the weights once, would take. Numbers go to a .json file beside the plot.
 """

@@ -2,18 +2,23 @@
 
 import argparse
 import resource
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from measuring import now
 
+from deepseek_vl.kernels.device import pick_device, pick_dtype
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.lora import add_lora
 from deepseek_vl.train.stages import STAGES, parameter_groups, parts_of, set_trainable
-from deepseek_vl.train.world import SyntheticWorld
-from deepseek_vl.utils.io import load_pretrained_model, pick_device, pick_dtype
+from deepseek_vl.utils.io import load_pretrained_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe is in the checkout, not in the package
+from recipes.tiny.world import SyntheticWorld
 
 
 class Phases:

@@ -1,14 +1,13 @@
 """DeepSeek-VL (arXiv 2403.05525) on today's PyTorch and transformers.
 
-Importing the package is cheap: the network is imported on first use of one of its names. It is registered with
-transformers' Auto classes as soon as transformers is imported too.
+Importing the package is cheap: the network is imported on first use of one of its names, and registers itself with
+transformers' Auto classes then.
 """
 
 import importlib
 from typing import Any
 
-from deepseek_vl.utils import attrdict_import  # noqa: F401  makes `from attrdict import AttrDict` work on Python >= 3.10
-from deepseek_vl.utils.registration import register_with_transformers
+from deepseek_vl.checkpoints import attrdict_import  # noqa: F401  makes `from attrdict import AttrDict` work
 
 __version__ = "2.0.0"
 
@@ -38,6 +37,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
-
-
-register_with_transformers()

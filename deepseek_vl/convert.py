@@ -22,12 +22,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from deepseek_vl.bundled import bundled_or_same
-from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-from deepseek_vl.models import layout_configs as configs
-from deepseek_vl.models.checkpoint import checkpoint_special_tokens, unread_weights
-from deepseek_vl.models.layout_configs import IMAGE_TAG
-from deepseek_vl.models.layout_weights import (
+from deepseek_vl.checkpoints import layout_configs as configs
+from deepseek_vl.checkpoints.find import bundled_or_same
+from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG
+from deepseek_vl.checkpoints.layout_weights import (
     LAYOUTS,
     REFERENCE,
     TRANSFORMERS,
@@ -39,9 +37,13 @@ from deepseek_vl.models.layout_weights import (
     shape_of,
     unused_weights,
 )
-from deepseek_vl.utils.command import OneLineParser, run_command
+from deepseek_vl.checkpoints.read import unread_weights
+from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
+from deepseek_vl.checkpoints.write import INDEX, bytes_of, write_shards
+from deepseek_vl.command_line import OneLineParser, run_command
+from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from deepseek_vl.models.clip_encoder import tower_fields
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
-from deepseek_vl.utils.shards import INDEX, bytes_of, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +209,7 @@ def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Map
         configs.require_transformers_processor(processor)
         new_images = configs.images_to_transformers(images, config)
         new: dict[str, Any] = {
-            CONFIG: configs.to_transformers(config, images, token_id),
+            CONFIG: configs.to_transformers(config, images, token_id, tower_fields),
             IMAGES: new_images,
             PROCESSOR: {"num_image_tokens": num_image_tokens, "processor_class": new_images["processor_class"]},
             # The published class would rebuild the tokenizer without its spaces.
@@ -221,7 +223,7 @@ def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Map
         }
         return {**{name: _json(value) for name, value in new.items()}, TEMPLATE: DEEPSEEK_CHAT_TEMPLATE}
     new = {
-        CONFIG: configs.to_reference(config, images),
+        CONFIG: configs.to_reference(config, images, tower_fields),
         IMAGES: configs.images_to_reference(images),
         PROCESSOR: {
             "add_special_token": False,

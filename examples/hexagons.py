@@ -7,15 +7,17 @@ python examples/hexagons.py --output hexagons-test --rows 200 --seed 1 --turns 1
 import argparse
 import math
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.data import ConcatDataset
 
-from deepseek_vl.train.world import Picture, SyntheticWorld, sample_picture, write_world
-from deepseek_vl.train.world.draw import OUTLINES
-from deepseek_vl.train.world.questions import Turn, ask_colour, ask_count, ask_is_there, ask_place, ask_shape
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe is in the checkout, not in the package
+from recipes.tiny.world import Picture, SyntheticWorld, sample_picture, write_world
+from recipes.tiny.world.draw import OUTLINES
+from recipes.tiny.world.questions import Turn, ask_colour, ask_count, ask_is_there, ask_place, ask_shape
 
 OUTLINES["hexagon"] = [(math.cos(math.pi * i / 3), math.sin(math.pi * i / 3)) for i in range(6)]
 

@@ -266,7 +266,7 @@ def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactor
 
 def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
     """Save a random model with its processor; the tokenizer's files as they are."""
-    from deepseek_vl.models.processing_vlm import load_tokenizer
+    from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
     if kind == "siglip":

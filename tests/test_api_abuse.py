@@ -22,10 +22,10 @@ import uvicorn
 from conftest import data_url, png_that_declares, wait_until
 from PIL import Image
 
+from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.api.app import Limits, Service, create_app
 from deepseek_vl.serve.api.fetch import ImageFetcher, is_public
 from deepseek_vl.serve.inference import load_model
-from deepseek_vl.serve.settings import GenerationSettings
 
 PUBLIC = "93.184.216.34"
 

@@ -17,9 +17,10 @@ from conftest import PARROT_ANSWERS, ROOT, Loaded, answers_at, wait_until
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-from deepseek_vl.serve.app_deepseek import create_page, launch, main  # noqa: E402
-from deepseek_vl.serve.engine import engine_of  # noqa: E402
+from deepseek_vl.engine.engine import engine_of  # noqa: E402
+from deepseek_vl.serve.app_deepseek import main  # noqa: E402
 from deepseek_vl.serve.inference import load_model  # noqa: E402
+from deepseek_vl.serve.web.page import create_page, launch  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
 IMAGES = ROOT / "images"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import make_picture
 
-from deepseek_vl.serve.attachments import take_images
-from deepseek_vl.utils.io import ImageLoadError
+from deepseek_vl.imaging.open import ImageLoadError
+from deepseek_vl.serve.terminal.attachments import take_images
 
 TAG = "<image_placeholder>"
 

@@ -6,13 +6,13 @@ import pytest
 from conftest import ROOT, Loaded, messages_of
 
 from deepseek_vl import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.chat import ChatSession
+from deepseek_vl.data.checks import load_data
+from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.imaging.open import load_image
 from deepseek_vl.serve.inference import load_model
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.train.data import load_data
 from deepseek_vl.train.evaluate import Evaluation, evaluate
-from deepseek_vl.train.world import SyntheticWorld, write_world
-from deepseek_vl.utils.io import load_image
+from recipes.tiny.world import SyntheticWorld, write_world
 
 IMAGES = ROOT / "images"
 

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, in_terminal
 from terminal_chat import PATH, USER, Chat
 
-from deepseek_vl.utils.io import load_image
-from deepseek_vl.utils.rows import read_rows
+from deepseek_vl.data.rows import read_rows
+from deepseek_vl.imaging.open import load_image
 
 
 def run_cli(*arguments: str | Path, input: str | bytes = "") -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from deepseek_vl.utils.command import starting
+from deepseek_vl.command_line import starting
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,16 @@ from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
-from deepseek_vl.serve import rows
-from deepseek_vl.serve.compiled import compile_model
-from deepseek_vl.serve.decoding import Step
-from deepseek_vl.serve.engine import END, Engine, Generation, engine_of
-from deepseek_vl.serve.inference import load_model, stream_answer
-from deepseek_vl.serve.rows import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import load_image
+from deepseek_vl.engine import kv_cache
+from deepseek_vl.engine.compiled import compile_model
+from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.engine import Engine, engine_of
+from deepseek_vl.engine.generation import END, Generation
+from deepseek_vl.engine.kv_cache import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.stream import stream_answer
+from deepseek_vl.imaging.open import load_image
+from deepseek_vl.serve.inference import load_model
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_r
 def test_answers_from_shared_buffers_are_those_alone(
     loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "SHARED_POSITIONS", 64)  # so that answers outgrow it
+    monkeypatch.setattr(kv_cache, "SHARED_POSITIONS", 64)  # so that answers outgrow it
     engine = Engine(3)
     engine.step = LentStep()
     check_that_all_answer_as_alone(loaded, engine, picture)

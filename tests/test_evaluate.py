@@ -11,11 +11,12 @@ import pytest
 from conftest import ROOT, in_terminal, interrupt
 from PIL import Image
 
-from deepseek_vl.serve.chat import ChatSession
-from deepseek_vl.serve.settings import GenerationSettings
+from deepseek_vl.data.rows import TrainingRow, parse_row
+from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.imaging.open import load_image
 from deepseek_vl.train.evaluate import EvaluatedAnswer, Evaluation, Score, evaluate, main
-from deepseek_vl.utils.io import load_image, load_pretrained_model
-from deepseek_vl.utils.rows import TrainingRow, parse_row
+from deepseek_vl.utils.io import load_pretrained_model
 
 COMMAND = ["-m", "deepseek_vl.train.evaluate"]
 FILES = ["answers.jsonl", "confusion.png", "summary.json", "table.md"]

@@ -16,9 +16,9 @@ from conftest import ROOT, STOCK, make_picture, messages_of, stock_inputs
 from PIL import Image
 from terminal_chat import PATH, Chat
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from deepseek_vl.convert import convert
 from deepseek_vl.utils.io import load_pretrained_model
-from deepseek_vl.utils.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def full_checkpoint(published_tokenizer_dir: Path, tmp_path_factory: pytest.Temp
     if psutil.virtual_memory().available < 8e9:
         pytest.skip("needs 8 GB of free memory")
     directory = tmp_path_factory.mktemp("full") / "1.3b"
-    command = [sys.executable, "-m", "deepseek_vl.utils.random_checkpoint", "--size", "1.3b"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "random_checkpoint.py"), "--size", "1.3b"]
     command += ["--tokenizer", str(published_tokenizer_dir), "--output", str(directory)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=900)
     return directory

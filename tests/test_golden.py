@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import GOLDEN
 
+from benchmarks.random_checkpoint import published_image_processor
+from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput, load_tokenizer
+from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 from deepseek_vl.utils.io import load_pil_images
-from deepseek_vl.utils.random_checkpoint import published_image_processor
 
 IMAGES = ["landscape", "portrait", "square", "strip", "tiny", "grey", "alpha"]
 PROMPTS = ["one_image", "two_images", "image_last", "two_turns", "text_only"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from deepseek_vl.imaging.square import expand2square
 from deepseek_vl.models import VLMImageProcessor
 from deepseek_vl.models.image_processing_vlm import (
     IMAGENET_INCEPTION_MEAN,
@@ -19,7 +20,6 @@ from deepseek_vl.models.image_processing_vlm import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     VLMImageProcessorConfig,
-    expand2square,
 )
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

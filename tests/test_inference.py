@@ -15,22 +15,22 @@ from conftest import PARROT_ANSWERS, ROOT, Loaded, messages_of, wait_until
 from PIL import Image
 from transformers import StoppingCriteriaList
 
+from deepseek_vl.data.checks import load_data
+from deepseek_vl.engine.chat import ChatSession, with_image_tags
+from deepseek_vl.engine.detokenizer import StopWordFilter
+from deepseek_vl.engine.stream import AnswerStream, stream_answer
+from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.chat import ChatSession, with_image_tags
 from deepseek_vl.serve.inference import (
-    AnswerStream,
     GenerationSettings,
     StoppingCriteriaSub,
     convert_conversation_to_prompts,
     deepseek_generate,
     generate,
     load_model,
-    stream_answer,
 )
-from deepseek_vl.serve.text import StopWordFilter, safe_markdown
-from deepseek_vl.train.data import load_data
+from deepseek_vl.serve.markdown import safe_markdown
 from deepseek_vl.utils.conversation import get_conv_template
-from deepseek_vl.utils.io import load_image
 
 LONG = GenerationSettings(max_new_tokens=4000)
 

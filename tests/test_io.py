@@ -11,15 +11,10 @@ import torch
 from conftest import data_url, make_picture, png_that_declares
 from PIL import Image
 
+from deepseek_vl.imaging.open import ImageLoadError
+from deepseek_vl.kernels.device import pick_device, pick_dtype
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.utils.io import (
-    ImageLoadError,
-    load_json,
-    load_pil_images,
-    load_pretrained_model,
-    pick_device,
-    pick_dtype,
-)
+from deepseek_vl.utils.io import load_json, load_pil_images, load_pretrained_model
 
 
 def load_one(source) -> Image.Image:

@@ -16,24 +16,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from deepseek_vl.data.checks import load_data
+from deepseek_vl.imaging.open import load_image
+from deepseek_vl.kernels.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
+from deepseek_vl.kernels.device import check_quantization
+from deepseek_vl.kernels.int8 import Int8Linear, quantize_int8
+from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, fastest_linear, replace_linear
+from deepseek_vl.kernels.policy import AMD, INTEL, is_made_by, multiplies_fast
 from deepseek_vl.models import MultiModalityCausalLM
-from deepseek_vl.models.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
-from deepseek_vl.models.linear import (
-    AMD,
-    INTEL,
-    Int8Linear,
-    OneDNNLinear,
-    WideningLinear,
-    fastest_linear,
-    is_made_by,
-    multiplies_fast,
-    quantize_int8,
-    replace_linear,
-)
 from deepseek_vl.serve.inference import load_model
-from deepseek_vl.train.data import load_data
 from deepseek_vl.train.evaluate import evaluate
-from deepseek_vl.utils.io import check_quantization, load_image, load_pretrained_model
+from deepseek_vl.utils.io import load_pretrained_model
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -185,7 +178,7 @@ def test_a_model_of_onednns_products_answers_as_a_plain_one(
 def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
     maker: str, avx512: bool, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek_vl.models.linear.is_made_by", lambda vendor: maker in vendor)
+    monkeypatch.setattr("deepseek_vl.kernels.linear.is_made_by", lambda vendor: maker in vendor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     assert fastest_linear(torch.float32) is kind
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
@@ -226,7 +219,7 @@ def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
     maker: str, instructions: set[str], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("deepseek_vl.models.linear.is_made_by", lambda vendor: maker in vendor)
+    monkeypatch.setattr("deepseek_vl.kernels.linear.is_made_by", lambda vendor: maker in vendor)
     for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
     multiplies_fast.cache_clear()
@@ -248,8 +241,8 @@ def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
 def test_attention_is_narrow_where_that_is_faster(
     dtype: torch.dtype, few: bool, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek_vl.models.attention.FEW_ARE_FASTER_NARROW", few)
-    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_fast", lambda dtype: many)
+    monkeypatch.setattr("deepseek_vl.kernels.attention.FEW_ARE_FASTER_NARROW", few)
+    monkeypatch.setattr("deepseek_vl.kernels.attention.multiplies_fast", lambda dtype: many)
     layer = nn.Module()
     layer.is_causal = True
     key, value = torch.randn(2, 1, 4, 40, 16).to(dtype)
@@ -271,8 +264,8 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(
 ) -> None:
     """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once; on a processor
     that multiplies float32 the fastest."""
-    monkeypatch.setattr("deepseek_vl.models.attention.multiplies_fast", lambda dtype: False)
-    monkeypatch.setattr("deepseek_vl.models.attention.FEW_ARE_FASTER_NARROW", False)
+    monkeypatch.setattr("deepseek_vl.kernels.attention.multiplies_fast", lambda dtype: False)
+    monkeypatch.setattr("deepseek_vl.kernels.attention.FEW_ARE_FASTER_NARROW", False)
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True

@@ -13,15 +13,17 @@ import torch
 from conftest import ROOT, Loaded, make_picture, messages_of, wait_until
 from PIL import Image
 
+from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.engine import Engine, engine_of
+from deepseek_vl.engine.generation import Generation
+from deepseek_vl.engine.prefix_cache import ImageFeatures
+from deepseek_vl.engine.prompt import Prompt, PromptImage
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.stream import message_images, stream_answer
+from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
-from deepseek_vl.serve.chat import ChatSession
-from deepseek_vl.serve.engine import Engine, Generation, engine_of
-from deepseek_vl.serve.inference import load_model, message_images, stream_answer
-from deepseek_vl.serve.memory import ImageFeatures
-from deepseek_vl.serve.prompt import Prompt, PromptImage
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import load_image
+from deepseek_vl.serve.inference import load_model
 
 TAG = "<image_placeholder>"
 

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deepseek_vl.utils.native import forget_pages
+from deepseek_vl.checkpoints.read import forget_pages
 
 COUNT = """
 import os
 import time
 import torch
-from deepseek_vl.utils.native import release_threads
+from deepseek_vl.kernels.native import release_threads
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -70,7 +70,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 import torch
-from deepseek_vl.utils.native import keeping_freed_memory
+from deepseek_vl.kernels.native import keeping_freed_memory
 
 SIZE = 2**26
 

@@ -12,8 +12,9 @@ from conftest import BOS, EOS, IMAGE_TAG, small_config
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
+from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.models import VLChatProcessor, VLMImageProcessor
-from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput, VLChatProcessorOutput, load_tokenizer
+from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput, VLChatProcessorOutput
 
 SYSTEM = VLChatProcessor.system_prompt
 TRICKY = "Hello  world\n\n User: 请"  # what a SentencePiece-style pre-tokenizer would lose

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deepseek_vl.checkpoints.attrdict_import import AttrDict
 from deepseek_vl.models.projector import MlpProjector
-from deepseek_vl.utils.attrdict_import import AttrDict
 
 SPLIT = "low_high_hybrid_split_mlp_gelu"
 

@@ -57,7 +57,7 @@ def test_the_data_it_shows_are_four_forms_of_the_same(siglip_checkpoint: Path, t
     from PIL import Image
 
     from deepseek_vl import VLChatProcessor
-    from deepseek_vl.train.data import load_data
+    from deepseek_vl.data.checks import load_data
 
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 20), "red").save(tmp_path / "images/0.png")

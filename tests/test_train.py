@@ -19,15 +19,15 @@ from conftest import ROOT, make_picture
 from PIL import Image
 from safetensors.torch import load_file
 
+from deepseek_vl.data.rows import read_rows
+from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.serve.chat import ChatSession
-from deepseek_vl.serve.settings import GenerationSettings
 from deepseek_vl.train.__main__ import main
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.lora import merge
 from deepseek_vl.train.trainer import last_checkpoint
 from deepseek_vl.utils.io import load_pretrained_model
-from deepseek_vl.utils.rows import read_rows
 
 TAG = "<image_placeholder>"
 SAM, SIGLIP = "vision_model.vision_tower_high.", "vision_model.vision_tower_low."

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import EOS, make_picture
 
+from deepseek_vl.data.checks import ConversationDataset, check_data, check_row, load_data, render
+from deepseek_vl.data.rows import BadRow, DataError, TrainingRow, parse_row, read_rows
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.train.data import ConversationDataset, check_data, check_row, load_data, render
 from deepseek_vl.utils.io import load_pil_images
-from deepseek_vl.utils.rows import BadRow, DataError, TrainingRow, parse_row, read_rows
 
 TAG = "<image_placeholder>"
 

@@ -10,13 +10,13 @@ import torch
 from conftest import BOS, EOS, IMAGE_TAG, make_picture
 from transformers import DynamicCache, TrainingArguments
 
+from deepseek_vl.checkpoints.tokenizer import load_tokenizer
+from deepseek_vl.data.rows import DataError, TrainingRow
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
-from deepseek_vl.models.processing_vlm import load_tokenizer
 from deepseek_vl.train.collator import NOT_LEARNT, EncodedRow, TrainingCollator, encode_row
 from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import VLTrainer
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
-from deepseek_vl.utils.rows import DataError, TrainingRow
 
 FEATURES = 16
 """Positions of an image, in every model of the tests."""

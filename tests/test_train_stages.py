@@ -8,13 +8,13 @@ import torch
 from conftest import IMAGE_TAG, make_picture
 from safetensors.torch import load_file
 
+from deepseek_vl.data.rows import TrainingRow
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train import lora
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.lora import add_lora, merge
 from deepseek_vl.train.stages import NEVER_USED, PARTS, STAGES, parameter_groups, part_of, parts_of, set_trainable
 from deepseek_vl.utils.io import load_pretrained_model
-from deepseek_vl.utils.rows import TrainingRow
 
 SIGLIP = {"siglip": "vision_model.vision_tower.", "hybrid": "vision_model.vision_tower_low."}
 SAM = "vision_model.vision_tower_high."

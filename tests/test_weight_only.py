@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import ROOT, Loaded, messages_of
 
-from deepseek_vl.models.weight_only import quantize_weights, stored_bytes
-from deepseek_vl.serve.compiled import compile_model
-from deepseek_vl.serve.inference import load_model, stream_answer
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import load_image
+from deepseek_vl.engine.compiled import compile_model
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.stream import stream_answer
+from deepseek_vl.imaging.open import load_image
+from deepseek_vl.kernels.weight_only import quantize_weights, stored_bytes
+from deepseek_vl.serve.inference import load_model
 
 
 def colour_of_the_star(loaded: Loaded) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 from transformers import LlamaConfig, PretrainedConfig, SamVisionConfig, SiglipVisionConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.checkpoints import layout_configs as layouts
+from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.checkpoints.special_tokens import token_id_of
 from deepseek_vl.models import MultiModalityConfig
-from deepseek_vl.models import layout_configs as layouts
-from deepseek_vl.models.checkpoint import hub_arguments_of, token_id_of
+from deepseek_vl.models.clip_encoder import tower_fields
 
 
 class DeepseekVLConfig(PretrainedConfig):
@@ -74,7 +75,7 @@ class DeepseekVLConfig(PretrainedConfig):
         Raises:
             ValueError: for a setting that DeepSeek-VL has no place for.
         """
-        config = layouts.to_reference(self.to_dict(), {})
+        config = layouts.to_reference(self.to_dict(), {}, tower_fields)
         for tower in ("low_res_cfg", "high_res_cfg"):
             if tower in config["vision_config"]["params"]:
                 config["vision_config"]["params"][tower] |= {"pixel_mean": None, "pixel_std": None}
@@ -94,7 +95,9 @@ class DeepseekVLConfig(PretrainedConfig):
         if config.get("model_type") == MultiModalityConfig.model_type:
             hub_arguments = hub_arguments_of(kwargs)
             images, _ = BaseImageProcessor.get_image_processor_dict(path, **hub_arguments)
-            config = layouts.to_transformers(config, images, token_id_of(layouts.IMAGE_TAG, path, hub_arguments))
+            config = layouts.to_transformers(
+                config, images, token_id_of(layouts.IMAGE_TAG, path, hub_arguments), tower_fields
+            )
         if config.get("model_type") in layouts.TRANSFORMERS_TYPES:
             config["model_type"] = cls.model_type  # one class for both
         return config, unused

@@ -11,11 +11,11 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ImageInput
 
-from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.checkpoints import layout_configs as layouts
+from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.imaging.square import resize_steps
 from deepseek_vl.models import VLMImageProcessor
-from deepseek_vl.models import layout_configs as layouts
-from deepseek_vl.models.checkpoint import hub_arguments_of
-from deepseek_vl.models.image_processing_vlm import IMAGENET_MEAN, IMAGENET_STD, flat_images, resize_steps
+from deepseek_vl.models.image_processing_vlm import IMAGENET_MEAN, IMAGENET_STD, flat_images
 
 _SETTINGS = (
     "size",

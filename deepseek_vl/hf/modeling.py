@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from deepseek_vl.checkpoints.layout_weights import TRANSFORMERS, UNUSED, as_reference, canonical, rename
+from deepseek_vl.checkpoints.special_tokens import default_special_tokens
 from deepseek_vl.hf.configuration import DeepseekVLConfig
-from deepseek_vl.models.checkpoint import default_special_tokens
-from deepseek_vl.models.layout_weights import TRANSFORMERS, UNUSED, as_reference, canonical, rename
 from deepseek_vl.models.modeling_vlm import (
     MultiModalityPreTrainedModel,
     like_parameters,

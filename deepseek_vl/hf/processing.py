@@ -6,12 +6,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import BatchFeature, ProcessingKwargs, ProcessorMixin
 
-from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG, require_transformers_processor
+from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.hf.image_processing import DeepseekVLImageProcessor
-from deepseek_vl.models.checkpoint import hub_arguments_of
 from deepseek_vl.models.image_processing_vlm import flat_images
-from deepseek_vl.models.layout_configs import IMAGE_TAG, require_transformers_processor
-from deepseek_vl.models.processing_vlm import VLChatProcessor, load_tokenizer
+from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 
 

@@ -1,5 +1,6 @@
 """Vision towers as DeepSeek-VL's configs name them: one network with its normalisation, or the hybrid of two."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,11 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepseek_vl.models.checkpoint import load_tower_checkpoint
-from deepseek_vl.models.sam import SAMVisionTransformer, create_sam_vit
+from deepseek_vl.checkpoints.read import load_tower_checkpoint
+from deepseek_vl.models.sam import SAM_VARIANTS, SAMVisionTransformer, create_sam_vit
+from deepseek_vl.models.variants import select_variant
 
 SELECT_FEATURES = ("patch", "cls_patch", "same")
 CONCAT_TYPES = ("feature", "sequence", "add", "tuple")
+
+
+def tower_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """All sizes of the SigLIP or SAM tower that a config's parameters name: the table's, or those given instead.
+
+    Raises:
+        ValueError: for a name that is in neither table.
+    """
+    if params["model_name"].startswith("sam"):
+        table = SAM_VARIANTS
+    else:
+        # timm takes seconds to import, which a program that only needs the processor should not pay.
+        from deepseek_vl.models.siglip_vit import SIGLIP_VARIANTS as table
+    published = dataclasses.asdict(select_variant(table, params["model_name"]))
+    return {**published, **{name: value for name, value in params.items() if name in published}}
 
 
 class CLIPVisionTower(nn.Module):

@@ -6,9 +6,10 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from deepseek_vl.models import layout_configs
-from deepseek_vl.models.checkpoint import hub_arguments_of
-from deepseek_vl.utils.attrdict_import import AttrDict
+from deepseek_vl.checkpoints import layout_configs
+from deepseek_vl.checkpoints.attrdict_import import AttrDict
+from deepseek_vl.checkpoints.find import hub_arguments_of
+from deepseek_vl.models.clip_encoder import tower_fields
 
 
 def _set_module(config: PretrainedConfig, cls: str | type, params: Mapping[str, Any] | None) -> None:
@@ -78,7 +79,7 @@ class MultiModalityConfig(PretrainedConfig):
         if layout_configs.is_transformers(config):
             hub_arguments = hub_arguments_of(kwargs)
             images, _ = BaseImageProcessor.get_image_processor_dict(pretrained_model_name_or_path, **hub_arguments)
-            config = layout_configs.to_reference(config, images)
+            config = layout_configs.to_reference(config, images, tower_fields)
         return config, unused
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:

@@ -13,11 +13,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from deepseek_vl.bundled import bundled_or_same
-from deepseek_vl.models.checkpoint import checkpoint_special_tokens, default_special_tokens, unread_weights
+from deepseek_vl.checkpoints.find import bundled_or_same
+from deepseek_vl.checkpoints.layout_weights import as_reference
+from deepseek_vl.checkpoints.read import unread_weights
+from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens, default_special_tokens
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
-from deepseek_vl.models.layout_weights import as_reference
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 

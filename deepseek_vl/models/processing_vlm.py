@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import BatchFeature, ProcessorMixin
-from transformers.utils import cached_file
 
-from deepseek_vl.bundled import bundled_or_same
-from deepseek_vl.models.checkpoint import hub_arguments_of
+from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor, flat_images
 from deepseek_vl.utils.conversation import (
     DEEPSEEK_CHAT_TEMPLATE,
@@ -436,36 +435,3 @@ class VLChatProcessor(ProcessorMixin):
             VLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
             load_tokenizer(pretrained_model_name_or_path, **hub_arguments),
         ]
-
-
-def load_tokenizer(
-    name_or_path: str, settings: Mapping[str, Any] | None = None, **hub_arguments: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer as its `tokenizer.json` says.
-
-    Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
-    pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
-
-    Args:
-        name_or_path: a directory, or an id on the Hub.
-        settings: replace those in `tokenizer_config.json`.
-        hub_arguments: where files come from.
-
-    Raises:
-        OSError: if there are no tokenizer files.
-    """
-    files = {
-        file: cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for file in ("tokenizer.json", "tokenizer.model")
-    }
-    if files["tokenizer.json"] is None:
-        if files["tokenizer.model"] is None:
-            raise OSError(f"{str(name_or_path)!r} has no tokenizer.json.")
-        return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **(settings or {}), **hub_arguments)
-    # What LlamaTokenizerFast sets for a checkpoint that is silent about it.
-    if "padding_side" not in tokenizer.init_kwargs:
-        tokenizer.padding_side = "left"
-    if "model_input_names" not in tokenizer.init_kwargs:
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    return tokenizer

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_vl.models.checkpoint import load_tower_checkpoint
+from deepseek_vl.checkpoints.read import load_tower_checkpoint
 from deepseek_vl.models.variants import select_variant
 
 

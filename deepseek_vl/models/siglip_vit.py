@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from deepseek_vl.models.checkpoint import load_tower_checkpoint
+from deepseek_vl.checkpoints.read import load_tower_checkpoint
 from deepseek_vl.models.variants import select_variant
 
 

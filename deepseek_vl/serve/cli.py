@@ -11,34 +11,19 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, starting
-from deepseek_vl.utils.rows import IMAGE_TAG
+from deepseek_vl.command_line import OneLineParser, add_compile, add_quantize, starting
+from deepseek_vl.data.rows import IMAGE_TAG
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.serve.terminal.chat import HELP, _Chat, _one_line
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from deepseek_vl.serve.chat import ChatSession
-    from deepseek_vl.serve.screen import Screen
-
-USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
-HELP = f"""\
-Write a message and press Enter. An image's path or web address in it brings the image along: type it, paste it, or drop
-the file here. Or put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
-  retry       answer the last message again
-  undo        take the last message and its answer back
-  new         forget the conversation and start again
-  save FILE   write the conversation to a .json or .jsonl file
-  load FILE   go on with a conversation from such a file
-  help        show this text
-  exit        leave (so does Ctrl-D)
-Ctrl-C stops an answer, or forgets the message you are writing."""
-
-
-class _Exit(Exception):
-    """The user wants to leave."""
+    from deepseek_vl.engine.chat import ChatSession
+    from deepseek_vl.serve.terminal.screen import Screen
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,20 +92,21 @@ def _run(args: argparse.Namespace) -> int:
         print(f"Loading {args.model_path} ...", flush=True)
     with starting():
         with _import_interruptible():
-            from deepseek_vl.serve.attachments import open_image
-            from deepseek_vl.utils.io import check_quantization, load_pretrained_model, pick_device, pick_dtype
+            from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
+            from deepseek_vl.serve.terminal.attachments import open_image
+            from deepseek_vl.utils.io import load_pretrained_model
 
             device = pick_device(args.device)
             dtype = pick_dtype(device, args.dtype)
             check_quantization(device, args.quantize)
             if args.compile:
-                from deepseek_vl.serve.compiled import check_compile, compile_model
+                from deepseek_vl.engine.compiled import check_compile, compile_model
 
                 check_compile(device, args.quantize)
             images = [open_image(source) for source in args.image]
             _be_quiet(progress=not one_shot and sys.stderr.isatty())
-            from deepseek_vl.serve.chat import ChatSession
-            from deepseek_vl.serve.screen import pick_screen, write_pieces
+            from deepseek_vl.engine.chat import ChatSession
+            from deepseek_vl.serve.terminal.screen import write_pieces
 
         _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
     if args.compile:
@@ -131,10 +117,25 @@ def _run(args: argparse.Namespace) -> int:
     elif one_shot:
         write_pieces(session.ask(args.prompt, images))
     else:
-        screen = pick_screen()
+        screen = _pick_screen()
         screen.say(f"It runs on {device} in {str(dtype).removeprefix('torch.')}.\n\n{HELP}")
         _Chat(session, screen, images).run()
     return 0
+
+
+def _pick_screen() -> Screen:
+    """A terminal if input and output are one, plain streams otherwise."""
+    capable = os.name == "nt" or os.environ.get("TERM", "dumb") != "dumb"
+    if capable and sys.stdin.isatty() and sys.stdout.isatty():
+        from deepseek_vl.serve.terminal.rich_screen import TerminalScreen
+
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return TerminalScreen(Path(os.path.expanduser(state)) / "deepseek_vl" / "history")  # noqa: PTH111
+    from deepseek_vl.serve.terminal.screen import PlainScreen
+
+    with contextlib.suppress(ImportError):  # line editing; not on every platform
+        import readline  # noqa: F401
+    return PlainScreen()
 
 
 def _answer_object(model_path: str, session: ChatSession, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
@@ -172,147 +173,6 @@ def _be_quiet(progress: bool) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-
-
-class _Chat:
-    """The interactive loop.
-
-    Args:
-        images: belong to the first message.
-    """
-
-    def __init__(self, session: ChatSession, screen: Screen, images: list[Image.Image]):
-        self.session = session
-        self.screen = screen
-        self.images = images
-        self.unsent = ""  # what could not be sent, to be mended
-
-    def run(self) -> None:
-        """Read and answer until the user leaves."""
-        if self.images:
-            self.screen.say(f"{len(self.images)} image(s) will go with your first message.")
-        while True:
-            text = ""
-            try:
-                text = self._read(USER_PROMPT, self.unsent)
-                self.unsent = ""
-                if text and not self._obey(text):
-                    self._send(text)
-            except KeyboardInterrupt:  # at a prompt: forget the line
-                self.unsent = ""
-                self.screen.say("")
-            except _Exit:
-                return
-            except Exception as error:
-                self.screen.say(f"Error: {_one_line(error)}")
-                self.unsent = "" if text in ("undo", "retry") else text
-
-    def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
-        """One line of input, stripped.
-
-        Raises:
-            _Exit: at `exit` and at the end of the input.
-        """
-        try:
-            text = self.screen.read(prompt, default, path).strip()
-        except EOFError:
-            self.screen.say("")
-            raise _Exit from None
-        if text.lower() == "exit":
-            raise _Exit
-        return text
-
-    def _obey(self, text: str) -> bool:
-        """Whether it was a command, which then is done."""
-        say, session = self.screen.say, self.session
-        name, _, rest = text.partition(" ")
-        match name.lower(), _path(name, rest):
-            case "help", "":
-                say(HELP)
-            case "new", "":
-                session.reset()
-                say("New conversation.")
-            case "undo", "":
-                images = len(session.undo()["images"])
-                say("The last message" + (f" and its {images} image(s) are" if images else " is") + " taken back.")
-            case "retry", "":
-                self._answer(session.retry())
-            case "save" | "load", "":
-                say(f"{name.lower()} needs the name of a .json or .jsonl file.")
-            case "save", str(path):
-                session.save(path)
-                say(f"Saved {len(session.messages) // 2} turn(s) to {path}.")
-            case "load", str(path):
-                session.load(path)
-                say(f"Loaded {len(session.messages) // 2} turn(s) from {path}. The last answer was:")
-                self.screen.answer(message["content"] for message in session.messages[-1:])
-            case _:
-                return False
-        return True
-
-    def _send(self, text: str) -> None:
-        """Answer a message with its images: those that wait for it, those it names, and those it has tags for."""
-        from deepseek_vl.serve.attachments import open_image, take_images
-
-        rest, sources = take_images(text, IMAGE_TAG)
-        named = [open_image(source) for source in sources]
-        for number, (source, image) in enumerate(zip(sources, named, strict=True), len(self.images) + 1):
-            self.screen.say(f"[image {number}: {source}, {image.width}x{image.height}]")
-        images = self.images + named
-        if not rest:
-            self.images = images
-            self.screen.say(f"{len(images)} image(s) will go with your next message.")
-            return
-        total = rest.count(IMAGE_TAG)
-        images += [self._read_image(number, total) for number in range(len(images) + 1, total + 1)]
-        turns = len(self.session.messages)
-        self._answer(self.session.ask(rest, images))
-        if len(self.session.messages) > turns:
-            self.images = []
-        else:  # stopped before the first token
-            self.images, self.unsent = images, rest
-
-    def _read_image(self, number: int, total: int) -> Image.Image:
-        """Ask for one image until there is one that can be read."""
-        from deepseek_vl.serve.attachments import open_image, take_images
-        from deepseek_vl.utils.io import ImageLoadError
-
-        while True:
-            path = self._read(f"({number}/{total}) Input the image file path: ", path=True)
-            try:
-                if path == "-":
-                    self.screen.say("Standard input has your messages; give a path or a web address.")
-                elif path:
-                    rest, sources = take_images(path, IMAGE_TAG)
-                    return open_image(path.strip("'\"") if rest or len(sources) != 1 else sources[0])
-            except ImageLoadError as error:
-                self.screen.say(str(error))
-
-    def _answer(self, pieces: Iterator[str]) -> None:
-        """Show an answer; Ctrl-C stops it."""
-        try:
-            self.screen.answer(pieces)
-        except KeyboardInterrupt:
-            self.screen.say("[stopped]")
-        if self.session.dropped_turns:
-            self.screen.say(
-                f"[the oldest {self.session.dropped_turns} turn(s) no longer fit the model's context and were left out]"
-            )
-
-
-def _path(command: str, rest: str) -> str | None:
-    """What stands behind a command's name: nothing, or the path of `save` and `load`; None if it is no command."""
-    path = rest.strip()
-    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
-    elif os.name != "nt":
-        path = path.replace("\\ ", " ")
-    is_path = command.lower() in ("save", "load") and (" " not in path or path.lower().endswith((".json", ".jsonl")))
-    return path if is_path or not path else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

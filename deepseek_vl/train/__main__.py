@@ -15,14 +15,15 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from deepseek_vl.bundled import bundled_or_same
+from deepseek_vl.checkpoints.find import bundled_or_same, checkpoint_dtype
+from deepseek_vl.command_line import OneLineParser, positive, run_command
+from deepseek_vl.data.checks import ConversationDataset, check_data, load_data
+from deepseek_vl.kernels.device import pick_device
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
-from deepseek_vl.train.data import ConversationDataset, check_data, load_data
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
 from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
-from deepseek_vl.utils.command import OneLineParser, positive, run_command
-from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model, pick_device
+from deepseek_vl.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
 

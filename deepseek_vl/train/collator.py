@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from deepseek_vl.data.checks import check_tokenizer, render
+from deepseek_vl.data.rows import DataError, TrainingRow
 from deepseek_vl.models.processing_vlm import VLChatProcessor, VLChatProcessorOutput
-from deepseek_vl.train.data import check_tokenizer, render
 from deepseek_vl.utils.io import load_pil_images
-from deepseek_vl.utils.rows import DataError, TrainingRow
 
 NOT_LEARNT = -100
 """The label that torch's and transformers' losses leave out."""

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from deepseek_vl.command_line import OneLineParser, add_quantize, run_command
+from deepseek_vl.data.checks import load_data
+from deepseek_vl.data.rows import TrainingRow, read_rows
+from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.chat import ChatSession
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.train.data import load_data
-from deepseek_vl.utils.command import OneLineParser, add_quantize, run_command
-from deepseek_vl.utils.io import check_quantization, load_pil_images, load_pretrained_model, pick_device, pick_dtype
-from deepseek_vl.utils.rows import TrainingRow, read_rows
+from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+from deepseek_vl.checkpoints.find import checkpoint_dtype
+from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train.stages import PARTS, parts_of
-from deepseek_vl.utils.command import OneLineParser, run_command
-from deepseek_vl.utils.io import checkpoint_dtype, load_pretrained_model
+from deepseek_vl.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from deepseek_vl.models.linear import multiplies_fast
+from deepseek_vl.kernels.device import pick_dtype
+from deepseek_vl.kernels.native import keeping_freed_memory
+from deepseek_vl.kernels.policy import multiplies_fast
 from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parameter_groups
-from deepseek_vl.utils.io import pick_dtype
-from deepseek_vl.utils.native import keeping_freed_memory
 
 logger = logging.getLogger(__name__)
 

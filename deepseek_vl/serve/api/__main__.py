@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.command import OneLineParser, add_compile, add_quantize, positive, run_command, starting
+from deepseek_vl.command_line import OneLineParser, add_compile, add_quantize, positive, run_command, starting
+from deepseek_vl.engine.settings import GenerationSettings
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ def _run(args: argparse.Namespace) -> None:
     with starting():
         import uvicorn
 
+        from deepseek_vl.engine.compiled import compile_model
+        from deepseek_vl.engine.engine import engine_of
         from deepseek_vl.serve.api.app import Limits, Service, create_app
         from deepseek_vl.serve.api.fetch import ImageFetcher
-        from deepseek_vl.serve.compiled import compile_model
-        from deepseek_vl.serve.engine import engine_of
         from deepseek_vl.utils.io import load_pretrained_model
 
         logger.info("Loading %s ...", args.model_path)

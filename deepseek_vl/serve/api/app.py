@@ -19,15 +19,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deepseek_vl.engine.engine import engine_of
+from deepseek_vl.engine.generation import END, Generation, PromptTooLongError
+from deepseek_vl.engine.limits import SAFE_FORMATS, SAFE_IMAGES, SAFE_PIXELS
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.stream import as_stop_words
+from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, load_image
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.api import errors
 from deepseek_vl.serve.api.fetch import ImageFetcher
 from deepseek_vl.serve.api.metrics import Metrics
 from deepseek_vl.serve.api.protocol import AssistantMessage, ChatCompletionRequest, ImagePart, SystemMessage, parse
-from deepseek_vl.serve.engine import END, Generation, PromptTooLongError, engine_of
-from deepseek_vl.serve.inference import as_stop_words
-from deepseek_vl.serve.settings import GenerationSettings
-from deepseek_vl.utils.io import SAFE_FORMATS, SAFE_IMAGES, SAFE_PIXELS, ImageLoadError, ImageTooLargeError, load_image
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from deepseek_vl.serve.engine import Engine
+from deepseek_vl.engine.engine import Engine
 
 
 class Metrics:

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.api.errors import BadRequest
-from deepseek_vl.serve.settings import GenerationSettings
 
 MAX_STOP_WORDS = 4
 

@@ -1,0 +1,335 @@
+"""The config files of the two layouts: DeepSeek's own ("reference"), and that of transformers' `deepseek_vl` classes.
+
+Both say the same, but for one thing: in the reference the hybrid model's towers normalise their pixels themselves, and
+in the other layout the image processor does it for both. So each side's model config takes the image processor's too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import LlamaConfig, SamVisionConfig, SiglipVisionConfig
+
+SIGLIP, HYBRID = "deepseek_vl", "deepseek_vl_hybrid"
+TRANSFORMERS_TYPES = (SIGLIP, HYBRID)
+"""transformers' names of the two architectures (`model_type`)."""
+
+IMAGE_TAG = "<image_placeholder>"
+
+TowerFields = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""A tower's parameters in the reference's config -> all of its sizes: the published variant's, or those given instead.
+It is `deepseek_vl.models.clip_encoder.tower_fields`, passed in because this room knows no network."""
+
+_SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
+_SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
+_SELECT = {"select_feature": "same", "select_layer": -1}
+_IMAGE_DEFAULTS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "rescale_factor": 1.0 / 255.0,
+    "min_size": 14,
+}
+"""What both layouts' image processors take for what is not said."""
+
+
+def is_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config is in transformers' layout."""
+    return config.get("model_type") in TRANSFORMERS_TYPES
+
+
+def to_reference(config: Mapping[str, Any], images: Mapping[str, Any], tower_fields: TowerFields) -> dict[str, Any]:
+    """A model's config in transformers' layout, as the reference has it.
+
+    Args:
+        config: of the model.
+        images: of its image processor, in transformers' layout; for the hybrid model's normalisation.
+        tower_fields: see `TowerFields`.
+
+    Raises:
+        ValueError: for a setting that the reference's architecture has no place for.
+    """
+    text = LlamaConfig(**_without_type(config.get("text_config")))
+    vision = _as_built(SiglipVisionConfig, config.get("vision_config"), hidden_act="gelu", layer_norm_eps=1e-6)
+    low = {
+        "image_size": vision.image_size,
+        "model_name": _SIGLIP_NAME,
+        **_SELECT,
+        **_overrides(
+            tower_fields({"model_name": _SIGLIP_NAME}),
+            patch_size=vision.patch_size,
+            width=vision.hidden_size,
+            layers=vision.num_hidden_layers,
+            heads=vision.num_attention_heads,
+            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+        ),
+    }
+    aligner = {"depth": 2, "input_dim": vision.hidden_size, "n_embed": text.hidden_size, "projector_type": "mlp_gelu"}
+    if config["model_type"] == SIGLIP:
+        vision_config = {"cls": "CLIPVisionTower", "params": low}
+    else:
+        aligner["projector_type"] = _SPLIT_PROJECTOR
+        vision_config = {"cls": "HybridVisionTower", "params": _hybrid(config, images, low, tower_fields)}
+    result = {
+        "architectures": ["MultiModalityCausalLM"],
+        "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": aligner},
+        "language_config": _language(config.get("text_config") or {}),
+        "model_type": "multi_modality",
+        "vision_config": {"model_type": "vision", **vision_config},
+    }
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return {**result, "torch_dtype": dtype} if dtype is not None else result
+
+
+def _hybrid(
+    config: Mapping[str, Any], images: Mapping[str, Any], low: dict[str, Any], tower_fields: TowerFields
+) -> dict[str, Any]:
+    """The hybrid tower's parameters."""
+    width = tower_fields(low)["width"]
+    sam = _as_built(
+        SamVisionConfig, config.get("high_res_vision_config"), hidden_act="gelu", layer_norm_eps=1e-6,
+        qkv_bias=True, use_abs_pos=True, use_rel_pos=True,
+    )  # fmt: skip
+    if 4 * sam.output_channels != width:
+        raise ValueError(
+            f"The high-resolution tower gives {4 * sam.output_channels} channels and the other {width}; this layout's "
+            "projector takes one width for both."
+        )
+    overrides = _overrides(
+        tower_fields({"model_name": _SAM_NAME}),
+        width=sam.hidden_size,
+        layers=sam.num_hidden_layers,
+        heads=sam.num_attention_heads,
+        global_attn_indexes=tuple(sam.global_attn_indexes),
+        downsample_channels=(2 * sam.output_channels, 4 * sam.output_channels),
+        patch_size=sam.patch_size,
+        window_size=sam.window_size,
+        mlp_ratio=sam.mlp_dim / sam.hidden_size,
+        prompt_embed_dim=sam.output_channels,
+    )
+    images = {**_IMAGE_DEFAULTS, **{name: value for name, value in images.items() if value is not None}}
+    return {
+        "concat_type": "tuple",
+        "freeze_high": True,
+        "freeze_low": True,
+        "high_res_cfg": {
+            "ckpt_path": "",
+            "image_size": sam.image_size,
+            "model_name": _SAM_NAME,
+            "output_dim": width,
+            "pixel_mean": list(images.get("high_res_image_mean", _IMAGE_DEFAULTS["image_mean"])),
+            "pixel_std": list(images.get("high_res_image_std", _IMAGE_DEFAULTS["image_std"])),
+            **_SELECT,
+            **overrides,
+        },
+        "low_res_cfg": {
+            "ckpt_path": "",
+            "output_dim": width,
+            "pixel_mean": list(images["image_mean"]),
+            "pixel_std": list(images["image_std"]),
+            **low,
+        },
+    }
+
+
+def _overrides(published: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """The fields that differ from the published tower's, as JSON has them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+        if published[name] != value
+    }
+
+
+def _as_built(config_class: type, given: Mapping[str, Any] | None, **fixed: Any) -> Any:
+    """A tower's config; an error if the reference's tower cannot be built so."""
+    config = config_class(**_without_type(given))
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"DeepSeek-VL's towers have {name}={value!r}, this config {getattr(config, name)!r}.")
+    return config
+
+
+def _without_type(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (config or {}).items() if name not in ("model_type", "transformers_version")}
+
+
+def _language(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's config in the reference's spelling."""
+    renamed = {name: value for name, value in text.items() if name not in ("transformers_version", "_name_or_path")}
+    dtype = renamed.pop("dtype", None)
+    if dtype is not None:
+        renamed.setdefault("torch_dtype", dtype)
+    return {**renamed, "model_type": "llama"}
+
+
+def to_transformers(
+    config: Mapping[str, Any], images: Mapping[str, Any], image_token_id: int, tower_fields: TowerFields
+) -> dict[str, Any]:
+    """A model's config in the reference's layout, as transformers' classes have it.
+
+    Args:
+        config: of the model.
+        images: of its image processor, in the reference's layout.
+        image_token_id: the image tag's.
+        tower_fields: see `TowerFields`.
+
+    Raises:
+        ValueError: for a setting that transformers' architecture has no place for.
+    """
+    vision, aligner = config["vision_config"], config["aligner_config"]["params"]
+    is_hybrid = "HybridVisionTower" in vision["cls"]
+    low = vision["params"]["low_res_cfg"] if is_hybrid else vision["params"]
+    siglip = _siglip_config(low, tower_fields(low))
+    _require("projector_type", aligner.get("projector_type"), _SPLIT_PROJECTOR if is_hybrid else "mlp_gelu")
+    _require("depth", aligner.get("depth", 1), 2)
+    text = LlamaConfig(**_without_type(config["language_config"]))
+    language = {**_without_type(config["language_config"]), "model_type": "llama"}
+    dtype = config.get("torch_dtype", language.pop("torch_dtype", None))
+    language.pop("torch_dtype", None)
+    result: dict[str, Any] = {
+        "architectures": [f"DeepseekVL{'Hybrid' if is_hybrid else ''}ForConditionalGeneration"],
+        "image_token_id": image_token_id,
+        "model_type": HYBRID if is_hybrid else SIGLIP,
+        "text_config": language,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "vision_config": siglip,
+    }
+    if is_hybrid:
+        _require("concat_type", vision["params"].get("concat_type", "tuple"), "tuple")
+        high = vision["params"]["high_res_cfg"]
+        result["high_res_vision_config"] = _sam_config(high, tower_fields(high), siglip)
+    elif not images.get("do_normalize", True) or low.get("pixel_mean") is not None:
+        raise ValueError("transformers' layout has no place for a tower that normalises its own pixels.")
+    return {**result, "dtype": dtype} if dtype is not None else result
+
+
+def _require(name: str, value: Any, needed: Any) -> None:
+    if value != needed:
+        raise ValueError(f"transformers' layout has only {name}={needed!r}, and this config says {value!r}.")
+
+
+def _siglip_config(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The SigLIP tower's config."""
+    _require("select_layer", params.get("select_layer", -1), -1)
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": fields["width"],
+        "image_size": fields["image_size"],
+        "intermediate_size": int(fields["width"] * fields["mlp_ratio"]),
+        "layer_norm_eps": 1e-06,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": fields["heads"],
+        "num_channels": 3,
+        "num_hidden_layers": fields["layers"],
+        "patch_size": fields["patch_size"],
+        "vision_use_head": True,
+    }
+
+
+def _sam_config(params: Mapping[str, Any], fields: Mapping[str, Any], siglip: Mapping[str, Any]) -> dict[str, Any]:
+    """The SAM tower's config."""
+    channels = fields["prompt_embed_dim"]
+    _require("downsample_channels", tuple(fields["downsample_channels"]), (2 * channels, 4 * channels))
+    _require("neck_size", params.get("neck_size", 4 * (siglip["image_size"] // siglip["patch_size"])),
+             4 * (siglip["image_size"] // siglip["patch_size"]))  # fmt: skip
+    return {
+        "global_attn_indexes": list(fields["global_attn_indexes"]),
+        "hidden_act": "gelu",
+        "hidden_size": fields["width"],
+        "image_size": fields["image_size"],
+        "layer_norm_eps": 1e-06,
+        "mlp_dim": int(fields["width"] * fields["mlp_ratio"]),
+        "mlp_ratio": fields["mlp_ratio"],
+        "model_type": "sam_vision_model",
+        "num_attention_heads": fields["heads"],
+        "num_hidden_layers": fields["layers"],
+        "output_channels": channels,
+        "patch_size": fields["patch_size"],
+        "qkv_bias": True,
+        "use_abs_pos": True,
+        "use_rel_pos": True,
+        "window_size": fields["window_size"],
+    }
+
+
+# --- processors ---
+
+
+def require_transformers_processor(settings: Mapping[str, Any]) -> None:
+    """Refuse a processor's settings, in the reference's layout, that transformers' layout has no place for.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, needed in (("image_tag", IMAGE_TAG), ("add_special_token", False), ("sft_format", "deepseek")):
+        _require(name, settings.get(name, needed), needed)
+
+
+def images_to_reference(images: Mapping[str, Any]) -> dict[str, Any]:
+    """An image processor's config in transformers' layout, as the reference has it."""
+    images = {**_IMAGE_DEFAULTS, **images}
+    is_hybrid = "high_res_size" in images or "Hybrid" in images.get("image_processor_type", "")
+    size = images.get("high_res_size", {"height": 1024}) if is_hybrid else images.get("size", {"height": 384})
+    prefix = "high_res_" if is_hybrid else ""
+    mean = images.get(f"{prefix}image_mean") or _IMAGE_DEFAULTS["image_mean"]
+    return {
+        "background_color": [int(255 * value) for value in mean],
+        "do_normalize": images.get("do_normalize", True) and not is_hybrid,
+        "image_mean": list(mean),
+        "image_processor_type": "VLMImageProcessor",
+        "image_size": size["height"],
+        "image_std": list(images.get(f"{prefix}image_std") or _IMAGE_DEFAULTS["image_std"]),
+        "min_size": images["min_size"],
+        "processor_class": "VLChatProcessor",
+        "rescale_factor": images["rescale_factor"],
+    }
+
+
+def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """An image processor's config in the reference's layout, as transformers has it.
+
+    Args:
+        images: of the image processor.
+        config: of its model, in the reference's layout.
+
+    Raises:
+        ValueError: for a mean that is not there.
+    """
+    params = config["vision_config"]["params"]
+    is_hybrid = "low_res_cfg" in params
+    # The hybrid's towers normalise; the other has its image processor do it.
+    _require("do_normalize", images.get("do_normalize", True), not is_hybrid)
+    if is_hybrid:
+        low, high = params["low_res_cfg"], params["high_res_cfg"]
+        side, mean, std = low["image_size"], low.get("pixel_mean"), low.get("pixel_std")
+        more = {
+            "high_res_image_mean": list(high.get("pixel_mean") or ()),
+            "high_res_image_std": list(high.get("pixel_std") or ()),
+            "high_res_resample": 3,
+            "high_res_size": {"height": images["image_size"], "width": images["image_size"]},
+            "image_processor_type": "DeepseekVLHybridImageProcessor",
+            "processor_class": "DeepseekVLHybridProcessor",
+        }
+    else:
+        side, mean, std = images["image_size"], images.get("image_mean"), images.get("image_std")
+        more = {"image_processor_type": "DeepseekVLImageProcessor", "processor_class": "DeepseekVLProcessor"}
+    if not all((mean, std, more.get("high_res_image_mean", True), more.get("high_res_image_std", True))):
+        raise ValueError("transformers' layout has no place for pixels without a mean and a standard deviation.")
+    background = images.get("background_color")
+    if background is not None and list(background) != [
+        int(255 * value) for value in more.get("high_res_image_mean", mean)
+    ]:
+        raise ValueError("transformers' layout has no background colour but the mean colour.")
+    return {
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "min_size": images.get("min_size", 14),
+        "resample": 3,
+        "rescale_factor": images.get("rescale_factor", 1.0 / 255.0),
+        "size": {"height": side, "width": side},
+        **more,
+    }

@@ -1,0 +1,233 @@
+"""Training data: the rows of files, checked against a processor."""
+
+import logging
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from deepseek_vl.data.rows import BadRow, DataError, TrainingRow, check_tags, data_files, read_rows
+from deepseek_vl.imaging.open import ImageLoadError, load_image
+
+if TYPE_CHECKING:
+    from deepseek_vl.models import VLChatProcessor
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20
+"""How many bad rows an error lists."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a check found.
+
+    Attributes:
+        rows: the good rows, in order.
+        bad: the bad rows, in order.
+        lengths: the number of tokens of each good row, with the images' positions.
+    """
+
+    rows: list[TrainingRow] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """The number of images in the good rows."""
+        return sum(len(row.images) for row in self.rows)
+
+    @property
+    def answers(self) -> int:
+        """The number of answers in the good rows."""
+        return sum(len(row.types) for row in self.rows)
+
+    def summary(self) -> str:
+        """One line of numbers."""
+        text = f"{len(self.rows)} good rows, {len(self.bad)} bad; {self.answers} answers, {self.images} images"
+        if not self.lengths:
+            return text
+        shortest, median, longest = min(self.lengths), statistics.median_low(self.lengths), max(self.lengths)
+        return f"{text}; tokens per row: shortest {shortest}, median {median}, longest {longest}"
+
+
+class ConversationDataset(Dataset[TrainingRow]):
+    """Rows as a map-style data set; item i is row i."""
+
+    def __init__(self, rows: Sequence[TrainingRow]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        return self.rows[index]
+
+
+def load_data(
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
+    processor: "VLChatProcessor",
+    max_length: int | None = None,
+    skip_bad: bool = False,
+    truncate: bool = False,
+) -> tuple[list[TrainingRow], list[BadRow]]:
+    """Read and check every row, before training.
+
+    Args:
+        paths: one file, or several.
+        processor: renders and counts tokens.
+        max_length: most tokens in a row; None for any number.
+        skip_bad: log a warning about bad rows, and go on without them.
+        truncate: longer rows are good as long as an answer begins within `max_length`.
+
+    Returns:
+        The good rows and the bad ones; the latter are none unless `skip_bad`.
+
+    Raises:
+        DataError: listing the bad rows, for a file that cannot be read as rows, or if there is no good row.
+        OSError: if a file is missing or cannot be opened.
+    """
+    report = check_data(paths, processor, max_length, truncate)
+    if report.bad and not (skip_bad and report.rows):
+        raise DataError(_list_bad(report))
+    if not report.rows:
+        raise DataError(f"There are no rows in {', '.join(str(path) for path in data_files(paths)) or 'no files'}.")
+    if report.bad:
+        total = len(report.rows) + len(report.bad)
+        logger.warning("Left out %d bad rows of %d, such as %s", len(report.bad), total, report.bad[0])
+    end = processor.tokenizer.eos_token
+    if not render(report.rows[0], processor).endswith(end):
+        logger.warning(
+            "The template %r ends answers without %s: when to stop is not learnt.", processor.sft_format, end
+        )
+    return report.rows, report.bad
+
+
+def _list_bad(report: DataReport) -> str:
+    """The text of the error about bad rows."""
+    total = len(report.rows) + len(report.bad)
+    lines = [f"{len(report.bad)} of {total} rows cannot be trained on:", *(f"  {bad}" for bad in report.bad[:LISTED])]
+    advice = "Correct them"
+    if len(report.bad) > LISTED:
+        lines.append(f"  and {len(report.bad) - LISTED} more")
+        advice += " (--check lists all)"
+    advice += ", or train without them: --skip-bad." if report.rows else "; no row is left to train on."
+    return "\n".join([*lines, advice])
+
+
+def check_data(
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
+    processor: "VLChatProcessor",
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> DataReport:
+    """Read and check every row; bad rows are no error here. Each image file is opened once, several at a time.
+
+    The arguments are those of `load_data`.
+
+    Raises:
+        DataError: for a file that cannot be read as rows.
+        OSError: if a file is missing or cannot be opened.
+    """
+    check_tokenizer(processor)
+    read = list(read_rows(paths, processor.image_tag))
+    sources = list(dict.fromkeys(source for row in read if isinstance(row, TrainingRow) for source in row.images))
+    if sources:
+        logger.info("Checking %d images.", len(sources))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = dict(zip(sources, pool.map(_image_problem, sources), strict=True))
+
+    report = DataReport()
+    for row in read:
+        if isinstance(row, BadRow):
+            report.bad.append(row)
+            continue
+        try:
+            length = _check_row(row, processor, max_length, truncate, problems.__getitem__)
+        except DataError as error:
+            report.bad.append(BadRow(row.origin, str(error)))
+        else:
+            report.rows.append(row)
+            report.lengths.append(length)
+    return report
+
+
+def check_tokenizer(processor: "VLChatProcessor") -> None:
+    """
+    Raises:
+        DataError: if the tokenizer cannot tell where in the text its tokens are.
+    """
+    if not processor.tokenizer.is_fast:
+        raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
+
+
+def check_row(row: TrainingRow, processor: "VLChatProcessor", max_length: int | None = None) -> int:
+    """Check one row against a processor: every image opens, each has its tag, and the row is not too long.
+
+    Returns:
+        Its number of tokens, with the images' positions.
+
+    Raises:
+        DataError: with the reason.
+    """
+    return _check_row(row, processor, max_length, False, _image_problem)
+
+
+def _image_problem(source: Any) -> str | None:
+    """Why an image cannot be used, None if it can. The whole file is decoded, so that truncation shows."""
+    try:
+        load_image(source)
+    except ImageLoadError as error:
+        return str(error)
+    return None
+
+
+def _check_row(
+    row: TrainingRow,
+    processor: "VLChatProcessor",
+    max_length: int | None,
+    truncate: bool,
+    image_problem: Callable[[Any], str | None],
+) -> int:
+    """`check_row`, with what it asks about each image."""
+    tag = processor.image_tag
+    added = set(processor.tokenizer.all_special_tokens) - {tag}
+    for number, message in enumerate(row.messages, 1):
+        check_tags(f"message {number}", message["content"].count(tag), len(message.get("images") or ()), tag)
+        if held := [token for token in added if token in message["content"]]:
+            raise DataError(f"message {number} holds the special token {held[0]}; the template adds it, so remove it")
+    if held := [token for token in added if token in (row.system or "")]:
+        raise DataError(f"the system text holds the special token {held[0]}; the template adds it, so remove it")
+    if tag in (row.system or ""):
+        raise DataError(f"the system text holds {tag}; images belong in the user's messages")
+    for source in row.images:
+        if problem := image_problem(source):
+            raise DataError(problem)
+    length = _length(row, processor)
+    if max_length is not None and length > max_length:
+        if not truncate:
+            raise DataError(f"too long: {length} tokens, --max_length is {max_length}")
+        unanswered = replace(row, messages=[row.messages[0], {**row.messages[1], "content": ""}])
+        if (asked := _length(unanswered, processor)) >= max_length:
+            raise DataError(f"too long: the first answer begins after {asked} tokens, --max_length is {max_length}")
+    return length
+
+
+def _length(row: TrainingRow, processor: "VLChatProcessor") -> int:
+    """The number of tokens, with the images' positions."""
+    ids = processor.tokenizer.encode(render(row, processor), verbose=False)
+    images = sum(len(message.get("images") or ()) for message in row.messages)
+    return len(ids) + images * (processor.num_image_tokens + int(processor.add_special_token) - 1)
+
+
+def render(row: TrainingRow, processor: "VLChatProcessor") -> str:
+    """The whole conversation as the processor's prompt, with the row's system text if it has one."""
+    return processor.apply_sft_template_for_multi_turn_prompts(
+        row.messages,
+        sft_format=processor.sft_format,
+        system_prompt=processor.system_prompt if row.system is None else row.system,
+    )

@@ -1,0 +1,244 @@
+"""A chat: the messages so far, and the next answer to them. Every front-end holds one per user."""
+
+import dataclasses
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from deepseek_vl.data.rows import BadRow, read_rows
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.stream import AnswerStream, as_stop_words
+from deepseek_vl.imaging.open import image_data_url
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.utils.io import load_pil_images
+
+
+def with_image_tags(text: str, images: int, tag: str) -> str:
+    """`text` with a tag for every image: those it lacks are put in front, a line each.
+
+    Raises:
+        ValueError: if it has more tags than images.
+    """
+    tags = text.count(tag)
+    if tags > images:
+        raise ValueError(f"The message has {tags} {tag} and {images} images; there must be one tag per image.")
+    return f"{tag}\n" * (images - tags) + text
+
+
+def _is_one_conversation(path: Path) -> bool:
+    try:
+        rows = list(itertools.islice(read_rows(path), 2))
+    except ValueError:
+        return False
+    return len(rows) <= 1 and not any(isinstance(row, BadRow) for row in rows)
+
+
+class ChatSession:
+    """One user's conversation with a model.
+
+    What the user writes is text: special tokens in it are not obeyed, except the image tag.
+
+    Args:
+        model, processor: as loaded; they may be shared by many sessions.
+        settings: how answers are generated; the conversation template's stop words are added.
+        max_history_tokens: the oldest turns are left out of longer prompts; None for as long as the model takes.
+
+    Attributes:
+        messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds PIL images, or what else
+            `load_image` takes.
+        system_prompt: what the conversation begins with.
+        dropped_turns: how many of the oldest turns the last question left out because there was no room for them.
+        answer: the stream of the last answer, which says why it ended and can be stopped; None before the first.
+    """
+
+    def __init__(
+        self,
+        model: MultiModalityCausalLM,
+        processor: VLChatProcessor,
+        settings: GenerationSettings,
+        max_history_tokens: int | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        stop_words = as_stop_words(processor.new_chat_template().stop_str)
+        self.settings = dataclasses.replace(settings, stop=(*settings.stop, *stop_words))
+        self.max_history_tokens = max_history_tokens
+        self.system_prompt = processor.system_prompt
+        self.messages: list[dict[str, Any]] = []
+        self.dropped_turns = 0
+        self.answer: AnswerStream | None = None
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the answer that is being generated, or its prompt made, within one token. For any thread."""
+        self._stopped.set()
+        if self.answer is not None:
+            self.answer.stop()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages = []
+        self.system_prompt = self.processor.system_prompt
+        self.dropped_turns = 0
+        self.answer = None
+
+    def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
+        """The answer to one more message, piece by piece.
+
+        An answer that is stopped half-way (by closing the iterator or by an interrupt) stays in the conversation as far
+        as it got; a message that fails, or has no answer, leaves the conversation as it was.
+
+        Args:
+            text: the message, with an image tag where each image belongs; missing tags are put in front.
+            images: its PIL images.
+
+        Raises:
+            ValueError: for more tags than images, or a message too long for the model.
+        """
+        tagged = with_image_tags(text, len(images), self.processor.image_tag)
+        yield from self._answer(self.messages, {"content": tagged, "images": list(images)})
+
+    def retry(self) -> Iterator[str]:
+        """Another answer to the last message, in place of the one it has. Until there is one, that stays.
+
+        Raises:
+            ValueError: if nothing was asked yet; and as `ask`.
+        """
+        if not self.messages:
+            raise ValueError("There is no answer yet to try again.")
+        yield from self._answer(self.messages[:-2], self.messages[-2])
+
+    def undo(self) -> dict[str, Any]:
+        """Forget the last message and its answer; returns that message.
+
+        Raises:
+            ValueError: if nothing was asked yet.
+        """
+        if not self.messages:
+            raise ValueError("There is no message to take back.")
+        question = self.messages[-2]
+        self.messages = self.messages[:-2]
+        return question
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the conversation as a row of training data, images included; `load` reads it back.
+
+        Args:
+            path: a `.json` or `.jsonl` file; only a saved conversation is replaced.
+
+        Raises:
+            ValueError: for another kind of file, or if there is nothing to save.
+            OSError: if it cannot be written.
+        """
+        path = Path(os.path.expanduser(path))  # noqa: PTH111  Path's raises for unknown users
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            raise ValueError(f"Conversations are saved as .json or .jsonl files, not as {path.name!r}.")
+        if not self.messages:
+            raise ValueError("There is no conversation yet to save.")
+        messages = []
+        for message, role in zip(self.messages, itertools.cycle(("User", "Assistant")), strict=False):
+            images = [image_data_url(image) for image in load_pil_images([message])]
+            # With images, even none, `<image>` in the text is text to whoever reads the row.
+            messages.append(
+                {"role": role, "content": message["content"]} | ({"images": images} if role == "User" else {})
+            )
+        row: dict[str, Any] = {"messages": messages}
+        if self.system_prompt != self.processor.system_prompt:
+            row["system"] = self.system_prompt
+        data = (json.dumps([row] if path.suffix.lower() == ".json" else row, ensure_ascii=False) + "\n").encode("utf-8")
+        if path.exists() and not _is_one_conversation(path):
+            raise ValueError(f"{str(path)!r} is there, and is no saved conversation; give another name.")
+        part = path.with_name(f".{path.name}.part")  # so that a file that is there is whole at any moment
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(f"Cannot write {str(path)!r}: {error.strerror}.") from error
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Go on with a saved conversation, or any row of training data, in place of this one.
+
+        Args:
+            path: a file with one conversation, see `deepseek_vl.data.rows`.
+
+        Raises:
+            ValueError: if it is not one, or an image cannot be read; this conversation then stays.
+            OSError: if there is no such file.
+        """
+        rows = list(read_rows(path, self.processor.image_tag))
+        if len(rows) != 1:
+            raise ValueError(f"{str(path)!r} has {len(rows)} conversations; a chat goes on with one.")
+        row = rows[0]
+        if isinstance(row, BadRow):
+            raise ValueError(str(row))
+        roles = itertools.cycle(self.processor.new_chat_template().roles)
+        messages = [
+            {**message, "role": role, "images": load_pil_images([message])}
+            for message, role in zip(row.messages, roles, strict=False)
+        ]
+        self.reset()
+        self.messages = messages
+        if row.system is not None:
+            self.system_prompt = row.system
+
+    def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Iterator[str]:
+        """Answer a question; the conversation is then the history, the question and its answer."""
+        self._stopped.clear()
+        user, assistant = self.processor.new_chat_template().roles
+        question = {**question, "role": user}
+        answer = {"role": assistant, "content": ""}
+        messages = self._fit([*history, question, answer])
+        inputs = self.processor(prompt=self._render(messages), images=load_pil_images(messages))
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        pieces: list[str] = []
+        failed = True
+        try:
+            with AnswerStream(self.model, self.processor.tokenizer, inputs, self.settings) as self.answer:
+                if self._stopped.is_set():  # while the prompt was made
+                    self.answer.stop()
+                for piece in self.answer:
+                    pieces.append(piece)
+                    yield piece
+            failed = False
+        except (GeneratorExit, KeyboardInterrupt):
+            failed = False
+            raise
+        finally:
+            # The model can spell the image tag, which would ask for an image in the next prompt.
+            content = "".join(pieces).replace(self.processor.image_tag, "").strip()
+            if content and not failed:
+                self.messages = [*history, question, {**answer, "content": content}]
+
+    def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Drop the oldest turns until the prompt leaves room for an answer; the newest turn always stays."""
+        positions = self.model.config.language_config.max_position_embeddings
+        room = positions - min(self.settings.max_new_tokens, positions // 2)
+        if self.max_history_tokens is not None:
+            room = min(room, self.max_history_tokens)
+        self.dropped_turns = 0
+        while len(messages) > 2 and self.count_tokens(messages) > room:
+            messages = messages[2:]
+            self.dropped_turns += 1
+        return messages
+
+    def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
+        """The length of the prompt for `messages`, image features included."""
+        processor = self.processor
+        input_ids = processor.encode(self._render(messages))
+        features = processor.num_image_tokens - 1 + int(processor.add_special_token)
+        return len(input_ids) + input_ids.count(processor.image_id) * features
+
+    def _render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt for `messages`."""
+        processor, tag = self.processor, self.processor.image_tag
+        texts = [{**m, "content": tag.join(map(processor.literal, m["content"].split(tag)))} for m in messages]
+        return processor.apply_sft_template_for_multi_turn_prompts(
+            texts, sft_format=processor.sft_format, system_prompt=self.system_prompt
+        )

@@ -1,0 +1,160 @@
+"""What an engine keeps when an answer has ended: encoded images, and keys and values of conversations."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from deepseek_vl.engine.kv_cache import STEP, RowCache
+from deepseek_vl.engine.prompt import PromptImage
+from deepseek_vl.kernels.weight_only import stored_bytes
+from deepseek_vl.models import MultiModalityCausalLM
+
+IMAGE_BYTES = 128 << 20
+"""Encoded images take at most so much memory: 50 of the 1.3B model's in bfloat16, or 25 of the 7B model's."""
+
+Value = TypeVar("Value")
+
+
+def conversation_bytes(model: MultiModalityCausalLM) -> int:
+    """How much memory conversations take at most: a quarter of the weights', or 256 MiB if that is more.
+
+    In bfloat16 that is 5,000 tokens for the 1.3B model and 7,500 for the 7B model.
+    """
+    return max(sum(map(stored_bytes, _weights(model))) // 4, 256 << 20)
+
+
+def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
+    """Equal as long as no weight is trained, loaded, moved, cast or replaced; None if that cannot be told.
+
+    It cannot for a model that was made in inference mode, where torch does not count changes. What bypasses the count
+    (writing through `.data`, switching an adapter off) goes unnoticed.
+    """
+    weights = list(_weights(model))
+    if any(weight.is_inference() for weight in weights):
+        return None
+    # Addresses alone may be used again. The reference is weak: it does not keep the weights.
+    states = ((StorageWeakRef(w.untyped_storage()), w._version, w.dtype, w.shape) for w in weights)
+    return (model.training, *itertools.chain.from_iterable(states))
+
+
+def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+class _Recent(Generic[Value]):
+    """Values of limited size in all: those not used for longest make room for others."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._values: OrderedDict[bytes, tuple[Value, int]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._values)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._values
+
+    def use(self, key: bytes) -> Value:
+        """The value of a key that is there."""
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: bytes, value: Value, nbytes: int) -> None:
+        """Add or replace a value, unless it is too large."""
+        self.drop(key)
+        if nbytes > self.max_bytes:
+            return
+        self._values[key] = (value, nbytes)
+        self.nbytes += nbytes
+        while self.nbytes > self.max_bytes:
+            self.drop(next(iter(self)))
+
+    def drop(self, key: bytes) -> None:
+        """Forget a value, if it is there."""
+        _, nbytes = self._values.pop(key, (None, 0))
+        self.nbytes -= nbytes
+
+
+class ImageFeatures(_Recent[torch.Tensor]):
+    """Encoded images [N, D], by the hash of their pixels."""
+
+    def encode(self, model: MultiModalityCausalLM, images: Sequence[PromptImage]) -> torch.Tensor:
+        """One or more images -> [n, N, D]. Only those that are not known run through the vision tower."""
+        features = {image.key: self.use(image.key) for image in images if image.key in self}
+        missing = {image.key: image.pixels for image in images if image.key not in features}
+        if missing:
+            encoded = model.get_image_features(torch.stack(list(missing.values())))
+            for key, feature in zip(missing, encoded, strict=True):
+                features[key] = feature.clone()  # so that it can be freed alone
+                self.put(key, features[key], feature.nbytes)
+        return torch.stack([features[image.key] for image in images])
+
+
+class Conversations(_Recent[RowCache]):
+    """Keys and values of conversations, by their content (see `Prompt.content`)."""
+
+    def continued(self, content: np.ndarray) -> RowCache:
+        """A cache of one row that begins with as much of this content as any conversation here does.
+
+        It is the caller's own, and has room for the rest.
+        """
+        longest, shared = max(((_shared(_content(key), content), key) for key in self), default=(0, b""))
+        if not longest:
+            return RowCache()
+        return self.use(shared).prefix(0, longest, room=len(content) - longest + STEP)
+
+    def keep(self, content: np.ndarray, cache: RowCache) -> None:
+        """Keep a conversation whose keys and values are a cache's only row, or as much of it as there is room for.
+
+        The cache is then no longer the caller's.
+        """
+        if cache.spare_bytes > cache.nbytes // 10:
+            cache = cache.prefix(0, len(content))
+        if cache.nbytes > self.max_bytes:
+            length = min(len(content), self.max_bytes // cache.prefix(0, 1).nbytes)
+            if length <= 0:
+                return
+            content, cache = content[:length], cache.prefix(0, length)
+        key = content.tobytes()
+        for other in list(self):
+            if other.startswith(key):
+                self.use(other)
+                return
+            if key.startswith(other):
+                self.drop(other)
+        self.put(key, cache, cache.nbytes)
+
+
+def _content(key: bytes) -> np.ndarray:
+    return np.frombuffer(key, dtype=np.int64)
+
+
+def _shared(first: np.ndarray, second: np.ndarray) -> int:
+    """With how many equal numbers both begin."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
+
+
+class Memory:
+    """What is kept of a model's work, for as long as its weights stay what they are.
+
+    Args:
+        model: whose.
+        max_bytes: how much memory conversations may take; None for `conversation_bytes`.
+    """
+
+    def __init__(self, model: MultiModalityCausalLM, max_bytes: int | None = None):
+        self._weights = weights_state(model)
+        self.images = ImageFeatures(IMAGE_BYTES)
+        self.conversations = Conversations(conversation_bytes(model) if max_bytes is None else max_bytes)
+
+    def holds_for(self, model: MultiModalityCausalLM) -> bool:
+        """Whether this is what the model, as it is now, would compute."""
+        return self._weights is not None and self._weights == weights_state(model)

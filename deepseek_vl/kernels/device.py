@@ -1,0 +1,75 @@
+"""Which device and dtype to compute in, and what can be quantised there."""
+
+import torch
+
+QUANTIZATIONS = {"cpu": ("int8",), "cuda": ("int8", "int4")}
+"""The ways to quantise a model's weights when it is loaded, by the kind of device."""
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to run on: the one asked for, or the first there is of cuda, mps and cpu.
+
+    Raises:
+        ValueError: if the device asked for is not a device, or not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if str(device) == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {str(device)!r}; try auto, cpu, cuda, cuda:1 or mps.") from error
+    devices = torch.cuda.device_count() if picked.type == "cuda" else 1
+    if not available.get(picked.type, True) or (picked.index or 0) >= devices:
+        raise ValueError(f"Device {str(device)!r} is not available on this machine; use --device cpu or auto.")
+    return picked
+
+
+def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs and float32 on CPUs that lack it.
+
+    A CPU need not multiply matrices of it fast (see `WideningLinear`), only read and convert it.
+
+    Raises:
+        ValueError: for a name that is no floating point dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        if device.type == "cpu" and not (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            return torch.float32
+        return torch.bfloat16
+    picked = getattr(torch, dtype, None)
+    if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
+        raise ValueError(f"Unknown dtype {dtype!r}; try auto, bfloat16, float16 or float32.")
+    return picked
+
+
+def check_quantization(device: torch.device, quantize: str | None) -> None:
+    """Whether weights can be quantised so, on this device; None is not to quantise.
+
+    Raises:
+        ValueError: if they cannot, or there is no such way.
+    """
+    if quantize is None:
+        return
+    known = sorted({name for names in QUANTIZATIONS.values() for name in names}, reverse=True)
+    if quantize not in known:
+        raise ValueError(f"Unknown quantize {quantize!r}; try {' or '.join(known)}.")
+    if quantize not in QUANTIZATIONS.get(device.type, ()):
+        kinds = " and ".join(kind for kind, names in QUANTIZATIONS.items() if quantize in names)
+        raise ValueError(f"Quantised weights ({quantize}) are for {kinds}, not for {device.type}.")
+    if device.type == "cuda":
+        from deepseek_vl.kernels.weight_only import check_torchao
+
+        check_torchao()
+    elif not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        raise ValueError(f"This PyTorch has no kernel for quantised weights ({quantize}): it was built without oneDNN.")

@@ -1,0 +1,189 @@
+"""Linear layers with int8 weights and inputs, for inference on CPUs."""
+
+import platform
+import weakref
+
+import torch
+from torch import nn
+
+from deepseek_vl.kernels.linear import CHUNK_ELEMENTS
+from deepseek_vl.kernels.native import return_freed_memory
+from deepseek_vl.kernels.policy import WIDEN_ROWS, X86
+
+QUANTISED_ELEMENTS = 2**20
+"""So much of a weight is quantised at a time: 4 MB as float32, which stay in the cache."""
+
+SMALLEST = 2.0**-100
+"""Of what inputs and weights are scaled by: what it is divided by is far from overflowing."""
+
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of Llama's layers that get the same input one after the other."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights (symmetric, one scale per output) and inputs quantised row by row.
+
+    The kernel is oneDNN's, by the operator to which PyTorch's own compiler lowers quantised models on CPUs. It takes
+    one scale for all rows, so the rows' own are applied to its float32 result. The other kernels that PyTorch has are
+    deprecated (`torch.ao`, and everything on quantised tensors), want compilation to be fast (torchao), or quantise the
+    weights only, which leaves the arithmetic slow.
+
+    Args:
+        linears: the layer to replace, on the CPU; or several of the same input, whose outputs are then one.
+    """
+
+    def __init__(self, *linears: nn.Linear):
+        super().__init__()
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        weights, scales = zip(*(_quantised(linear.weight.detach()) for linear in linears), strict=True)
+        # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
+        self._weight = torch.ops.onednn.qlinear_prepack(torch.cat(weights), None)
+        self._scale = torch.cat(scales).flatten()
+        self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
+        self._bias = torch.cat(
+            [
+                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+                for linear in linears
+            ]
+        )
+        self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
+        # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
+        self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
+        # The kernel wants inputs unsigned, so something stands for 0; their conversion cuts off what 0.5 rounds up.
+        self._zero = self._levels + 1
+        self._middle = torch.tensor([self._zero + 0.5])
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the input's dtype, without a gradient."""
+        rows = input.reshape(-1, self.in_features)
+        step = max(WIDEN_ROWS, CHUNK_ELEMENTS // max(self.in_features, self.out_features))
+        if len(rows) <= step:
+            output = self._multiplied(rows)
+        else:
+            output = rows.new_empty(len(rows), self.out_features)
+            for start in range(0, len(rows), step):
+                output[start : start + step] = self._multiplied(rows[start : start + step])
+        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] -> float32 [rows, out_features]."""
+        if len(rows) == 1:  # as in every step of decoding: in as few operations as there are
+            scale = _scale(rows, self._levels)
+            quantised = torch.add(self._middle, rows, alpha=1 / scale).to(torch.uint8)
+            return self._product(quantised, scale, self._bias)
+        scales = _scales(rows, self._levels)  # [rows, 1]
+        quantised = (rows / scales).add_(self._middle).to(torch.uint8)
+        output = self._product(quantised)
+        return torch.addcmul(self._bias, output, scales, out=output)
+
+    def _product(self, quantised: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [rows, in_features] -> float32 [rows, out_features]."""
+        return torch.ops.onednn.qlinear_pointwise(
+            *(quantised, scale, self._zero),
+            *(self._weight, self._scale, self._zero_point),
+            bias,
+            *(1.0, 0, torch.float32),  # the output as it is
+            *("none", [], ""),  # nor any operation after it
+        )
+
+    def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""
+        kept = self._kept  # read once: another thread may change it
+        output = kept[1] if kept is not None and kept[0]() is input else self(input)
+        self._kept = None if is_last else (weakref.ref(input), output)
+        return output
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights."""
+        return self.in_features * self.out_features
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def train(self, mode: bool = True) -> "Int8Linear":
+        if mode:
+            raise ValueError("A model with int8 weights cannot learn; load it without quantize.")
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
+
+
+class Int8Sibling(nn.Module):
+    """One of several layers of the same input: a part of the `Int8Linear` of them all, which runs once.
+
+    Args:
+        whole: the layer that the siblings share.
+        start, end: which of its outputs are this layer's.
+    """
+
+    def __init__(self, whole: Int8Linear, start: int, end: int):
+        super().__init__()
+        self.whole = whole
+        self.in_features, self.out_features = whole.in_features, end - start
+        self._start, self._end = start, end
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the input's dtype."""
+        output = self.whole.once(input, is_last=self._end == self.whole.out_features)
+        return output[..., self._start : self._end]
+
+
+def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
+    """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
+    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST).div_(levels)
+
+
+def _scale(row: torch.Tensor, levels: int) -> float:
+    """As `_scales`, for one row [1, K]."""
+    least, most = torch.aminmax(row)  # both are NaN if anything is
+    return max(most.item(), -least.item(), SMALLEST) / levels
+
+
+def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] -> int8 [N, K], and what each of its rows is to be multiplied with, float32 [N, 1]."""
+    quantised, scales = (
+        torch.empty_like(weight, dtype=torch.int8),
+        weight.new_empty(len(weight), 1, dtype=torch.float32),
+    )
+    step = max(1, QUANTISED_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        wide = weight[part].to(torch.float32, copy=True)
+        scales[part] = scale = _scales(wide, 127)
+        quantised[part] = wide.div_(scale).round_()
+    return quantised, scales
+
+
+def quantize_int8(model: nn.Module) -> None:
+    """Replace a model's linear layers by `Int8Linear`, in place and one by one: float weights go as int8 ones come.
+
+    Raises:
+        ValueError: if the model is not on the CPU.
+    """
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        if not linears:
+            continue
+        for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
+            raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
+        for names in SIBLINGS:
+            if all(name in linears for name in names):
+                _replace_siblings(module, {name: linears.pop(name) for name in names})
+        for name in list(linears):
+            setattr(module, name, Int8Linear(linears.pop(name)))
+        return_freed_memory()
+
+
+def _replace_siblings(module: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Replace layers of the same input, in the order in which they get it."""
+    whole, start = Int8Linear(*linears.values()), 0
+    for name, linear in linears.items():
+        end = start + linear.out_features
+        setattr(module, name, Int8Sibling(whole, start, end))
+        start = end

@@ -1,0 +1,165 @@
+"""The images that belong to a typed message: files and addresses named in it, and opening them."""
+
+import os
+import re
+import string
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+import httpx
+from PIL import Image
+
+from deepseek_vl.imaging.open import ImageLoadError, load_image
+
+EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""What a file's name ends with if it is taken for an image where it stands in a message."""
+
+LONGEST_PATH = 4096
+MOST_WORDS = 32
+"""Of a path."""
+MAX_BYTES = 50 * 2**20
+TIMEOUT_SECONDS = 20.0
+"""Without a sign of life; a whole download has thrice as long."""
+
+_NAME_END = re.compile(rf"\.(?:{'|'.join(EXTENSIONS)})(?=$|[\s'\"`,;:.!?)\]}}>])", re.IGNORECASE)
+_URL = re.compile(r"https?://[^\s'\"<>`]+", re.IGNORECASE)
+_QUOTES = "'\"`"
+_BEFORE = f"{string.whitespace}{_QUOTES}(<"
+_AROUND = f"{_BEFORE}.,;:!?)>"
+_LOOKS_LIKE_A_PATH = re.compile(r"(?:~|\.{1,2})?/|file://|[A-Za-z]:[\\/]")
+
+
+def open_image(source: str) -> Image.Image:
+    """An image for a message: from a path, from an http or https address, or from standard input (`-`).
+
+    Raises:
+        ImageLoadError: naming the source and the cause.
+    """
+    if source == "-":
+        try:
+            return load_image(sys.stdin.buffer.read())
+        except ImageLoadError as error:
+            raise ImageLoadError(f"Standard input is no image: {_cause(error)}") from error
+    if not _URL.fullmatch(source):
+        return load_image(source)
+    try:
+        return load_image(_download(source))
+    except httpx.TimeoutException as error:
+        raise ImageLoadError(f"Cannot fetch {source}: no answer within {TIMEOUT_SECONDS:g} seconds.") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ImageLoadError(f"Cannot fetch {source}: {error}.") from error
+    except ImageLoadError as error:
+        raise ImageLoadError(f"What {source} gives is no image: {_cause(error)}") from error
+
+
+def _download(url: str) -> bytes:
+    body, deadline = bytearray(), time.monotonic() + 3 * TIMEOUT_SECONDS
+    with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as response:
+        if response.status_code != 200:
+            raise httpx.HTTPError(f"it answers with status {response.status_code}")
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise httpx.HTTPError(f"it is larger than {MAX_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise httpx.HTTPError("it takes too long")
+    return bytes(body)
+
+
+def _cause(error: ImageLoadError) -> str:
+    return str(error).partition(": ")[2] or str(error)
+
+
+def take_images(text: str, tag: str) -> tuple[str, list[str]]:
+    """Recognise the images that a message names: addresses, and paths as they are typed, quoted, pasted or dropped.
+
+    Those at the message's ends go with it as a whole; one amid the text is replaced by an image tag there. Where the
+    text has tags of its own, the images are for those.
+
+    Returns:
+        The text without them, and the sources for `open_image` in the order of their tags, those without a tag first.
+
+    Raises:
+        ImageLoadError: if what can only be the path of an image is no file.
+    """
+    if not (spans := list(_spans(text))):
+        return text, []
+    between = [
+        text[end:begin]
+        for end, begin in zip([0, *(e for _, e, _ in spans)], [*(b for b, *_ in spans), len(text)], strict=True)
+    ]
+    with_it: list[str] = []
+    amid: list[str] = []
+    result = between[0]
+    for i, (_, _, source) in enumerate(spans):
+        at_an_end = not "".join(between[: i + 1]).strip() or not "".join(between[i + 1 :]).strip()
+        if tag in text or at_an_end:
+            with_it.append(source)
+            result = f"{result.rstrip()} {between[i + 1].lstrip()}"
+        else:
+            amid.append(source)
+            result += tag + between[i + 1]
+    return result.strip(), with_it + amid
+
+
+def _spans(text: str) -> Iterator[tuple[int, int, str]]:
+    """(begin, end, source) of each image named in a text, from left to right."""
+    position = 0
+    for match in _URL.finditer(text):
+        url = match[0].rstrip(".,;:!?)]}")
+        if _names_an_image(url):
+            yield from _file_spans(text, position, match.start())
+            position = match.start() + len(url)
+            yield match.start(), position, url
+    yield from _file_spans(text, position, len(text))
+
+
+def _names_an_image(url: str) -> bool:
+    try:
+        return bool(_NAME_END.search(unquote(urlsplit(url).path)))
+    except ValueError:  # "http://[your-host]/a.png"
+        return False
+
+
+def _file_spans(text: str, position: int, limit: int) -> Iterator[tuple[int, int, str]]:
+    """The same for the files named in `text[position:limit]`."""
+    for match in _NAME_END.finditer(text, position, limit):
+        if span := _file_span(text, position, match.end()):
+            yield span
+            position = span[1]
+
+
+def _file_span(text: str, position: int, end: int) -> tuple[int, int, str] | None:
+    """The longest piece of `text[position:end]` that ends there and is the path of a file, in any way of writing it."""
+    nearby = range(max(position, end - LONGEST_PATH), end)
+    begins = [begin for begin in nearby if begin == position or text[begin - 1] in _BEFORE]
+    for begin in begins[-MOST_WORDS:]:
+        raw = text[begin:end]
+        quoted = begin > position and text[begin - 1] in _QUOTES and text[end : end + 1] == text[begin - 1]
+        if path := _as_file(raw):
+            return (begin - 1, end + 1, path) if quoted else (begin, end, path)
+        whole = quoted or not re.search(r"(?<!\\)\s", raw)
+        # Amid the text it may be meant as text.
+        at_an_end = not text[:begin].strip(_AROUND) or not text[end:].strip(_AROUND)
+        if whole and at_an_end and _LOOKS_LIKE_A_PATH.match(raw):
+            raise ImageLoadError(f"Cannot read image {raw!r}: there is no such file.")
+    return None
+
+
+def _as_file(raw: str) -> str | None:
+    """The file that a piece of text names: as it is, as a `file://` address, or with a shell's backslashes."""
+    if raw.startswith("file://"):
+        return _existing(url2pathname(raw.removeprefix("file://").removeprefix("localhost")))
+    return _existing(raw) or _existing(re.sub(r"\\(.)", r"\1", raw))
+
+
+def _existing(path: str) -> str | None:
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path's raises for unknown users
+    try:
+        return expanded if path.strip() == path and Path(expanded).is_file() else None
+    except (OSError, ValueError):  # too long, or a null character
+        return None

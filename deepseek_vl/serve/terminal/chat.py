@@ -1,0 +1,173 @@
+"""The interactive chat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from deepseek_vl.data.rows import IMAGE_TAG
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deepseek_vl.engine.chat import ChatSession
+    from deepseek_vl.serve.terminal.screen import Screen
+
+USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
+HELP = f"""\
+Write a message and press Enter. An image's path or web address in it brings the image along: type it, paste it, or drop
+the file here. Or put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
+  retry       answer the last message again
+  undo        take the last message and its answer back
+  new         forget the conversation and start again
+  save FILE   write the conversation to a .json or .jsonl file
+  load FILE   go on with a conversation from such a file
+  help        show this text
+  exit        leave (so does Ctrl-D)
+Ctrl-C stops an answer, or forgets the message you are writing."""
+
+
+class _Exit(Exception):
+    """The user wants to leave."""
+
+
+class _Chat:
+    """The interactive loop.
+
+    Args:
+        images: belong to the first message.
+    """
+
+    def __init__(self, session: ChatSession, screen: Screen, images: list[Image.Image]):
+        self.session = session
+        self.screen = screen
+        self.images = images
+        self.unsent = ""  # what could not be sent, to be mended
+
+    def run(self) -> None:
+        """Read and answer until the user leaves."""
+        if self.images:
+            self.screen.say(f"{len(self.images)} image(s) will go with your first message.")
+        while True:
+            text = ""
+            try:
+                text = self._read(USER_PROMPT, self.unsent)
+                self.unsent = ""
+                if text and not self._obey(text):
+                    self._send(text)
+            except KeyboardInterrupt:  # at a prompt: forget the line
+                self.unsent = ""
+                self.screen.say("")
+            except _Exit:
+                return
+            except Exception as error:
+                self.screen.say(f"Error: {_one_line(error)}")
+                self.unsent = "" if text in ("undo", "retry") else text
+
+    def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        """One line of input, stripped.
+
+        Raises:
+            _Exit: at `exit` and at the end of the input.
+        """
+        try:
+            text = self.screen.read(prompt, default, path).strip()
+        except EOFError:
+            self.screen.say("")
+            raise _Exit from None
+        if text.lower() == "exit":
+            raise _Exit
+        return text
+
+    def _obey(self, text: str) -> bool:
+        """Whether it was a command, which then is done."""
+        say, session = self.screen.say, self.session
+        name, _, rest = text.partition(" ")
+        match name.lower(), _path(name, rest):
+            case "help", "":
+                say(HELP)
+            case "new", "":
+                session.reset()
+                say("New conversation.")
+            case "undo", "":
+                images = len(session.undo()["images"])
+                say("The last message" + (f" and its {images} image(s) are" if images else " is") + " taken back.")
+            case "retry", "":
+                self._answer(session.retry())
+            case "save" | "load", "":
+                say(f"{name.lower()} needs the name of a .json or .jsonl file.")
+            case "save", str(path):
+                session.save(path)
+                say(f"Saved {len(session.messages) // 2} turn(s) to {path}.")
+            case "load", str(path):
+                session.load(path)
+                say(f"Loaded {len(session.messages) // 2} turn(s) from {path}. The last answer was:")
+                self.screen.answer(message["content"] for message in session.messages[-1:])
+            case _:
+                return False
+        return True
+
+    def _send(self, text: str) -> None:
+        """Answer a message with its images: those that wait for it, those it names, and those it has tags for."""
+        from deepseek_vl.serve.terminal.attachments import open_image, take_images
+
+        rest, sources = take_images(text, IMAGE_TAG)
+        named = [open_image(source) for source in sources]
+        for number, (source, image) in enumerate(zip(sources, named, strict=True), len(self.images) + 1):
+            self.screen.say(f"[image {number}: {source}, {image.width}x{image.height}]")
+        images = self.images + named
+        if not rest:
+            self.images = images
+            self.screen.say(f"{len(images)} image(s) will go with your next message.")
+            return
+        total = rest.count(IMAGE_TAG)
+        images += [self._read_image(number, total) for number in range(len(images) + 1, total + 1)]
+        turns = len(self.session.messages)
+        self._answer(self.session.ask(rest, images))
+        if len(self.session.messages) > turns:
+            self.images = []
+        else:  # stopped before the first token
+            self.images, self.unsent = images, rest
+
+    def _read_image(self, number: int, total: int) -> Image.Image:
+        """Ask for one image until there is one that can be read."""
+        from deepseek_vl.imaging.open import ImageLoadError
+        from deepseek_vl.serve.terminal.attachments import open_image, take_images
+
+        while True:
+            path = self._read(f"({number}/{total}) Input the image file path: ", path=True)
+            try:
+                if path == "-":
+                    self.screen.say("Standard input has your messages; give a path or a web address.")
+                elif path:
+                    rest, sources = take_images(path, IMAGE_TAG)
+                    return open_image(path.strip("'\"") if rest or len(sources) != 1 else sources[0])
+            except ImageLoadError as error:
+                self.screen.say(str(error))
+
+    def _answer(self, pieces: Iterator[str]) -> None:
+        """Show an answer; Ctrl-C stops it."""
+        try:
+            self.screen.answer(pieces)
+        except KeyboardInterrupt:
+            self.screen.say("[stopped]")
+        if self.session.dropped_turns:
+            self.screen.say(
+                f"[the oldest {self.session.dropped_turns} turn(s) no longer fit the model's context and were left out]"
+            )
+
+
+def _path(command: str, rest: str) -> str | None:
+    """What stands behind a command's name: nothing, or the path of `save` and `load`; None if it is no command."""
+    path = rest.strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    elif os.name != "nt":
+        path = path.replace("\\ ", " ")
+    is_path = command.lower() in ("save", "load") and (" " not in path or path.lower().endswith((".json", ".jsonl")))
+    return path if is_path or not path else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

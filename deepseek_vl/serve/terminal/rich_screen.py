@@ -1,0 +1,174 @@
+"""The chat in a terminal: line editing, history, completion, and answers shown as the Markdown they are."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+from deepseek_vl.serve.markdown import safe_markdown
+from deepseek_vl.serve.terminal.attachments import EXTENSIONS
+from deepseek_vl.serve.terminal.screen import ANSWER, without_first_space
+
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
+_BLOCK = re.compile(r"\s*(?:```|~~~|#|[-*+] |\d+[.)] |>|\||---| {4})")
+_PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])")
+
+
+class TerminalScreen:
+    """A terminal: line editing, history across runs, completion of paths, and answers shown as the Markdown they are.
+
+    Args:
+        history: the file that keeps what was typed.
+    """
+
+    def __init__(self, history: Path):
+        self._console = _Console(highlight=False)
+        self._messages: PromptSession[str] = PromptSession(
+            history=_open_history(history), completer=MessageCompleter(), complete_while_typing=False
+        )
+        self._paths: PromptSession[str] = PromptSession(
+            completer=_Paths(file_filter=_may_be_image), complete_while_typing=False
+        )
+
+    def read(self, prompt: str, default: str = "", path: bool = False) -> str:
+        return (self._paths if path else self._messages).prompt(prompt, default=default)
+
+    def say(self, text: str) -> None:
+        self._console.print(text.translate(_CONTROL), markup=False, emoji=False, soft_wrap=True)
+
+    def answer(self, pieces: Iterator[str]) -> None:
+        # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
+        text, shown = "", 0
+        with _without_echo():
+            try:
+                with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
+                    for piece in without_first_space(pieces):
+                        text += piece.translate(_CONTROL)
+                        done, text = split_finished(text)
+                        if done:
+                            live.console.print(_markdown(done, is_first=not shown), end="\n\n")
+                            shown += 1
+                        live.update(_Tail(_markdown(text, is_first=not shown)))
+            finally:
+                self._console.print(_markdown(text, is_first=not shown))
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep keys that are pressed meanwhile for the next prompt: on the screen they would displace what is redrawn."""
+    try:
+        import termios
+    except ImportError:  # on Windows, where nothing is echoed outside a prompt
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def split_finished(text: str) -> tuple[str, str]:
+    """Markdown -> (the paragraphs that no more text can change, the rest)."""
+    for match in reversed(list(re.finditer(r"\n\n(?=\S)", text))):
+        if len(_FENCE.findall(text, 0, match.start())) % 2 == 0:
+            return text[: match.start()], text[match.end() :]
+    return "", text
+
+
+def _markdown(text: str, is_first: bool) -> Markdown:
+    """A part of an answer; the first has the label in front.
+
+    Unlike in Markdown, lines stay lines, as they are in what a model reads aloud.
+    """
+    lines, fenced = [], False
+    for line in safe_markdown(text).split("\n"):
+        fenced ^= bool(_FENCE.match(line))
+        lines.append(line if fenced or not line else f"{line}  ")
+    if is_first:
+        lines[0] = f"**{ANSWER.strip()}**" + ("\n\n" if _BLOCK.match(lines[0]) else " ") + lines[0]
+    return Markdown("\n".join(lines))
+
+
+class _Console(Console):
+    """As large as its terminal, whatever LINES and COLUMNS say: a parent process may have left those of its own."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        return ConsoleDimensions(columns or 80, lines or 25)  # some terminals do not say
+
+
+class _Tail:
+    """The end of what may be higher than the screen."""
+
+    def __init__(self, content: Markdown):
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        for i, line in enumerate(lines[-max(1, console.height - 2) :]):
+            if i:
+                yield Segment.line()
+            yield from line
+
+
+class _Paths(Completer):
+    """Completes paths; a directory's ends with a slash, so that what is in it can follow."""
+
+    def __init__(self, file_filter: Callable[[str], bool] | None = None):
+        self._paths = PathCompleter(file_filter=file_filter, expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        for completion in self._paths.get_completions(document, complete_event):
+            slash = "/" if completion.display_text.endswith("/") else ""
+            yield Completion(completion.text + slash, completion.start_position, completion.display)
+
+
+class MessageCompleter(Completer):
+    """Completes paths that stand in a message: of images, or of any file behind `save` and `load`."""
+
+    def __init__(self) -> None:
+        self._images = _Paths(file_filter=_may_be_image)
+        self._files = _Paths()
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if match := re.match(r"(?:save|load)\s+", text, re.IGNORECASE):
+            yield from self._files.get_completions(Document(text[match.end() :]), complete_event)
+            return
+        for match in _PATH_BEGIN.finditer(text):  # the longest that leads anywhere: directories' names have spaces
+            found = list(self._images.get_completions(Document(text[match.start() :]), complete_event))
+            if found:
+                yield from found
+                return
+
+
+def _may_be_image(name: str) -> bool:
+    return Path(name).is_dir() or name.lower().endswith(tuple(f".{extension}" for extension in EXTENSIONS))
+
+
+def _open_history(path: Path) -> History:
+    """A file's history, or that of this run alone where no file can be written."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with path.open("a"):
+            path.chmod(0o600)  # it is the user's own
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path)

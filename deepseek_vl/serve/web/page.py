@@ -1,0 +1,156 @@
+"""The page: its layout and its looks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.serve.web.chat import WebChat
+
+TITLE = "DeepSeek-VL"
+IMAGES = Path(__file__).resolve().parents[3] / "images"
+EXAMPLES = (
+    ("Describe the image.", ("shapes.png",)),
+    ("Which bar is tallest?", ("chart.png",)),
+    ("Describe each stage of this image.", ("training_pipelines.png",)),
+    ("What does it say?", ("word.png",)),
+    ("Which image has the blue star?", ("shapes.png", "more_shapes.png")),
+)
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+MAX_AT_ONCE, MAX_WAITING = 64, 256
+MAX_UPLOAD = "32mb"
+CSS = """
+#chat { height: clamp(20rem, calc(100dvh - 22rem), 60rem) !important; }
+#status { min-height: 0; }
+#status p { color: var(--body-text-color-subdued); margin: 0; }
+.controls { gap: .5rem; }
+.controls button { min-width: 6.5rem; }
+@media (max-width: 640px) {
+  #chat { height: 58dvh !important; }
+  .controls button { min-width: calc(50% - .5rem); }
+}
+"""
+
+
+def _take_no_addresses(box: gr.MultimodalTextbox) -> None:
+    """Keep Gradio from downloading what a hand-made request names by its address."""
+    take = box.async_move_resource_to_block_cache
+
+    async def guarded(url_or_file_path: str | Path | None) -> str | None:
+        if str(url_or_file_path).lower().startswith(("http:", "https:")):
+            raise gr.Error("Images come as files, not by their address.")
+        return await take(url_or_file_path)
+
+    box.async_move_resource_to_block_cache = guarded
+
+
+def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]) -> gr.Blocks:
+    """The page for some models."""
+    chat = WebChat(models)
+    # Uploads are looked for every hour, and deleted after a day.
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        turns = gr.State()
+        gr.Markdown(f"# {TITLE}\nShow it pictures, and talk about them.")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=320):
+                chatbot = gr.Chatbot(
+                    show_label=False,
+                    elem_id="chat",
+                    latex_delimiters=LATEX,
+                    buttons=["copy", "copy_all"],
+                    feedback_options=None,
+                    placeholder="Add one or more images below, and ask about them.",
+                )
+                status = gr.Markdown(elem_id="status")
+                message = gr.MultimodalTextbox(
+                    show_label=False,
+                    elem_id="message",
+                    file_types=["image"],
+                    file_count="multiple",
+                    sources=["upload"],
+                    submit_btn=False,
+                    placeholder="Write a message; drop, paste or upload images",
+                    max_plain_text_length=100_000,
+                    autofocus=True,
+                )
+                _take_no_addresses(message)
+                with gr.Row(elem_classes="controls"):
+                    send = gr.Button("Send", variant="primary", size="md")
+                    stop = gr.Button("Stop", variant="stop", size="md")
+                    regenerate = gr.Button("Regenerate", size="md")
+                    remove = gr.Button("Remove Last Turn", size="md")
+                    new = gr.Button("New Conversation", size="md")
+                examples = [
+                    [{"text": text, "files": [str(IMAGES / name) for name in names]}]
+                    for text, names in EXAMPLES
+                    if all((IMAGES / name).is_file() for name in names)
+                ]
+                if examples:  # not in an installation without the checkout
+                    gr.Examples(examples, [message], label="Examples")
+            with gr.Column(scale=1, min_width=320), gr.Accordion("Settings", open=True):
+                controls = [
+                    gr.Dropdown(list(models), value=next(iter(models)), label="Model"),
+                    gr.Slider(0, 1, 0.95, step=0.05, label="Top-p"),
+                    gr.Slider(0, 1, 0.1, step=0.1, label="Temperature"),
+                    gr.Slider(0, 2, 1.1, step=0.1, label="Repetition penalty"),
+                    gr.Slider(0, 4096, 2048, step=8, label="Max generation tokens"),
+                    gr.Slider(0, 4096, 4096, step=128, label="Max history tokens"),
+                ]
+        answering = {
+            "concurrency_id": "answers",
+            "concurrency_limit": MAX_AT_ONCE,
+            "trigger_mode": "multiple",  # so that a second message is told to wait
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        gr.on(
+            [message.submit, send.click],
+            chat.send,
+            [message, turns, *controls],
+            [turns, chatbot, status, message],
+            **answering,
+        )
+        regenerate.click(chat.regenerate, [turns, *controls], [turns, chatbot, status], **answering)
+        quick = {"queue": False, "api_visibility": "private"}
+        remove.click(chat.remove_last, [turns], [turns, chatbot, status], **quick)
+        gr.on(
+            [new.click, chatbot.clear],
+            chat.new_conversation,
+            None,
+            [turns, chatbot, status, message],
+            **quick,
+        )
+        stop.click(chat.stop, **quick)
+        page.unload(chat.stop)
+    return page.queue(max_size=MAX_WAITING)
+
+
+def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = None, **options: Any) -> None:
+    """Serve a page as it is meant to look, until the process is told to stop.
+
+    Args:
+        options: further arguments of `gr.Blocks.launch`.
+
+    Raises:
+        OSError: if the port is not free.
+    """
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        max_threads=MAX_AT_ONCE + 16,
+        max_file_size=MAX_UPLOAD,
+        # No fonts and no scripts from elsewhere: the page works without the internet.
+        theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css=CSS,
+        footer_links=[],
+        **options,
+    )

@@ -1,0 +1,147 @@
+"""The recipe of the small model: its tokenizer, its size, and that its three stages learn, go on and can be opened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from deepseek_vl.utils.io import load_pretrained_model
+from recipes.tiny.__main__ import IMAGE_TOKENS, main, make_model, make_processor
+from recipes.tiny.world import Captions
+
+STEPS = ["--batch_size", "2", "--maps", "2", "--captions", "5", "--conversations", "1", "--hard_conversations", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe with a few small steps."""
+    output = tmp_path_factory.mktemp("tiny")
+    assert main(["--output", str(output), *STEPS]) == 0
+    return output
+
+
+def test_the_tokenizer_keeps_text_and_spells_what_is_quoted(run: Path) -> None:
+    tokenizer, processor, _ = load_pretrained_model(run / "tiny", device="cpu")
+    for text in ("Grüße, 世界! 🙂\n\n  spaces\ttabs", 'It says "HELLO" and "world".', "What colour is the star?"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.tokenize('It says "Star".')[-6:] == ['Ġ"', "S", "t", "a", "r", '".']
+    assert len(tokenizer.tokenize("What colour is the star?")) == 6
+    assert len(tokenizer.tokenize(processor.system_prompt)) < 60
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+
+
+def test_the_result_is_small_and_can_be_opened(run: Path) -> None:
+    assert (run / "tiny/model.safetensors").stat().st_size < 12e6
+    assert {str(weight.dtype) for weight in load_file(run / "tiny/model.safetensors").values()} == {"torch.float16"}
+    _, processor, model = load_pretrained_model(run / "tiny", device="cpu")
+    image = Captions(1)[0].images[0]
+    inputs = processor(prompt="User: <image_placeholder>Hi.\n\nAssistant:", images=[image]).to("cpu", model.dtype)
+    assert inputs.images_seq_mask.sum() == IMAGE_TOKENS
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs.input_ids.shape[1] + 3
+
+
+def test_the_same_command_after_the_end_changes_nothing(run: Path) -> None:
+    def files() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (run / "tiny").rglob("*.*")}
+
+    before = files()
+    assert main(["--output", str(run), *STEPS]) == 0
+    assert files() == before
+
+
+def test_killed_in_front_of_the_last_files_it_writes_the_same(run: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(run, tmp_path / "out"))
+    for path in (output / "tiny").iterdir():
+        if path.is_file():
+            path.unlink()
+    assert main(["--output", str(output), *STEPS]) == 0
+    assert (output / "tiny/model.safetensors").read_bytes() == (run / "tiny/model.safetensors").read_bytes()
+    assert {path.name for path in (output / "tiny").iterdir()} == {path.name for path in (run / "tiny").iterdir()}
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--output", str(tmp_path), *STEPS]) == 1
+    assert "without accelerate launch" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_stages_leave_their_log_and_plot(run: Path) -> None:
+    for stage in ("maps", "captions", "tiny"):
+        assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (run / stage / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["captions/checkpoint-3", "tiny/checkpoint-1"])
+def test_killed_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path: Path, checkpoint: str) -> None:
+    command = [sys.executable, "-m", "recipes.tiny", "--output", str(tmp_path / "out"), *STEPS]
+    checkpoint = tmp_path / "out" / checkpoint
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--save_steps", "1"], stdout=log, stderr=log, start_new_session=True)
+        while not (checkpoint / "trainer_state.json").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (checkpoint.parent / "model.safetensors").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"Going on from {checkpoint.parent}" in done.stderr
+    for stage in ("maps", "captions", "tiny"):
+        whole, again = (load_file(directory / stage / "model.safetensors") for directory in (run, tmp_path / "out"))
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.tiny", "--output", str(tmp_path / "out"), *STEPS],
+        env={**os.environ, "CXX": str(tmp_path / "missing"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "cannot be compiled here" in line]
+    assert len(said) == 2  # of the stages that train a language model
+    assert "Traceback" not in done.stderr
+    set_seed(0)
+    begun = make_model(len(make_processor(0, tmp_path / "tokenizer").tokenizer)).language_model.state_dict()
+    compiled, plain = (load_file(directory / "captions/model.safetensors") for directory in (run, tmp_path / "out"))
+    for name, weight in begun.items():
+        moved, moved_plainly = (stage[f"language_model.{name}"] - weight for stage in (compiled, plain))
+        assert (moved - moved_plainly).norm() < 0.05 * moved.norm(), name
+
+
+def test_what_a_stage_learnt_is_where_the_next_begins(run: Path) -> None:
+    """Few small steps move a weight by less than its deviation, which two random ones would differ by."""
+    seen = load_file(run / "maps/model.safetensors")["tower.blocks.0.attn.qkv.weight"]
+    captions = load_file(run / "captions/model.safetensors")
+    talked = load_file(run / "tiny/model.safetensors")
+    name = "vision_model.vision_tower.blocks.0.attn.qkv.weight"
+    assert not torch.equal(captions[name], seen)
+    assert not torch.equal(talked[name], captions[name].half())
+    assert (captions[name] - seen).std() < 0.1 * seen.std()
+    assert (talked[name].float() - captions[name]).std() < 0.1 * seen.std()
+
+
+def test_captions_have_no_system_prompt_and_no_question() -> None:
+    for row in Captions(20, seed=1):
+        assert row.system == ""
+        assert [message["content"].strip() for message in row.messages[:1]] == ["<image_placeholder>"]
+        assert row.types == ("description",)
+
+
+@pytest.mark.parametrize("flag", ["--maps", "--captions", "--batch_size"])
+def test_numbers_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), flag, "0"])
+    assert "0 is not above 0" in capsys.readouterr().err

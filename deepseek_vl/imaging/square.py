@@ -1,6 +1,41 @@
-"""Resizing a picture, and centring it on a square."""
+"""Resizing a picture to fit a square, and centring it there."""
+
+from dataclasses import dataclass
 
 from PIL import Image
+
+from deepseek_vl.imaging.open import to_rgb
+
+
+@dataclass(frozen=True)
+class Square:
+    """The square that a model sees. A picture that is one already passes through unchanged.
+
+    Attributes:
+        side: in pixels.
+        min_size: a picture's shorter side is never resized below this.
+        background: what is around a picture that is not square.
+    """
+
+    side: int
+    min_size: int
+    background: tuple[int, int, int]
+
+    def resized(self, pil_img: Image.Image) -> Image.Image:
+        """A picture of any size and mode in RGB, its longer side `side` pixels.
+
+        Raises:
+            ValueError: if it has no pixels.
+        """
+        if not pil_img.width or not pil_img.height:
+            raise ValueError(f"The image has no pixels: {pil_img.width}x{pil_img.height}.")
+        # Truncation, in this order of operations, is what the published models were trained with.
+        width, height = (max(int(length / max(pil_img.size) * self.side), self.min_size) for length in pil_img.size)
+        return resize_bicubic(to_rgb(pil_img), width, height)
+
+    def of(self, pil_img: Image.Image) -> Image.Image:
+        """A picture resized and centred on the square; raises as `resized`."""
+        return expand2square(self.resized(pil_img), self.background)
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
@@ -20,14 +55,10 @@ def resize_bicubic(pil_img: Image.Image, width: int, height: int) -> Image.Image
     Pillow resizes one axis at a time and rounds to 8 bits in between. Which axis is first depends on its version; here
     it is Pillow 13's choice, which the golden outputs were made with.
     """
-    for size in resize_steps(pil_img.size, (width, height)):
+    shrink_x, shrink_y = pil_img.width - width, pil_img.height - height
+    vertical_first = shrink_y > 0 and shrink_y > 2 * shrink_x
+    between = (pil_img.width, height) if vertical_first else (width, pil_img.height)
+    for size in (between, (width, height)):
         if pil_img.size != size:
             pil_img = pil_img.resize(size, Image.Resampling.BICUBIC)
     return pil_img
-
-
-def resize_steps(old: tuple[int, int], new: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The (width, height) after the first axis is resized, and after both are."""
-    shrink_x, shrink_y = old[0] - new[0], old[1] - new[1]
-    vertical_first = shrink_y > 0 and shrink_y > 2 * shrink_x
-    return ((old[0], new[1]) if vertical_first else (new[0], old[1])), new

@@ -1,0 +1,272 @@
+"""Decoding strangers' pictures in processes of their own.
+
+A few bytes can keep a decoder busy for minutes or make it take gigabytes, and no decoder can be interrupted from
+within. So each picture is opened, checked by its header, decoded and shrunk in a process without torch, which is killed
+when its time is over or its client has left, and which the system gives only so much memory.
+
+`python -m deepseek_vl.imaging.worker` is that process; `PictureDecoder` starts and talks to it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, PictureLimits, load_image
+from deepseek_vl.imaging.square import Square
+
+_HEAD = struct.Struct(">IQ")
+"""In front of each message: how long its JSON and its bytes are."""
+
+_MOST_KEPT_BYTES = 256 << 20
+"""A process that has ever taken more memory ends after its answer, so that the system has it back."""
+
+
+class PictureDecoder:
+    """Decodes pictures in processes of their own, a few at a time; the others wait.
+
+    Args:
+        limits: see there.
+        processes: how many pictures are decoded at a time.
+    """
+
+    def __init__(self, limits: PictureLimits, processes: int = 2):
+        self.limits = limits
+        self._processes = processes
+        self._idle: list[subprocess.Popen[bytes]] = []
+        self._busy = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def client(self) -> "PictureClient":
+        """Whoever sends pictures, and may leave."""
+        return PictureClient(self)
+
+    def decode(self, data: bytes, square: Square | None = None) -> Image.Image:
+        """`PictureClient.decode`, for a client that does not leave."""
+        return self.client().decode(data, square)
+
+    def close(self) -> None:
+        """End the processes; whoever waits for one gets an `ImageLoadError`."""
+        with self._changed:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for process in idle:
+            _end(process)
+
+    def _take(self, client: "PictureClient") -> subprocess.Popen[bytes]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._busy < self._processes or client.has_left or self._is_closed)
+            if client.has_left or self._is_closed:
+                raise ImageLoadError("The picture is not decoded: its client has left.")
+            self._busy += 1
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return _start(self.limits)
+        except (EOFError, OSError) as error:
+            self._give_back(None)
+            raise OSError(f"No process for decoding pictures can be started: {error}.") from error
+
+    def _give_back(self, process: subprocess.Popen[bytes] | None) -> None:
+        with self._changed:
+            self._busy -= 1
+            is_kept = process is not None and not self._is_closed
+            if is_kept:
+                self._idle.append(process)
+            self._changed.notify_all()
+        if process is not None and not is_kept:
+            _end(process)
+
+
+class PictureClient:
+    """Sends pictures to a `PictureDecoder`, one after the other, until it leaves."""
+
+    def __init__(self, decoder: PictureDecoder):
+        self._decoder = decoder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.has_left = False
+
+    def leave(self) -> None:
+        """Want no more pictures: one that is being decoded is given up at once. May be called from any thread."""
+        with self._decoder._changed:
+            self.has_left = True
+            if self._process is not None:
+                self._process.kill()
+            self._decoder._changed.notify_all()
+
+    def decode(self, data: bytes, square: Square | None = None) -> Image.Image:
+        """A picture's first frame, upright and in RGB: the pixels that `load_image` gives.
+
+        Args:
+            data: the file's content.
+            square: shrink it to this, as the model's image processor would, so that a large picture is soon gone.
+
+        Raises:
+            ImageLoadError: for what is no picture, is broken, or takes too long; and if the client has left.
+            ImageTooLargeError: for a picture beyond the limits, or that takes too much memory.
+        """
+        limits, process, is_whole = self._decoder.limits, self._decoder._take(self), False
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(limits.seconds, give_up)
+        try:
+            with self._decoder._changed:
+                self._process = process
+            if self.has_left:  # in between
+                process.kill()
+            timer.start()
+            request = {"square": square and dataclasses.asdict(square), "limits": dataclasses.asdict(limits)}
+            try:
+                _write(process.stdin, request, data)
+                reply, pixels = _read(process.stdout)
+            except (EOFError, OSError, ValueError) as error:
+                if late.is_set():
+                    raise ImageLoadError(
+                        f"The picture takes more than {limits.seconds:g} seconds to decode."
+                    ) from error
+                if self.has_left:
+                    raise ImageLoadError("The picture is not decoded: its client has left.") from error
+                raise ImageTooLargeError("The picture's decoder has failed, or taken too much memory.") from error
+            is_whole = not reply["ends"]
+        finally:
+            timer.cancel()
+            with self._decoder._changed:
+                self._process = None
+            if not is_whole or late.is_set() or self.has_left:
+                _end(process)
+                process = None
+            self._decoder._give_back(process)
+        if "error" in reply:
+            raise (ImageTooLargeError if reply["too_large"] else ImageLoadError)(reply["error"])
+        return Image.frombytes("RGB", tuple(reply["size"]), pixels)
+
+
+def _start(limits: PictureLimits) -> subprocess.Popen[bytes]:
+    """A process that is ready to decode. What libraries write to standard error is theirs alone."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deepseek_vl.imaging.worker", str(limits.memory_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # Where this process has found the package, which need not be installed.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))},
+        start_new_session=True,  # Ctrl-C in a terminal is the command's, which then ends this
+    )
+    try:
+        _read(process.stdout)  # its time begins when it is there
+    except EOFError:
+        _end(process)
+        raise
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was still to be written
+            pipe.close()
+
+
+def _write(file: BinaryIO, head: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(head).encode()
+    file.write(_HEAD.pack(len(text), len(data)) + text)
+    file.write(data)
+    file.flush()
+
+
+def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """
+    Raises:
+        EOFError: at the end of the file.
+    """
+    lengths = _HEAD.unpack(_exactly(file, _HEAD.size))
+    text, data = (_exactly(file, length) for length in lengths)
+    return json.loads(text), data
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    data = file.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def main() -> None:
+    """Decode pictures from standard input to standard output, until it ends."""
+    # Whatever a library prints must not get between the messages.
+    stdin, stdout = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _limit_memory(int(sys.argv[1]))
+    _write(stdout, {}, b"")
+    with contextlib.suppress(EOFError):
+        while True:
+            request, data = _read(stdin)
+            limits = PictureLimits(**{**request["limits"], "formats": tuple(request["limits"]["formats"])})
+            with _deadline(limits.seconds):
+                head, pixels = _decoded(data, limits, request["square"])
+            head["ends"] = _peak_memory() > _MOST_KEPT_BYTES
+            _write(stdout, head, pixels)
+            if head["ends"]:
+                return
+
+
+def _decoded(data: bytes, limits: PictureLimits, square: dict[str, Any] | None) -> tuple[dict[str, Any], bytes]:
+    """The answer to a request: size and pixels, or an error."""
+    try:
+        image = load_image(data, limits)
+        if square is not None:
+            image = Square(**{**square, "background": tuple(square["background"])}).of(image)
+        return {"size": image.size}, image.tobytes()
+    except MemoryError:
+        return {"error": "Refused image: there is too little memory to decode it.", "too_large": True}, b""
+    except ValueError as error:
+        return {"error": str(error), "too_large": isinstance(error, ImageTooLargeError)}, b""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Any:
+    """Let the system end this process when the time is over, even if the one that started it is gone."""
+    if not hasattr(signal, "setitimer"):  # on Windows
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):  # a system without such a limit, or with a lower one
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def _peak_memory() -> int:
+    """The most memory that this process has ever taken, in bytes."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()

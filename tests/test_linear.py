@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from conftest import ROOT, Loaded, messages_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.imaging.open import load_image
-from deepseek_vl.kernels.attention import FLOAT32_ATTENTION, attend_in_float32, use_float32_attention
-from deepseek_vl.kernels.device import check_quantization
+from deepseek_vl.kernels.attention import ATTENTION, attend_in_float32
+from deepseek_vl.kernels.device import check_quantization, pick_dtype
 from deepseek_vl.kernels.int8 import Int8Linear, quantize_int8
-from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, fastest_linear, replace_linear
-from deepseek_vl.kernels.policy import AMD, INTEL, is_made_by, multiplies_fast
+from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, replace_linear
+from deepseek_vl.kernels.policy import features, kernel_for, multiplies_fast, set_kernels
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.evaluate import evaluate
@@ -34,6 +36,12 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 def tiny_in(dtype: torch.dtype) -> MultiModalityCausalLM:
     """The bundled model with plain layers."""
     return MultiModalityCausalLM.from_pretrained("tiny", dtype=dtype).eval()
+
+
+def widen(model: MultiModalityCausalLM) -> None:
+    """Have a model multiply and attend in float32, whatever the processor."""
+    replace_linear(model, WideningLinear)
+    model.language_model.set_attn_implementation(ATTENTION["widening", "widening"])
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -88,8 +96,7 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
 ) -> None:
     model = tiny_in(dtype)
     plain = error(logits(model, prompt), expected)
-    replace_linear(model, WideningLinear)
-    use_float32_attention(model.language_model)
+    widen(model)
     assert error(logits(model, prompt), expected) <= 1.5 * plain  # how roundings add up in one model is luck
 
 
@@ -97,23 +104,20 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
 def test_its_answers_are_the_plain_ones(dtype: torch.dtype, prompt: dict[str, torch.Tensor]) -> None:
     model = tiny_in(dtype)
     plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    replace_linear(model, WideningLinear)
-    use_float32_attention(model.language_model)
+    widen(model)
     assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
 
 
 def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
     model = tiny_in(torch.float32)
-    replace_linear(model, WideningLinear)
-    use_float32_attention(model.language_model)
+    widen(model)
     assert torch.equal(logits(model, prompt), expected)
 
 
 def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
     model = tiny_in(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    replace_linear(model, WideningLinear)
-    use_float32_attention(model.language_model)
+    widen(model)
     model.save_pretrained(tmp_path)
     again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert again.state_dict().keys() == before.keys()
@@ -132,7 +136,7 @@ def test_a_model_of_such_layers_learns_as_a_plain_one(
         model = tiny_in(dtype)
         if replaced:
             replace_linear(model, kind)
-            use_float32_attention(model.language_model)
+            model.language_model.set_attn_implementation(ATTENTION["widening", "widening"])
         if lora:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
@@ -171,20 +175,6 @@ def test_a_model_of_onednns_products_answers_as_a_plain_one(
     assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize(
-    ("maker", "avx512", "kind"),
-    [("AMD", True, OneDNNLinear), ("AMD", False, nn.Linear), ("Intel", True, nn.Linear)],
-)
-def test_loading_takes_the_layers_that_are_the_fastest_on_the_processor(
-    maker: str, avx512: bool, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deepseek_vl.kernels.linear.is_made_by", lambda vendor: maker in vendor)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    assert fastest_linear(torch.float32) is kind
-    _, _, model = load_pretrained_model("tiny", device="cpu", dtype=torch.float32)
-    assert type(model.language_model.lm_head) is kind
-
-
 @NARROW
 def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
     """Each in memory of its own, which serves in inference mode as well as without gradients."""
@@ -205,30 +195,155 @@ def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
             assert all(torch.equal(output, alone) for output, alone in zip(outputs, expected, strict=True))
 
 
+# --- which of them ---
+
+Fake = Callable[[str], None]
+KINDS = {
+    # kind: machine, vendor, what PyTorch says of it; float32, bfloat16 and float16 products, few queries, int8's inputs
+    "Xeon, AVX2": ("x86_64", "GenuineIntel", "", "plain widening widening plain 7-bit"),
+    "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "vnni", "plain widening widening plain 8-bit"),
+    "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx512 vnni bf16", "plain widening widening plain 8-bit"),
+    "Xeon, AVX-512 bf16": (
+        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 bf16 fp16"),
+        "plain widening widening plain 8-bit",
+    ),
+    "Xeon, AMX": (
+        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile bf16 fp16"),
+        "plain plain widening plain 8-bit",
+    ),
+    "Xeon, AMX fp16": (
+        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile amx_fp16 bf16 fp16"),
+        "plain plain plain plain 8-bit",
+    ),
+    "EPYC, AVX2": ("x86_64", "AuthenticAMD", "", "plain widening widening widening 7-bit"),
+    "EPYC, AVX-512 bf16": (
+        *("x86_64", "AuthenticAMD", "avx512 vnni avx512_bf16 bf16"),
+        "onednn plain widening widening 8-bit",
+    ),
+    "of another maker": ("x86_64", "", "avx512 vnni avx512_bf16 bf16", "plain widening widening widening 8-bit"),
+    "Arm": ("aarch64", "", "", "plain widening widening widening 8-bit"),
+    "Arm, fp16": ("arm64", "", "fp16", "plain widening plain widening 8-bit"),
+    "Arm, bf16 and fp16": ("aarch64", "", "bf16 fp16", "plain plain plain widening 8-bit"),
+}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """Makes this processor one of the `KINDS`, for as long as the test runs."""
+
+    def become(kind: str, has_onednn: bool = True) -> None:
+        machine, vendor, told, _ = KINDS[kind]
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        monkeypatch.setattr("deepseek_vl.kernels.policy._vendor", lambda: f"vendor_id : {vendor}")
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+        for name in ("avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16"):
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in told.split())
+        for name in ("bf16", "fp16"):
+            monkeypatch.setattr(
+                torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: name in told.split()
+            )
+        features.cache_clear()
+
+    yield become
+    features.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_processor_has_its_kernels(kind: str, fake: Fake) -> None:
+    fake(kind)
+    *products, few, int8 = KINDS[kind][3].split()
+    for dtype, product in zip((torch.float32, torch.bfloat16, torch.float16), products, strict=True):
+        assert kernel_for("linear", dtype) == product
+        assert multiplies_fast(dtype) is (product != "widening")
+        is_narrow = dtype is not torch.float32
+        assert kernel_for("attention_many", dtype) == (product if is_narrow else "plain")
+        assert kernel_for("attention_few", dtype) == (few if is_narrow else "plain")
+    assert kernel_for("int8", torch.int8) == int8
+    assert pick_dtype(torch.device("cpu")) is (torch.bfloat16 if "bf16" in KINDS[kind][2].split() else torch.float32)
+
+
+def test_without_onednn_nothing_of_it_is_used(fake: Fake) -> None:
+    fake("EPYC, AVX-512 bf16", has_onednn=False)
+    assert kernel_for("linear", torch.float32) == "plain"
+    assert kernel_for("linear", torch.bfloat16) == "widening"
+    assert pick_dtype(torch.device("cpu")) is torch.float32
+
+
 @pytest.mark.parametrize(
-    ("maker", "instructions", "fast"),
+    ("kind", "dtype", "layers", "attention"),
     [
-        ("AMD", {"avx512_bf16"}, {torch.float32, torch.bfloat16}),
-        ("AMD", set(), {torch.float32}),
-        ("Intel", {"avx512_bf16"}, {torch.float32}),
-        ("Intel", {"avx512_bf16", "amx_tile"}, {torch.float32, torch.bfloat16}),
-        ("Intel", {"avx512_bf16", "amx_tile", "amx_fp16"}, {torch.float32, torch.bfloat16, torch.float16}),
+        ("EPYC, AVX-512 bf16", torch.float32, OneDNNLinear, "sdpa"),
+        ("EPYC, AVX-512 bf16", torch.bfloat16, nn.Linear, "sdpa_float32_few"),
+        ("EPYC, AVX2", torch.bfloat16, WideningLinear, "sdpa_float32"),
+        ("Xeon, AVX-512", torch.bfloat16, WideningLinear, "sdpa_float32_many"),
+        ("Xeon, AMX", torch.bfloat16, nn.Linear, "sdpa"),
+        ("Xeon, AMX", torch.float16, WideningLinear, "sdpa_float32_many"),
     ],
 )
-def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
-    maker: str, instructions: set[str], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+def test_loading_takes_what_is_the_fastest_on_the_processor(
+    kind: str, dtype: torch.dtype, layers: type[nn.Linear], attention: str, fake: Fake
 ) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("deepseek_vl.kernels.linear.is_made_by", lambda vendor: maker in vendor)
-    for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
-    multiplies_fast.cache_clear()
+    fake(kind)
+    _, _, model = load_pretrained_model("tiny", device="cpu", dtype=dtype)
+    assert type(model.language_model.lm_head) is layers
+    assert type(model.vision_model.vision_tower.blocks[0].attn.qkv) is layers
+    assert model.language_model.config._attn_implementation == attention
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "sum_of_inputs"), [("EPYC, AVX2", 1.0), ("EPYC, AVX-512 bf16", 1 + 1 / 127)])
+def test_without_vnni_inputs_have_seven_bits(kind: str, sum_of_inputs: float, fake: Fake) -> None:
+    fake(kind)
+    linear = nn.Linear(16, 8, bias=False)
+    linear.weight.fill_(1.0)
+    inputs = torch.tensor([[1.0, 1 / 127] + [0.0] * 14])  # the second is not half of one of 63 steps
+    torch.testing.assert_close(Int8Linear(linear)(inputs), torch.full((1, 8), sum_of_inputs))
+
+
+def test_attention_that_is_asked_for_stays() -> None:
+    _, _, model = load_pretrained_model("tiny", device="cpu", attn_implementation="eager")
+    assert model.language_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("by", ["function", "variable", "both"])
+def test_other_kernels_can_be_asked_for(by: str, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("Xeon, AMX")
+    if by != "function":
+        monkeypatch.setenv("DEEPSEEK_VL_KERNELS", "linear=widening, attention_few=widening")
+    if by == "both":
+        monkeypatch.setenv("DEEPSEEK_VL_KERNELS", "linear=onednn,attention_few=widening")
     try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert multiplies_fast(dtype) is (dtype in fast)
-            assert (fastest_linear(dtype) is WideningLinear) is (dtype not in fast)
+        if by != "variable":
+            set_kernels(**{"linear": "widening"} | ({"attention_few": "widening"} if by == "function" else {}))
+        _, _, model = load_pretrained_model("tiny", device="cpu", dtype="bfloat16")
+        assert type(model.language_model.lm_head) is WideningLinear
+        assert model.language_model.config._attn_implementation == "sdpa_float32_few"
+        assert multiplies_fast(torch.bfloat16), "what is trained in does not depend on it"
     finally:
-        multiplies_fast.cache_clear()
+        set_kernels()
+    monkeypatch.delenv("DEEPSEEK_VL_KERNELS", raising=False)
+    _, _, model = load_pretrained_model("tiny", device="cpu", dtype="bfloat16")
+    assert type(model.language_model.lm_head) is nn.Linear
+    assert model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("wrong", ["fast", "linear", "linear=fast", "matmul=plain", "attention_few=onednn"])
+def test_a_kernel_that_there_is_not_is_an_error(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_VL_KERNELS", wrong)
+    with pytest.raises(ValueError, match=r"no kernel .*There are linear: plain, widening, onednn; attention_few"):
+        load_pretrained_model("tiny", device="cpu")
+    name, _, kernel = wrong.partition("=")
+    with pytest.raises(ValueError, match="no kernel"):
+        set_kernels(**{name: kernel})
+    monkeypatch.delenv("DEEPSEEK_VL_KERNELS")
+    load_pretrained_model("tiny", device="cpu")
+
+
+@pytest.mark.skipif(shutil.which("lscpu") is None, reason="nothing else says who made the processor")
+def test_who_made_the_processor_is_known() -> None:
+    said = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    makers = {name for name, maker in (("amd", "AuthenticAMD"), ("intel", "GenuineIntel")) if maker in said.stdout}
+    assert features() & {"amd", "intel"} == makers
 
 
 # --- attention ---
@@ -238,20 +353,18 @@ def test_weights_stay_narrow_where_the_processor_multiplies_them_fast(
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("many", [False, True])
 @torch.inference_mode()
-def test_attention_is_narrow_where_that_is_faster(
-    dtype: torch.dtype, few: bool, many: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deepseek_vl.kernels.attention.FEW_ARE_FASTER_NARROW", few)
-    monkeypatch.setattr("deepseek_vl.kernels.attention.multiplies_fast", lambda dtype: many)
+def test_attention_is_in_float32_where_that_is_asked_for(dtype: torch.dtype, few: bool, many: bool) -> None:
     layer = nn.Module()
     layer.is_causal = True
+    kernels = {False: "plain", True: "widening"}
+    attend = ALL_ATTENTION_FUNCTIONS[ATTENTION[kernels[few], kernels[many]]]
     key, value = torch.randn(2, 1, 4, 40, 16).to(dtype)
-    for queries, is_narrow in ((1, few), (40, many)):
+    for queries, is_wide in ((1, few), (31, few), (32, many), (40, many)):
         query = torch.randn(1, 4, queries, 16).to(dtype)
         plain, _ = sdpa_attention_forward(layer, query, key, value, None)
         wide, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), None)
-        output, _ = attend_in_float32(layer, query, key, value, None)
-        assert torch.equal(output, plain if is_narrow else wide.to(dtype))
+        output, _ = attend(layer, query, key, value, None)
+        assert torch.equal(output, wide.to(dtype) if is_wide else plain)
         assert not torch.equal(plain, wide.to(dtype))
 
 
@@ -259,13 +372,8 @@ def test_attention_is_narrow_where_that_is_faster(
 @pytest.mark.parametrize("masks", [0, 1, 2], ids=["causal", "a mask for all", "a mask for each"])
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @torch.inference_mode()
-def test_attention_in_float32_is_as_exact_as_the_plain_one(
-    dtype: torch.dtype, masks: int, queries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once; on a processor
-    that multiplies float32 the fastest."""
-    monkeypatch.setattr("deepseek_vl.kernels.attention.multiplies_fast", lambda dtype: False)
-    monkeypatch.setattr("deepseek_vl.kernels.attention.FEW_ARE_FASTER_NARROW", False)
+def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masks: int, queries: int) -> None:
+    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once."""
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True
@@ -280,13 +388,6 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(
     output, _ = attend_in_float32(layer, query, key, value, mask)
     assert (output.dtype, output.shape) == (dtype, exact.shape)
     assert error(output, exact) <= 1.01 * error(plain, exact)
-
-
-def test_loading_widens_attention_unless_another_kind_is_asked_for() -> None:
-    _, _, model = load_pretrained_model("tiny", device="cpu")
-    assert model.language_model.config._attn_implementation == FLOAT32_ATTENTION
-    _, _, model = load_pretrained_model("tiny", device="cpu", attn_implementation="eager")
-    assert model.language_model.config._attn_implementation == "eager"
 
 
 # --- int8 ---
@@ -312,13 +413,6 @@ def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtyp
     output = layer(rows)
     assert (output.shape, output.dtype, output.requires_grad) == ((3, 1000, 24), dtype, False)
     assert torch.equal(output, torch.stack([layer(part) for part in rows]))
-
-
-@pytest.mark.skipif(shutil.which("lscpu") is None, reason="nothing else says who made the processor")
-def test_who_made_the_processor_is_known() -> None:
-    said = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
-    makers = {maker for maker in (AMD, INTEL) if maker in said.stdout}
-    assert {maker for maker in (AMD, INTEL) if is_made_by(maker)} == makers
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ COUNT = """
 import os
 import time
 import torch
-from deepseek_vl.kernels.native import release_threads
+from deepseek_vl.kernels.threads import release_threads
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -70,7 +70,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 import torch
-from deepseek_vl.kernels.native import keeping_freed_memory
+from deepseek_vl.train.memory import keeping_freed_memory
 
 SIZE = 2**26
 
@@ -85,7 +85,7 @@ def take():
 
 take()
 before = memory()
-with suppress(KeyboardInterrupt), keeping_freed_memory():
+with suppress(KeyboardInterrupt), keeping_freed_memory(torch.device("cpu")):
     take()
     print(kept(), end=" ")
     raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """What importing and installing the package does, and does not do."""
 
+import importlib
 import subprocess
 import sys
 
@@ -33,6 +34,160 @@ assert not torch.cuda.is_initialized()
 """
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+EFFECTS = r"""
+import atexit, builtins, collections, ctypes, gc, json, locale, logging, os, random, resource, signal, sys, threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+import PIL.Image
+import six  # attrdict's, which hooks into imports
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, StoppingCriteria
+
+libc = ctypes.CDLL(None)
+
+def threads():
+    counts = [torch.get_num_threads(), torch.get_num_interop_threads()]
+    return counts + [libc.omp_get_max_threads()] if hasattr(libc, "omp_get_max_threads") else counts
+
+def in_a_new_thread(run):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+
+def malloc():
+    "Whether 64 MB, which is above what glibc adapts its threshold to, come from the system and go back to it."
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype, libc.malloc.restype = Mallinfo, ctypes.c_void_p
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(2**26)
+    within = libc.mallinfo2().hblks
+    libc.free(ctypes.c_void_p(block))
+    return within - before, libc.mallinfo2().hblks - before
+
+def state():
+    backends = torch.backends
+    found = {
+        "threads": threads(),
+        "threads of a new thread": in_a_new_thread(threads),
+        "malloc": malloc(),
+        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), len(gc.callbacks), gc.get_debug()),
+        "signals": {number: repr(signal.getsignal(number)) for number in signal.valid_signals()},
+        "warnings": (repr(warnings.filters), warnings.showwarning, warnings.formatwarning),
+        "root logger": (repr(logging.root.handlers), logging.root.level, logging.root.filters, logging.raiseExceptions),
+        "log": (logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()),
+        "flags": (
+            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(), torch.is_anomaly_enabled(), torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32,
+            backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.mkldnn.enabled,
+            backends.cuda.flash_sdp_enabled(), backends.cuda.math_sdp_enabled(), torch.get_flush_denormal()
+            if hasattr(torch, "get_flush_denormal") else None, torch.cuda.is_initialized(),
+        ),
+        "random": (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()),
+        "sys": [
+            *(repr(getattr(sys, name)) for name in ("meta_path", "path_hooks", "path", "excepthook", "displayhook")),
+            sys.getrecursionlimit(), sys.getswitchinterval(), sys.stdout, sys.stderr, sys.unraisablehook,
+            threading.excepthook, sys.gettrace(), sys.getprofile(), PIL.Image.MAX_IMAGE_PIXELS,
+        ],
+        "modules": (dir(builtins), dir(collections)),
+        "process": (
+            dict(os.environ), os.getcwd(), locale.setlocale(locale.LC_ALL), os.sched_getaffinity(0), os.nice(0),
+            [resource.getrlimit(limit) for limit in range(10)],
+        ),
+    }
+    for name in loggers:
+        logger = logging.getLogger(name)
+        found[f"logger {name}"] = (logger.level, repr(logger.handlers), logger.propagate, logger.disabled)
+    return found
+
+def check(step):
+    for name, value in state().items():
+        if value != before[name]:
+            print(step, "changes", name, "from", before[name], "to", value)
+            before[name] = value
+
+seen = set()
+ended = threading.Event()
+
+def watch():
+    while not ended.wait(0.01):
+        seen.add(str(in_a_new_thread(threads)))
+
+loggers = [name for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)]
+in_a_new_thread(threads)
+before = state()
+callbacks = atexit._ncallbacks()
+watcher = threading.Thread(target=watch)
+watcher.start()
+
+import deepseek_vl
+check("import deepseek_vl")
+import deepseek_vl.models
+check("import deepseek_vl.models")
+deepseek_vl.MultiModalityCausalLM, deepseek_vl.DeepseekVLForConditionalGeneration
+check("an exported name")
+import deepseek_vl.serve.inference
+check("import deepseek_vl.serve.inference")
+from deepseek_vl.serve.inference import GenerationSettings, stream_answer
+from deepseek_vl.utils.io import load_pretrained_model
+for options in ({}, {"dtype": "float16"}, {"dtype": "float32"}, {"quantize": "int8"}):
+    tokenizer, processor, model = load_pretrained_model("tiny", device="cpu", **options)
+    check(f"loading with {options}")
+    image = PIL.Image.open("images/shapes.png").convert("RGB")
+    messages = [
+        {"role": "User", "content": "<image_placeholder>What colour is the star?", "images": [image]},
+        {"role": "Assistant", "content": ""},
+    ]
+    settings = GenerationSettings(max_new_tokens=40)
+    assert "".join(stream_answer(model, processor, messages, settings)).strip() == "The star is blue."
+    check(f"an answer with {options}")
+ended.set()
+watcher.join()
+if seen != {str(before["threads of a new thread"])}:
+    print("meanwhile new threads had", seen)
+"""
+
+
+def test_neither_importing_nor_loading_nor_answering_changes_anything_of_the_program() -> None:
+    """What it sees of itself stays: threads, signals, memory, warnings, logs, random numbers, flags of PyTorch."""
+    assert run_python(EFFECTS).stdout == ""
+
+
+PRIVATE = {
+    # name: what would replace it
+    "torch.cpu._is_vnni_supported": "torch.cpu.get_capabilities(), once PyTorch 2.6 to 2.9 are not supported any more",
+    "torch.cpu._is_avx512_supported": "as above",
+    "torch.cpu._is_avx512_bf16_supported": "as above",
+    "torch.cpu._is_amx_tile_supported": "as above",
+    "torch.cpu._is_amx_fp16_supported": "as above",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "a public name that says in what oneDNN computes; there is none",
+    "torch.ops.mkldnn._is_mkldnn_fp16_supported": "as above",
+    "torch.ops.mkldnn._linear_pointwise": "torch.nn.functional.linear, once it knows when oneDNN is faster",
+    "torch.ops.onednn.qlinear_prepack": "a public product of int8 matrices on CPUs; there is none",
+    "torch.ops.onednn.qlinear_pointwise": "as above",
+    "torch.nn.Module._compiled_call_impl": "a public way back from torch.nn.Module.compile; there is none",
+    "transformers.PretrainedConfig._attn_implementation": "a public name of the implementation; there is none",
+    "transformers.Trainer._load_from_checkpoint": "a public way to load a checkpoint's weights without training",
+}
+"""Names of PyTorch and transformers that kernels and trainer use without a promise that they stay."""
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_is_still_there(name: str) -> None:
+    """If not: see what has replaced it (the names beside it here), and change the one place that uses it."""
+    path = name.split(".")
+    found = importlib.import_module(path[0])
+    for part in path[1:]:
+        assert hasattr(found, part), f"{name} is gone; it was to be replaced by: {PRIVATE[name]}"
+        found = getattr(found, part)
 
 
 def test_importing_the_package_leaves_the_network_for_later() -> None:

@@ -7,18 +7,17 @@ import pytest
 import torch
 from conftest import ROOT, Loaded, messages_of
 
-from deepseek_vl.engine.compiled import compile_model
+from deepseek_vl.engine.engine import engine_of
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import stream_answer
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.kernels.weight_only import quantize_weights, stored_bytes
-from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.inference import load_model, stream_answer
 
 
 def colour_of_the_star(loaded: Loaded) -> str:
     _, model, processor = loaded
     messages = messages_of("<image_placeholder>What colour is the star?", load_image(ROOT / "images" / "shapes.png"))
-    return "".join(stream_answer(model, processor, messages, GenerationSettings(40))).strip()
+    return "".join(stream_answer(model, processor, messages, GenerationSettings(max_new_tokens=40))).strip()
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) ->
         assert 4 <= stored_bytes(layer.weight) / layer.out_features - layer.in_features <= 8
 
     if is_compiled:
-        compile_model(model, processor)
+        engine_of(model, processor.tokenizer).compile(processor)
     assert colour_of_the_star(tiny) == "The star is blue."
 
 
@@ -65,5 +64,5 @@ def test_on_a_gpu_all_kinds_answer(kind: str, is_compiled: bool) -> None:
     pytest.importorskip("torchao")
     loaded = load_model("tiny", device="cuda", dtype="bfloat16", quantize=kind)
     if is_compiled:
-        compile_model(*loaded[1:])
+        engine_of(loaded[1], loaded[0]).compile(loaded[2])
     assert colour_of_the_star(loaded) == "The star is blue."

@@ -1,9 +1,6 @@
-"""Attention for inference on CPUs: keys and values narrow to be kept, and float32 to be multiplied.
+"""Attention for inference on CPUs: keys and values narrow to be kept, and float32 to be multiplied."""
 
-Many queries PyTorch's kernel computes more slowly in bfloat16 and float16 than in float32, where the processor does not
-multiply them fast; and few, as in decoding, where it multiplies vectors, on processors that are not Intel's.
-"""
-
+import functools
 import itertools
 import math
 from typing import Any
@@ -13,18 +10,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from deepseek_vl.kernels.policy import INTEL, NARROW, WIDEN_ROWS, is_made_by, multiplies_fast
+from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for
 
-FLOAT32_ATTENTION = "sdpa_float32"
-"""Name of this attention among transformers' implementations."""
+ATTENTION = {
+    ("plain", "plain"): "sdpa",
+    ("widening", "plain"): "sdpa_float32_few",
+    ("plain", "widening"): "sdpa_float32_many",
+    ("widening", "widening"): "sdpa_float32",
+}
+"""Names among transformers' implementations, by the kernels of few and of many rows of queries."""
 
 CACHED_ELEMENTS = 2**20
 """So many elements of the keys, and of the values, are widened at a time: 8 MB of both, which stay in the cache."""
-
-FEW_ARE_FASTER_NARROW = is_made_by(INTEL)
-"""Whether few queries take less time in a narrow dtype. On an Intel Xeon without AMX, 24 layers of 16 heads and 660
-positions take 4 ms in bfloat16 instead of 15 for one query, 24 instead of 27 for 20, and 65 instead of 51 for 64; one
-query in float16, of which that processor has instructions, half as long as in float32."""
 
 
 def attend_in_float32(
@@ -33,24 +30,28 @@ def attend_in_float32(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
+    few: bool = True,
+    many: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa`, of a narrow dtype in float32, as many heads at a time as fit in the cache.
 
-    Where gradients are on, on other devices, and where that is the faster, it is plain `sdpa`.
+    Where gradients are on, and on other devices, it is plain `sdpa`.
 
     Args:
         module: the attention layer.
         query: [B, heads, T, head_dim].
         key, value: [B, kv_heads, past + T, head_dim].
         attention_mask: [B, 1, T, past + T], or None.
+        few, many: whether it is to be so for few queries, and for `MANY_ROWS` or more.
         kwargs: see `sdpa_attention_forward`.
 
     Returns:
         [B, T, heads, head_dim] in the query's dtype, and no weights.
     """
-    is_faster_narrow = multiplies_fast(query.dtype) if query.shape[2] >= WIDEN_ROWS else FEW_ARE_FASTER_NARROW
-    if query.dtype not in NARROW or query.device.type != "cpu" or torch.is_grad_enabled() or is_faster_narrow:
+    is_to_widen = many if query.shape[2] >= MANY_ROWS else few
+    if not is_to_widen or query.dtype not in NARROW or query.device.type != "cpu" or torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape
     queries_per_key = query.shape[1] // kv_heads
@@ -71,11 +72,15 @@ def attend_in_float32(
     return attended, None
 
 
-AttentionInterface.register(FLOAT32_ATTENTION, attend_in_float32)
-AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
+for (_few, _many), _name in ATTENTION.items():
+    if _name != "sdpa":
+        _attend = functools.partial(attend_in_float32, few=_few == "widening", many=_many == "widening")
+        AttentionInterface.register(_name, _attend)
+        AttentionMaskInterface.register(_name, sdpa_mask)
 
 
-def use_float32_attention(model: PreTrainedModel) -> None:
-    """Let a model that attends with `sdpa` do so with `attend_in_float32`, in place."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(FLOAT32_ATTENTION)
+def use_fastest_attention(model: PreTrainedModel) -> None:
+    """Let a model that attends with `sdpa` do so with the kernels of this processor for its dtype, in place."""
+    if model.config._attn_implementation == "sdpa":  # no public name tells
+        few, many = (kernel_for(f"attention_{rows}", model.dtype) for rows in ("few", "many"))
+        model.set_attn_implementation(ATTENTION[few, many])

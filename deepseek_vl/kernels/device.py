@@ -2,6 +2,8 @@
 
 import torch
 
+from deepseek_vl.kernels.policy import features
+
 QUANTIZATIONS = {"cpu": ("int8",), "cuda": ("int8", "int4")}
 """The ways to quantise a model's weights when it is loaded, by the kind of device."""
 
@@ -42,9 +44,7 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     if dtype == "auto":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
-        if device.type == "cpu" and not (
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
+        if device.type == "cpu" and "bf16" not in features():
             return torch.float32
         return torch.bfloat16
     picked = getattr(torch, dtype, None)

@@ -1,14 +1,13 @@
 """Linear layers with int8 weights and inputs, for inference on CPUs."""
 
-import platform
 import weakref
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from deepseek_vl.kernels.linear import CHUNK_ELEMENTS
-from deepseek_vl.kernels.native import return_freed_memory
-from deepseek_vl.kernels.policy import WIDEN_ROWS, X86
+from deepseek_vl.kernels.policy import MANY_ROWS, kernel_for
 
 QUANTISED_ELEMENTS = 2**20
 """So much of a weight is quantised at a time: 4 MB as float32, which stay in the cache."""
@@ -16,6 +15,8 @@ QUANTISED_ELEMENTS = 2**20
 SMALLEST = 2.0**-100
 """Of what inputs and weights are scaled by: what it is divided by is far from overflowing."""
 
+LEVELS = {"8-bit": 127, "7-bit": 63}
+"""Inputs are quantised to whole numbers from minus this to this, by the name of the kernel."""
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of Llama's layers that get the same input one after the other."""
@@ -42,15 +43,10 @@ class Int8Linear(nn.Module):
         self._weight = torch.ops.onednn.qlinear_prepack(torch.cat(weights), None)
         self._scale = torch.cat(scales).flatten()
         self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
-        self._bias = torch.cat(
-            [
-                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
-                for linear in linears
-            ]
-        )
+        biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
+        self._bias = torch.cat([bias.detach().float() for bias in biases])
         self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
-        # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
-        self._levels = 63 if platform.machine() in X86 and not torch.cpu._is_vnni_supported() else 127
+        self._levels = LEVELS[kernel_for("int8", torch.int8)]
         # The kernel wants inputs unsigned, so something stands for 0; their conversion cuts off what 0.5 rounds up.
         self._zero = self._levels + 1
         self._middle = torch.tensor([self._zero + 0.5])
@@ -60,7 +56,7 @@ class Int8Linear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype, without a gradient."""
         rows = input.reshape(-1, self.in_features)
-        step = max(WIDEN_ROWS, CHUNK_ELEMENTS // max(self.in_features, self.out_features))
+        step = max(MANY_ROWS, CHUNK_ELEMENTS // max(self.in_features, self.out_features))
         if len(rows) <= step:
             output = self._multiplied(rows)
         else:
@@ -97,11 +93,6 @@ class Int8Linear(nn.Module):
         self._kept = None if is_last else (weakref.ref(input), output)
         return output
 
-    @property
-    def nbytes(self) -> int:
-        """Of its weights."""
-        return self.in_features * self.out_features
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -110,7 +101,7 @@ class Int8Linear(nn.Module):
             raise ValueError("A model with int8 weights cannot learn; load it without quantize.")
         return super().train(mode)
 
-    def _save_to_state_dict(self, *args: object) -> None:
+    def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
 
 
@@ -147,10 +138,8 @@ def _scale(row: torch.Tensor, levels: int) -> float:
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [N, K] -> int8 [N, K], and what each of its rows is to be multiplied with, float32 [N, 1]."""
-    quantised, scales = (
-        torch.empty_like(weight, dtype=torch.int8),
-        weight.new_empty(len(weight), 1, dtype=torch.float32),
-    )
+    quantised = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), 1, dtype=torch.float32)
     step = max(1, QUANTISED_ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
@@ -168,22 +157,17 @@ def quantize_int8(model: nn.Module) -> None:
     """
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-        if not linears:
-            continue
-        for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
-            raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
-        for names in SIBLINGS:
-            if all(name in linears for name in names):
-                _replace_siblings(module, {name: linears.pop(name) for name in names})
-        for name in list(linears):
-            setattr(module, name, Int8Linear(linears.pop(name)))
-        return_freed_memory()
+        for names in (*SIBLINGS, *((name,) for name in linears)):
+            if linears.keys() >= set(names):
+                _replace(module, {name: linears.pop(name) for name in names})
 
 
-def _replace_siblings(module: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Replace layers of the same input, in the order in which they get it."""
+def _replace(module: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Replace a layer of a module, or several of the same input in the order in which they get it."""
+    for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
+        raise ValueError(f"There is no int8 kernel for {device}; quantise on the CPU.")
     whole, start = Int8Linear(*linears.values()), 0
     for name, linear in linears.items():
         end = start + linear.out_features
-        setattr(module, name, Int8Sibling(whole, start, end))
+        setattr(module, name, whole if len(linears) == 1 else Int8Sibling(whole, start, end))
         start = end

@@ -11,13 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepseek_vl.kernels.policy import AMD, NARROW, WIDEN_ROWS, is_made_by, multiplies_fast
+from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for
 
 CHUNK_ELEMENTS = 2**22
 """So much of a weight is widened at a time, or of an input quantised: 16 MB, which stay in the cache."""
 
 
-class WideningLinear(nn.Linear):
+class _ReplacingLinear(nn.Linear):
+    """Takes the place of a linear layer, with its parameters."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.train(linear.training)
+
+
+class WideningLinear(_ReplacingLinear):
     """An `nn.Linear` whose weights are narrow to be read, and float32 to be multiplied.
 
     With many rows, as much of the weight as fits in the cache is converted to float32 at a time. Sums are in float32
@@ -27,7 +38,7 @@ class WideningLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype."""
-        if not self._is_to_widen(input):
+        if input.dtype not in NARROW or not _are_many_rows(input, self):
             return super().forward(input)
         wide = input.float()
         output = input.new_empty(*input.shape[:-1], self.out_features)
@@ -38,9 +49,6 @@ class WideningLinear(nn.Linear):
             bias = None if self.bias is None else self.bias[part].float()
             output[..., part] = F.linear(wide, weight, bias)
         return output
-
-    def _is_to_widen(self, input: torch.Tensor) -> bool:
-        return input.dtype in NARROW and _are_many_rows(input, self)
 
 
 _held = threading.local()
@@ -55,7 +63,7 @@ def _scratch(shape: torch.Size) -> torch.Tensor:
     return held[: shape.numel()].view(shape)
 
 
-class OneDNNLinear(nn.Linear):
+class OneDNNLinear(_ReplacingLinear):
     """An `nn.Linear` whose products of many rows of float32 are oneDNN's, as PyTorch's narrower ones are anyway.
 
     The operator is the one to which PyTorch's own compiler lowers linear layers on CPUs. Where gradients are on, on
@@ -72,7 +80,7 @@ class OneDNNLinear(nn.Linear):
 def _are_many_rows(input: torch.Tensor, linear: nn.Linear) -> bool:
     """Whether a layer's input is of many rows, plainly to be multiplied on the CPU."""
     return (
-        input.numel() >= WIDEN_ROWS * linear.in_features
+        input.numel() >= MANY_ROWS * linear.in_features
         and input.device.type == "cpu"
         and input.dtype is linear.weight.dtype
         and not torch.is_grad_enabled()
@@ -80,18 +88,23 @@ def _are_many_rows(input: torch.Tensor, linear: nn.Linear) -> bool:
     )
 
 
-def replace_linear(model: nn.Module, kind: type[nn.Linear]) -> None:
-    """Make a model's linear layers of a kind of this module, in place. Their parameters and names stay as they are."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = kind
+LINEAR = {"plain": nn.Linear, "widening": WideningLinear, "onednn": OneDNNLinear}
+"""The kinds of linear layers, by the names of their kernels."""
 
 
 def fastest_linear(dtype: torch.dtype) -> type[nn.Linear]:
-    """The kind of linear layers that is the fastest on this processor, for weights of a floating point dtype."""
-    if not multiplies_fast(dtype):
-        return WideningLinear
-    # PyTorch's products of float32 are MKL's, which on AMD's processors with AVX-512 take a fifth longer.
-    if dtype is torch.float32 and is_made_by(AMD) and torch.cpu._is_avx512_supported():
-        return OneDNNLinear
-    return nn.Linear
+    """The kind of linear layers to use on this processor, for weights of a floating point dtype."""
+    return LINEAR[kernel_for("linear", dtype)]
+
+
+def replace_linear(model: nn.Module, kind: type[nn.Linear]) -> None:
+    """Replace the linear layers of a model by such of another kind, in place.
+
+    Their parameters and names stay as they are, and so do layers that are not, or not yet, on the CPU.
+    """
+    if kind is nn.Linear:
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child.weight.device.type == "cpu":
+                setattr(module, name, kind(child))

@@ -1,6 +1,11 @@
-"""Which kernel for which processor, dtype and number of rows."""
+"""Which kernel for which processor, dtype and number of rows.
+
+`TABLE` says it all. Two things override it, for models that are loaded from then on: `set_kernels`, and the environment
+variable `DEEPSEEK_VL_KERNELS`, as in `DEEPSEEK_VL_KERNELS=linear=plain,attention_many=widening`.
+"""
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -8,41 +13,123 @@ import torch
 
 NARROW = (torch.bfloat16, torch.float16)
 
-WIDEN_ROWS = 32
-"""From so many rows on, weights are widened: below, that costs more than the narrow product. So many also make a
-product of float32 take longer than reading its weights."""
+MANY_ROWS = 32
+"""From so many rows on, a product takes longer than reading its weights, and less than converting them adds to it."""
 
-X86 = ("x86_64", "AMD64")
+KERNELS = {
+    "linear": ("plain", "widening", "onednn"),
+    "attention_few": ("plain", "widening"),
+    "attention_many": ("plain", "widening"),
+    "int8": ("8-bit", "7-bit"),
+}
+"""The kernels of linear layers with many rows (few are plain), of attention with few and many queries, and of int8.
+
+`plain` computes in the dtype that it is given, `widening` in float32; `onednn` is oneDNN's product of float32. The bits
+are those of a quantised input."""
+
+TABLE = (
+    # float32. MKL's products, which PyTorch uses, take a fifth longer on AMD's AVX-512. AMD EPYC, two cores.
+    ("linear", (torch.float32,), "amd avx512 onednn", "onednn"),
+    # bfloat16 in tiles (AMX) takes a fifth of float32's time, attention half. Sapphire Rapids, two cores, 640 rows.
+    ("linear attention_many", (torch.bfloat16,), "amx", "plain"),
+    # AVX-512's instructions for bfloat16 take half of float32's time on AMD's processors (EPYC, two cores), but twice
+    # as long on Intel's: a prompt of the 1.3B model 25 s instead of 11, with int8 16 instead of 5.5. Xeon of 2.3 GHz.
+    ("linear attention_many", (torch.bfloat16,), "amd avx512_bf16", "plain"),
+    # float16 is converted, unless there are tiles for it. Not measured: with these, and on Arm, where oneDNN is asked.
+    ("linear attention_many", (torch.float16,), "amx_fp16", "plain"),
+    ("linear attention_many", (torch.bfloat16,), "arm bf16", "plain"),
+    ("linear attention_many", (torch.float16,), "arm fp16", "plain"),
+    ("linear attention_many", NARROW, "", "widening"),
+    # Few queries. Xeon of 2.3 GHz without AMX, 24 layers of 16 heads, 660 positions, in bfloat16: 4 ms instead of 15
+    # for one, 24 instead of 27 for 20, 65 instead of 51 for 64; in float16 one takes half of float32's time. Sapphire
+    # Rapids: an eighth of it for one, a quarter for 20. On AMD's EPYC float32 is the faster.
+    ("attention_few", NARROW, "intel", "plain"),
+    ("attention_few", NARROW, "", "widening"),
+    # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow.
+    ("int8", (torch.int8,), "vnni", "8-bit"),
+    ("int8", (torch.int8,), "x86", "7-bit"),
+    ("int8", (torch.int8,), "", "8-bit"),
+)
+"""Operations, dtypes, the features that a processor has to have, and the kernel; the first row that holds counts.
+Where there is none, the kernel is `plain`."""
 
 
 @functools.cache
-def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of a floating point dtype faster than such of float32.
+def features() -> frozenset[str]:
+    """What this processor is and can do, as far as the kernels depend on it. Read when it is first asked for.
 
-    To have instructions for it is not enough. Intel's are fast in tiles (AMX) only: without, bfloat16 by AVX-512 takes
-    twice as long as float32, and float16 is converted. On AMD's processors bfloat16 by AVX-512 takes half as long.
+    `x86` or `arm` (which stands for all others); `amd` or `intel`; and if PyTorch has oneDNN, whose kernels need them:
+    `onednn`, `bf16` and `fp16` (oneDNN computes in these at all), `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
     """
-    if dtype not in NARROW:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine() in X86:
-        if dtype is torch.float16:
-            return torch.cpu._is_amx_fp16_supported()
-        return torch.cpu._is_amx_tile_supported() or (is_made_by(AMD) and torch.cpu._is_avx512_bf16_supported())
-    if dtype is torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    vendor = _vendor()
+    found = {"x86": is_x86, "arm": not is_x86, "amd": "AuthenticAMD" in vendor, "intel": "GenuineIntel" in vendor}
+    if torch.backends.mkldnn.is_available():
+        # `torch.cpu.get_capabilities` would replace torch.cpu's, where it is there: not in PyTorch 2.6.
+        found |= {
+            "onednn": True,
+            "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+            "vnni": torch.cpu._is_vnni_supported(),
+            "avx512": torch.cpu._is_avx512_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "amx": torch.cpu._is_amx_tile_supported(),
+            "amx_fp16": torch.cpu._is_amx_fp16_supported(),
+        }
+    return frozenset(name for name, is_there in found.items() if is_there)
 
 
-AMD, INTEL = "AuthenticAMD", "GenuineIntel"
-
-
-@functools.cache
-def is_made_by(vendor: str) -> bool:
-    """Whether the processor is a vendor's, as far as the system says."""
+def _vendor() -> str:
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return vendor in next((line for line in lines if line.startswith("vendor_id")), "")
+            return next((line for line in lines if line.startswith("vendor_id")), "")
     except OSError:  # not Linux
-        return vendor in platform.processor()
+        return platform.processor()
+
+
+def kernel_for(operation: str, dtype: torch.dtype) -> str:
+    """The kernel for an operation of `KERNELS` in a dtype: what `set_kernels`, the variable or the table says.
+
+    Raises:
+        ValueError: if the variable names what there is not.
+    """
+    variable = os.environ.get("DEEPSEEK_VL_KERNELS", "")
+    items = (item.partition("=") for item in variable.split(",") if item.strip())
+    asked = _checked({name.strip(): kernel.strip() for name, _, kernel in items})
+    return (asked | _set).get(operation) or _from_table(operation, dtype)
+
+
+def set_kernels(**kernels: str) -> None:
+    """Use other kernels than the table's, by operation, as in `set_kernels(linear="plain")`; without any the table's.
+
+    Raises:
+        ValueError: for an operation or a kernel that is not in `KERNELS`.
+    """
+    checked = _checked(kernels)
+    _set.clear()
+    _set.update(checked)
+
+
+_set: dict[str, str] = {}
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a floating point dtype at least as fast as such of float32."""
+    return _from_table("linear", dtype) != "widening"
+
+
+def _from_table(operation: str, dtype: torch.dtype) -> str:
+    rows = (
+        kernel
+        for operations, dtypes, needed, kernel in TABLE
+        if operation in operations.split() and dtype in dtypes and features().issuperset(needed.split())
+    )
+    return next(rows, "plain")
+
+
+def _checked(kernels: dict[str, str]) -> dict[str, str]:
+    for operation, kernel in kernels.items():
+        if kernel not in KERNELS.get(operation, ()):
+            known = "; ".join(f"{name}: {', '.join(names)}" for name, names in KERNELS.items())
+            raise ValueError(f"There is no kernel {operation}={kernel}. There are {known}.")
+    return kernels

@@ -1,0 +1,70 @@
+"""Attention with decomposed relative positions (ViTDet, arXiv 2203.16527), as SAM has it."""
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+
+
+def attend_with_positions(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> torch.Tensor:
+    """Attention on a grid whose logits have a term for each row and one for each column of keys.
+
+    Args:
+        q, k, v: [B, heads, N, head_dim], N = H * W.
+        rel_h, rel_w: [B, heads, N, H] and [B, heads, N, W], what each query adds for each row and column of keys.
+
+    Returns:
+        [B, heads, N, head_dim].
+    """
+    is_for_cpu = q.device.type == "cpu" and not rel_h.requires_grad
+    return (attend_with_bias if is_for_cpu else attend_widened)(q, k, v, rel_h, rel_w)
+
+
+def attend_widened(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> torch.Tensor:
+    """Attention with the relative positions as additional columns of the query, against one-hot columns of the key.
+
+    Runs in the fused kernels of GPUs, and is differentiable without [N, N] tensors.
+
+    The arguments and the result are those of `attend_with_positions`.
+    """
+    *_, N, head_dim = q.shape
+    H, W = rel_h.shape[-1], rel_w.shape[-1]
+    scale = head_dim**-0.5
+    key_rows = repeat(torch.eye(H, dtype=q.dtype, device=q.device), "h row -> (h w) row", w=W)
+    key_columns = repeat(torch.eye(W, dtype=q.dtype, device=q.device), "w column -> (h w) column", h=H)
+    one_hot = torch.cat([key_rows, key_columns], dim=-1).expand(*q.shape[:2], N, H + W)
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, rel_h / scale, rel_w / scale], dim=-1),
+        torch.cat([k, one_hot], dim=-1),
+        F.pad(v, (0, H + W)),  # the fused kernels want values as wide as the keys
+        scale=scale,
+    )
+    return out[..., :head_dim]
+
+
+# Elements of bias that `attend_with_bias` has in memory at a time: one head of a 64 x 64 grid.
+MAX_BIAS_ELEMENTS = 2**24
+
+
+def attend_with_bias(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
+) -> torch.Tensor:
+    """Attention with the relative positions as a bias, for some heads at a time.
+
+    The arguments and the result are those of `attend_with_positions`. CPUs spend less on the bias than on wider
+    queries.
+    """
+    B, heads, N, _ = q.shape
+    H, W = rel_h.shape[-1], rel_w.shape[-1]
+    heads_at_once = min(heads, max(1, MAX_BIAS_ELEMENTS // (B * N * N)))
+    buffer = q.new_empty(heads_at_once, B, N, H, W)  # one for all parts: memory as large is slow to get anew
+    parts = []
+    for start in range(0, heads, heads_at_once):
+        part = slice(start, start + heads_at_once)
+        bias = buffer[: min(heads_at_once, heads - start)].transpose(0, 1)  # [B, some heads, N, H, W]
+        torch.add(rel_h[:, part, :, :, None], rel_w[:, part, :, None, :], out=bias)
+        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias.flatten(3)))
+    return torch.cat(parts, dim=1)

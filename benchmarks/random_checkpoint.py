@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deepseek_vl.checkpoints.layout_weights import DTYPE_NAMES
+from deepseek_vl.checkpoints.tensors import DTYPE_NAMES
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.checkpoints.write import write_shards
 from deepseek_vl.command_line import OneLineParser, positive, run_command

@@ -6,278 +6,33 @@ gives every file as it was.
 """
 
 import argparse
-import hashlib
-import json
 import logging
-import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import GenerationConfig
 
-from deepseek_vl.checkpoints import layout_configs as configs
-from deepseek_vl.checkpoints.find import bundled_or_same
-from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG
-from deepseek_vl.checkpoints.layout_weights import (
-    LAYOUTS,
-    REFERENCE,
-    TRANSFORMERS,
-    UNUSED,
-    Slice,
-    dtype_of,
-    layout_of,
-    rename,
-    shape_of,
-    unused_weights,
-)
-from deepseek_vl.checkpoints.read import unread_weights
-from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
-from deepseek_vl.checkpoints.write import INDEX, bytes_of, write_shards
+from deepseek_vl.checkpoints import convert as checkpoints
+from deepseek_vl.checkpoints.names import LAYOUTS
 from deepseek_vl.command_line import OneLineParser, run_command
-from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig
 from deepseek_vl.models.clip_encoder import tower_fields
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
-KEPT, KEPT_WEIGHTS = "other_layout", "unused.safetensors"
-CONFIG, IMAGES, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
-TOKENIZER, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-REWRITTEN = (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION, TEMPLATE)
-"""The files that differ between the layouts, besides the weights."""
-
 
 def convert(source: str | Path, destination: str | Path, layout: str) -> int:
-    """Write a checkpoint in another layout, and check that every number has arrived.
-
-    Memory holds one shard at a time. Nothing is at `destination` before all of it is.
-
-    Args:
-        source: a directory with weights as safetensors, or the name of a bundled model.
-        destination: a directory that does not exist yet.
-        layout: `reference` or `transformers`.
-
-    Returns:
-        How many tensors there are.
-
-    Raises:
-        FileExistsError: if there is something at `destination`.
-        OSError: if the source's files are missing or broken.
-        ValueError: if the source is in this layout already, lacks weights, or has settings or weights that the layout
-            has no place for; and if what was written is not what was read.
-    """
-    source, destination = Path(bundled_or_same(str(source))), Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"'{destination}' is inside the checkpoint itself; choose a place outside.")
-    config = _read(source / CONFIG)
-    if not config:
-        raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
-    if configs.is_transformers(config) == (layout == TRANSFORMERS):
-        raise ValueError(f"'{source}' is in the {layout} layout already.")
-
-    model_config = MultiModalityConfig.from_pretrained(str(source))
-    settings = _settings(source, model_config, layout)
-    files = weight_files(source)
-    tensors = unread_weights(map(str, files))
-    renamed = _renamed(source, model_config, tensors, layout)
-    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
-        unfinished = Path(name) / "checkpoint"
-        unfinished.mkdir()
-        (unfinished / KEPT).mkdir()
-        write_shards(renamed, unfinished, max(file.stat().st_size for file in files))
-        if left := {name: tensors[name][...] for name in UNUSED if name in tensors and layout == TRANSFORMERS}:
-            save_file(left, unfinished / KEPT / KEPT_WEIGHTS, metadata={"format": "pt"})
-        _write_files(source, unfinished, settings)
-        _compare(tensors, unfinished)
-        unfinished.rename(destination)
-    return len(tensors)
+    """`checkpoints.convert.convert` for this package's model; returns how many tensors there are."""
+    architecture = checkpoints.Architecture(_weights, tower_fields, DEEPSEEK_CHAT_TEMPLATE)
+    return checkpoints.convert(source, destination, layout, architecture)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """A checkpoint's safetensors files.
-
-    Raises:
-        OSError: if there are none.
-    """
-    index = _read(directory / INDEX)
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    files = [directory / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise OSError(f"'{directory}' has no {file.name}; only weights as safetensors can be converted.")
-    return files
-
-
-def _renamed(
-    source: Path, config: MultiModalityConfig, tensors: Mapping[str, Slice], layout: str
-) -> dict[str, Slice | torch.Tensor]:
-    """The tensors as the layout has them, all and none too many.
-
-    Raises:
-        ValueError: if they are not those of the architecture that the config tells of.
-    """
+def _weights(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        model = MultiModalityCausalLM(config).state_dict()
-    renamed, left = rename(tensors, layout)
-    here: Mapping[str, Slice | torch.Tensor] = tensors
-    if layout == REFERENCE:
-        kept = source / KEPT / KEPT_WEIGHTS
-        kept = unread_weights([str(kept)]) if kept.is_file() else {}
-        here = renamed = {**renamed, **unused_weights(model, _dtype(tensors)), **kept}
-    problems = {
-        "missing": sorted(model.keys() - here.keys()),
-        "of another shape": sorted(
-            name for name in model.keys() & here.keys() if shape_of(here[name]) != list(model[name].shape)
-        ),
-        "not known": sorted(set(left) - set(UNUSED)),
-    }
-    if any(problems.values()):
-        details = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
-        raise ValueError(f"The weights at '{source}' do not fit the config: {details}.")
-    return renamed
-
-
-def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
-    """The dtype of a checkpoint's smallest tensor, as that of all."""
-    return dtype_of(min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor))))
-
-
-def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -> None:
-    """Write everything but the weights: what differs between the layouts, and the rest as it is."""
-    weights = {INDEX, *(file.name for file in weight_files(source))}
-    for path in source.iterdir():
-        if path.name not in (*weights, *REWRITTEN, KEPT):
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, destination / path.name)
-    for name in _texts(source):
-        shutil.copy2(source / name, destination / KEPT / name)
-    for name, text in settings.items():
-        (destination / name).write_bytes(text.encode())
-
-
-def _settings(source: Path, config: MultiModalityConfig, layout: str) -> dict[str, str]:
-    """The contents of `REWRITTEN` in the other layout.
-
-    Raises:
-        ValueError: for a setting that the layout has no place for.
-    """
-    here = _texts(source)
-    token_id = VLChatProcessor.from_pretrained(str(source)).image_id
-    tokens = _generation_tokens(source, config)
-    kept = _texts(source / KEPT)
-    # What was kept is what this was made from, unless someone has changed it since.
-    is_kept = bool(kept) and _rewritten(kept, _other(layout), token_id, tokens) == here
-    return kept if is_kept else _rewritten(here, layout, token_id, tokens)
-
-
-def _texts(directory: Path) -> dict[str, str]:
-    """Those of `REWRITTEN` that a directory has."""
-    return {name: (directory / name).read_bytes().decode() for name in REWRITTEN if (directory / name).is_file()}
-
-
-def _other(layout: str) -> str:
-    return next(other for other in LAYOUTS if other != layout)
-
-
-def _rewritten(texts: Mapping[str, str], layout: str, token_id: int, tokens: Mapping[str, Any]) -> dict[str, str]:
-    """The config files of the other layout, as `layout` has them.
-
-    Args:
-        texts: the files' contents.
-        token_id: the image tag's.
-        tokens: the ids of the tokens that begin, end and pad a text.
-
-    Raises:
-        ValueError: for a setting that the layout has no place for.
-    """
-    config, images, processor, tokenizer, generation = (
-        json.loads(texts.get(name, "{}")) for name in (CONFIG, IMAGES, PROCESSOR, TOKENIZER, GENERATION)
-    )
-    images = images or processor.get("image_processor", {})
-    num_image_tokens = processor.get("num_image_tokens", 576)
-    if layout == TRANSFORMERS:
-        configs.require_transformers_processor(processor)
-        new_images = configs.images_to_transformers(images, config)
-        new: dict[str, Any] = {
-            CONFIG: configs.to_transformers(config, images, token_id, tower_fields),
-            IMAGES: new_images,
-            PROCESSOR: {"num_image_tokens": num_image_tokens, "processor_class": new_images["processor_class"]},
-            # The published class would rebuild the tokenizer without its spaces.
-            TOKENIZER: {
-                **tokenizer,
-                "extra_special_tokens": {"image_token": IMAGE_TAG},
-                "processor_class": new_images["processor_class"],
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            },
-            GENERATION: {**generation, **tokens},
-        }
-        return {**{name: _json(value) for name, value in new.items()}, TEMPLATE: DEEPSEEK_CHAT_TEMPLATE}
-    new = {
-        CONFIG: configs.to_reference(config, images, tower_fields),
-        IMAGES: configs.images_to_reference(images),
-        PROCESSOR: {
-            "add_special_token": False,
-            "ignore_id": -100,
-            "image_tag": IMAGE_TAG,
-            "mask_prompt": True,
-            "num_image_tokens": num_image_tokens,
-            "processor_class": "VLChatProcessor",
-            "sft_format": "deepseek",
-        },
-        TOKENIZER: {**tokenizer, "processor_class": "VLChatProcessor", "tokenizer_class": "LlamaTokenizerFast"},
-        GENERATION: {**generation, **tokens},
-    }
-    return {name: _json(value) for name, value in new.items()}
-
-
-def _generation_tokens(source: Path, config: MultiModalityConfig) -> dict[str, Any]:
-    """The ids of the tokens that begin, end and pad a text."""
-    file = source / GENERATION
-    generation = GenerationConfig.from_pretrained(str(source)) if file.is_file() else GenerationConfig()
-    return checkpoint_special_tokens(config.language_config, generation, str(source), {})
-
-
-def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
-    """Read what was written, and compare every tensor with the one it was made from.
-
-    Raises:
-        ValueError: if one differs.
-    """
-    written = unread_weights(map(str, weight_files(destination)))
-    if (kept := destination / KEPT / KEPT_WEIGHTS).is_file():
-        written |= unread_weights([str(kept)])
-    layout = layout_of(tensors)
-    back, left = rename(written, layout)
-    back |= {name: written[name] for name in left}
-    for name, tensor in tqdm(tensors.items(), desc="Checking", unit="tensor", disable=None):
-        if name not in back or _hash(back[name][...]) != _hash(tensor[...]):
-            raise ValueError(f"{name} is not what it was; the disk or the memory may be faulty. Nothing was written.")
-
-
-def _hash(tensor: torch.Tensor) -> str:
-    """A tensor's dtype, shape and numbers in 64 characters."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+        return MultiModalityCausalLM(MultiModalityConfig(**config)).state_dict()
 
 
 def build_parser() -> argparse.ArgumentParser:

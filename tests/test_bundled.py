@@ -8,11 +8,12 @@ from conftest import ROOT, Loaded, messages_of
 from deepseek_vl import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.evaluate import Evaluation, evaluate
-from recipes.tiny.world import SyntheticWorld, write_world
+from recipes.tiny.world import SyntheticWorld, write_conversations
 
 IMAGES = ROOT / "images"
 
@@ -24,8 +25,8 @@ def tiny() -> Loaded:
 
 @pytest.fixture
 def session(tiny: Loaded) -> ChatSession:
-    _, model, processor = tiny
-    return ChatSession(model, processor, GenerationSettings(max_new_tokens=64))
+    tokenizer, model, processor = tiny
+    return ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=64))
 
 
 def ask(session: ChatSession, question: str, *names: str) -> str:
@@ -84,7 +85,7 @@ def test_a_second_turn_depends_on_the_first(session: ChatSession) -> None:
 def fresh(tiny: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Its answers about pictures from a seed that it was not trained on."""
     directory = tmp_path_factory.mktemp("world")
-    write_world(SyntheticWorld(250, seed=20_241, turns=1), directory)
+    write_conversations(SyntheticWorld(250, seed=20_241, turns=1), directory)
     _, model, processor = tiny
     rows, _ = load_data(directory / "data.jsonl", processor)
     return evaluate(model, processor, rows, max_new_tokens=64)

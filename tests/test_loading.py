@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import small_config, write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -333,3 +333,13 @@ def test_a_half_precision_clip_checkpoint_makes_a_float32_model(tmp_path):
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).shape == (1, 4, 64)
     model.vision_model.bfloat16()  # parts may also be given dtypes of their own
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).dtype == torch.float32
+
+
+def test_the_published_tokenizer_says_which_tokens_begin_and_end_a_text(
+    published_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """The published configs carry Llama's 1 and 2 by oversight."""
+    model = MultiModalityCausalLM.from_pretrained(write_checkpoint("siglip", published_tokenizer_dir, tmp_path))
+    assert (model.config.language_config.bos_token_id, model.config.language_config.eos_token_id) == (1, 2)
+    for generation_config in (model.generation_config, model.language_model.generation_config):
+        assert (generation_config.bos_token_id, generation_config.eos_token_id) == (100000, 100001)

@@ -1,14 +1,28 @@
-"""Where a checkpoint is: a directory, an id on the Hugging Face Hub, or the name of a bundled model."""
+"""Where a checkpoint is: a directory, the name of a bundled model, or an id on the Hugging Face Hub.
 
+`find_checkpoint` turns each of them into a directory on this machine, and whatever reads a checkpoint reads that.
+"""
+
+import contextlib
+import functools
 import os
+import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
 """Has a directory for each model that comes with the package."""
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""The arguments of a `from_pretrained` that say where files come from."""
+
+HUB_SECONDS = 5.0
+"""So long the Hub may take to answer at all; then the download cache has to do."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def bundled_or_same(name_or_path: str | os.PathLike) -> str:
@@ -17,26 +31,121 @@ def bundled_or_same(name_or_path: str | os.PathLike) -> str:
     name = os.fspath(name_or_path)
     bundled = BUNDLED / name
     is_name = bundled.parent == BUNDLED and (bundled / "config.json").is_file()
-    return str(bundled) if is_name and not (Path(name) / "config.json").is_file() else name
+    return str(bundled) if is_name and not Path(name, "config.json").is_file() else name
 
 
-# The arguments of `from_pretrained` that say where files come from.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+def find_checkpoint(
+    name_or_path: str | os.PathLike, hub_arguments: Mapping[str, Any] | None = None, weights: bool = True
+) -> str:
+    """The directory of a checkpoint, which is downloaded if it has to be; a file's path stays what it is.
 
-
-def hub_arguments_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a `from_pretrained`'s arguments that say where files come from."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-
-
-def checkpoint_dtype(model_path: str | os.PathLike) -> torch.dtype:
-    """The dtype that a checkpoint's config says its weights are stored in; float32 if it says nothing.
+    Args:
+        name_or_path: a directory, the name of a bundled model, or an id on the Hub.
+        hub_arguments: those of `HUB_ARGUMENTS` that were given.
+        weights: whether they are needed as well; else only configs and tokenizer are downloaded.
 
     Raises:
-        OSError: if there is no such checkpoint.
+        OSError: in one line, if there is no such checkpoint, here or on the Hub, or the Hub does not answer within
+            `HUB_SECONDS` and the download cache does not have it.
     """
-    from transformers import PretrainedConfig
+    arguments = {name: value for name, value in (hub_arguments or {}).items() if value is not None}
+    subfolder = arguments.pop("subfolder", "")
+    path = os.path.expanduser(bundled_or_same(name_or_path))  # noqa: PTH111  Path's raises for unknown users
+    if not Path(path).exists():
+        if not _HUB_ID.fullmatch(path):
+            raise FileNotFoundError(f"There is no checkpoint directory {os.fspath(name_or_path)!r}.")
+        path = _download(path, subfolder, weights, **arguments)
+    return str(Path(path, subfolder)) if subfolder else path
 
-    config, _ = PretrainedConfig.get_config_dict(os.path.expanduser(bundled_or_same(model_path)))  # noqa: PTH111
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, str(name).removeprefix("torch."))
+
+def given_name(name_or_path: str | os.PathLike) -> str:
+    """The path as it was given, or of a bundled model's directory the name, which is the same on every machine."""
+    path = Path(name_or_path)
+    return path.name if path.parent == BUNDLED else os.fspath(name_or_path)
+
+
+def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take those of a `from_pretrained`'s arguments out that say where files come from."""
+    return {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+
+
+class FromCheckpoint:
+    """A class of transformers whose `from_pretrained` finds the checkpoint first, and then reads its directory only."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, for a directory, a bundled model's name, or an id on the Hub.
+
+        Raises:
+            OSError: see `find_checkpoint`.
+        """
+        directory = find_checkpoint(pretrained_model_name_or_path, take_hub_arguments(kwargs), weights=False)
+        return super().from_pretrained(directory, *args, **kwargs)
+
+
+def open_bundled_names(auto: Any) -> None:
+    """Let an Auto class open a bundled model by its name.
+
+    Auto classes read a checkpoint's config before they know which class is to open it, so no class of ours is asked: a
+    name that is no directory goes to the Hub. Nothing can be registered for names. So this one method is wrapped, which
+    is public, and every argument but a bundled model's name reaches it as it was given.
+    """
+    original = auto.from_pretrained.__func__
+    if hasattr(original, "takes_bundled_names"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = pretrained_model_name_or_path
+        return original(cls, bundled_or_same(name) if isinstance(name, str) else name, *args, **kwargs)
+
+    from_pretrained.takes_bundled_names = True
+    auto.from_pretrained = classmethod(from_pretrained)
+
+
+def _download(
+    name: str, subfolder: str, weights: bool, local_files_only: bool = False, proxies: Any = None, **arguments: Any
+) -> str:
+    """The directory in the download cache of a model on the Hub, with its newest files if the Hub answers."""
+    from huggingface_hub import constants, snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    arguments["ignore_patterns"] = None if subfolder else ["*/*"]  # what lies in folders is no part of the checkpoint
+
+    def fetch(*patterns: str, **more: Any) -> str:
+        return snapshot_download(name, allow_patterns=[inside + pattern for pattern in patterns], **arguments, **more)
+
+    try:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            why = "downloads are switched off, and the download cache does not have it"
+        elif not _hub_answers():
+            why = f"{constants.ENDPOINT} does not answer, and the download cache does not have it"
+        else:
+            why = None
+            directory = fetch(*_SETTINGS, "*.safetensors") if weights else fetch(*_SETTINGS)
+            if weights and not any(Path(directory, subfolder).glob("*.safetensors")):
+                directory = fetch(*_SETTINGS, "*.bin")
+            return directory
+        return fetch("config.json", local_files_only=True)  # other programs may have left out what they did not need
+    except (OSError, ValueError) as error:
+        why = why or str(error).strip().splitlines()[0]
+        raise OSError(f"{name!r} is not a directory, and could not be fetched from the Hub: {why}.") from error
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached within `HUB_SECONDS`; huggingface_hub itself would ask again for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Its HTTP client is another library from version to version, and so are the errors.
+        with contextlib.suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            answered.set()
+
+    # In a thread, because a name server that is silent keeps to no time limit, and every address has its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()

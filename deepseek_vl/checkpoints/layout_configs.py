@@ -19,6 +19,26 @@ TowerFields = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """A tower's parameters in the reference's config -> all of its sizes: the published variant's, or those given instead.
 It is `deepseek_vl.models.clip_encoder.tower_fields`, passed in because this room knows no network."""
 
+SIGLIP_FIELDS = {
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+}
+"""The SigLIP tower's sizes in the reference's config: in transformers'. The MLPs' width is a ratio in the first."""
+
+SAM_FIELDS = {
+    **SIGLIP_FIELDS,
+    "global_attn_indexes": "global_attn_indexes",
+    "prompt_embed_dim": "output_channels",
+    "window_size": "window_size",
+}
+"""The SAM tower's. The two downsampling convolutions each double the channels in transformers."""
+
+SIGLIP_FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
+SAM_FIXED = {**SIGLIP_FIXED, "qkv_bias": True, "use_abs_pos": True, "use_rel_pos": True}
+"""What transformers' config can change of a tower and the reference's cannot."""
+
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
 _SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
 _SELECT = {"select_feature": "same", "select_layer": -1}
@@ -48,20 +68,9 @@ def to_reference(config: Mapping[str, Any], images: Mapping[str, Any], tower_fie
         ValueError: for a setting that the reference's architecture has no place for.
     """
     text = LlamaConfig(**_without_type(config.get("text_config")))
-    vision = _as_built(SiglipVisionConfig, config.get("vision_config"), hidden_act="gelu", layer_norm_eps=1e-6)
-    low = {
-        "image_size": vision.image_size,
-        "model_name": _SIGLIP_NAME,
-        **_SELECT,
-        **_overrides(
-            tower_fields({"model_name": _SIGLIP_NAME}),
-            patch_size=vision.patch_size,
-            width=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            mlp_ratio=vision.intermediate_size / vision.hidden_size,
-        ),
-    }
+    vision = _as_built(SiglipVisionConfig, config.get("vision_config"), SIGLIP_FIXED)
+    mlp_ratio = vision.intermediate_size / vision.hidden_size
+    low = _tower_params(_SIGLIP_NAME, vision, SIGLIP_FIELDS, tower_fields, mlp_ratio=mlp_ratio)
     aligner = {"depth": 2, "input_dim": vision.hidden_size, "n_embed": text.hidden_size, "projector_type": "mlp_gelu"}
     if config["model_type"] == SIGLIP:
         vision_config = {"cls": "CLIPVisionTower", "params": low}
@@ -79,32 +88,47 @@ def to_reference(config: Mapping[str, Any], images: Mapping[str, Any], tower_fie
     return {**result, "torch_dtype": dtype} if dtype is not None else result
 
 
+def as_published(output: dict[str, Any], config: Any) -> dict[str, Any]:
+    """What is written of a `MultiModalityConfig`, with its parts as in the published files."""
+    for name in ("vision_config", "aligner_config"):
+        part = getattr(config, name)
+        output[name] = {"cls": part.cls, "model_type": part.model_type, "params": dict(part.params)}
+    output["language_config"] = _llama_diff(config.language_config)
+    dtype, llama_dtype = output.pop("dtype", None), output["language_config"].pop("dtype", None)
+    if dtype is not None:
+        output["torch_dtype"] = dtype
+    if dtype is not None or llama_dtype is not None:
+        output["language_config"]["torch_dtype"] = dtype or llama_dtype
+    return output
+
+
+def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
+    """The keys without which `LlamaConfig` would be another one."""
+    full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
+    defaults = LlamaConfig().to_dict()
+    diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
+    rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
+    return {
+        **diff,
+        **{name: value for name, value in full.items() if rebuilt.get(name) != value},
+        "model_type": "llama",
+    }
+
+
 def _hybrid(
     config: Mapping[str, Any], images: Mapping[str, Any], low: dict[str, Any], tower_fields: TowerFields
 ) -> dict[str, Any]:
     """The hybrid tower's parameters."""
     width = tower_fields(low)["width"]
-    sam = _as_built(
-        SamVisionConfig, config.get("high_res_vision_config"), hidden_act="gelu", layer_norm_eps=1e-6,
-        qkv_bias=True, use_abs_pos=True, use_rel_pos=True,
-    )  # fmt: skip
-    if 4 * sam.output_channels != width:
+    sam = _as_built(SamVisionConfig, config.get("high_res_vision_config"), SAM_FIXED)
+    channels = (2 * sam.output_channels, 4 * sam.output_channels)
+    if channels[1] != width:
         raise ValueError(
-            f"The high-resolution tower gives {4 * sam.output_channels} channels and the other {width}; this layout's "
-            "projector takes one width for both."
+            f"The high-resolution tower gives {channels[1]} channels and the other {width}; this layout's projector "
+            "takes one width for both."
         )
-    overrides = _overrides(
-        tower_fields({"model_name": _SAM_NAME}),
-        width=sam.hidden_size,
-        layers=sam.num_hidden_layers,
-        heads=sam.num_attention_heads,
-        global_attn_indexes=tuple(sam.global_attn_indexes),
-        downsample_channels=(2 * sam.output_channels, 4 * sam.output_channels),
-        patch_size=sam.patch_size,
-        window_size=sam.window_size,
-        mlp_ratio=sam.mlp_dim / sam.hidden_size,
-        prompt_embed_dim=sam.output_channels,
-    )
+    mlp_ratio = sam.mlp_dim / sam.hidden_size
+    high = _tower_params(_SAM_NAME, sam, SAM_FIELDS, tower_fields, mlp_ratio=mlp_ratio, downsample_channels=channels)
     images = {**_IMAGE_DEFAULTS, **{name: value for name, value in images.items() if value is not None}}
     return {
         "concat_type": "tuple",
@@ -112,13 +136,10 @@ def _hybrid(
         "freeze_low": True,
         "high_res_cfg": {
             "ckpt_path": "",
-            "image_size": sam.image_size,
-            "model_name": _SAM_NAME,
             "output_dim": width,
             "pixel_mean": list(images.get("high_res_image_mean", _IMAGE_DEFAULTS["image_mean"])),
             "pixel_std": list(images.get("high_res_image_std", _IMAGE_DEFAULTS["image_std"])),
-            **_SELECT,
-            **overrides,
+            **high,
         },
         "low_res_cfg": {
             "ckpt_path": "",
@@ -130,16 +151,21 @@ def _hybrid(
     }
 
 
-def _overrides(published: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    """The fields that differ from the published tower's, as JSON has them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in fields.items()
-        if published[name] != value
-    }
+def _tower_params(
+    model_name: str, config: Any, fields: Mapping[str, str], tower_fields: TowerFields, **more: Any
+) -> dict[str, Any]:
+    """A tower's parameters in the reference's config, with those sizes that differ from the published tower's."""
+    published = tower_fields({"model_name": model_name})
+    sizes = {**{ours: getattr(config, theirs) for ours, theirs in fields.items()}, **more}
+    overrides = {name: _json(value) for name, value in sizes.items() if _json(value) != _json(published[name])}
+    return {"image_size": config.image_size, "model_name": model_name, **_SELECT, **overrides}
 
 
-def _as_built(config_class: type, given: Mapping[str, Any] | None, **fixed: Any) -> Any:
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_built(config_class: type, given: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> Any:
     """A tower's config; an error if the reference's tower cannot be built so."""
     config = config_class(**_without_type(given))
     for name, value in fixed.items():
@@ -211,44 +237,29 @@ def _siglip_config(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict
     """The SigLIP tower's config."""
     _require("select_layer", params.get("select_layer", -1), -1)
     return {
+        **{theirs: fields[ours] for ours, theirs in SIGLIP_FIELDS.items()},
+        **SIGLIP_FIXED,
         "attention_dropout": 0.0,
-        "hidden_act": "gelu",
-        "hidden_size": fields["width"],
         "image_size": fields["image_size"],
         "intermediate_size": int(fields["width"] * fields["mlp_ratio"]),
-        "layer_norm_eps": 1e-06,
         "model_type": "siglip_vision_model",
-        "num_attention_heads": fields["heads"],
         "num_channels": 3,
-        "num_hidden_layers": fields["layers"],
-        "patch_size": fields["patch_size"],
         "vision_use_head": True,
     }
 
 
 def _sam_config(params: Mapping[str, Any], fields: Mapping[str, Any], siglip: Mapping[str, Any]) -> dict[str, Any]:
     """The SAM tower's config."""
-    channels = fields["prompt_embed_dim"]
+    channels, neck_size = fields["prompt_embed_dim"], 4 * (siglip["image_size"] // siglip["patch_size"])
     _require("downsample_channels", tuple(fields["downsample_channels"]), (2 * channels, 4 * channels))
-    _require("neck_size", params.get("neck_size", 4 * (siglip["image_size"] // siglip["patch_size"])),
-             4 * (siglip["image_size"] // siglip["patch_size"]))  # fmt: skip
+    _require("neck_size", params.get("neck_size", neck_size), neck_size)
     return {
-        "global_attn_indexes": list(fields["global_attn_indexes"]),
-        "hidden_act": "gelu",
-        "hidden_size": fields["width"],
+        **{theirs: _json(fields[ours]) for ours, theirs in SAM_FIELDS.items()},
+        **SAM_FIXED,
         "image_size": fields["image_size"],
-        "layer_norm_eps": 1e-06,
         "mlp_dim": int(fields["width"] * fields["mlp_ratio"]),
         "mlp_ratio": fields["mlp_ratio"],
         "model_type": "sam_vision_model",
-        "num_attention_heads": fields["heads"],
-        "num_hidden_layers": fields["layers"],
-        "output_channels": channels,
-        "patch_size": fields["patch_size"],
-        "qkv_bias": True,
-        "use_abs_pos": True,
-        "use_rel_pos": True,
-        "window_size": fields["window_size"],
     }
 
 

@@ -1,9 +1,11 @@
-"""What is read from checkpoint files besides configs: weights, and which tokens begin and end a text."""
+"""Weights in: tensors of files that are read one by one, so that memory holds each of them once."""
 
 import ctypes
+import json
 import logging
 import math
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_utils import load_state_dict
 
-from deepseek_vl.checkpoints.layout_weights import canonical
+from deepseek_vl.checkpoints.find import find_checkpoint
+from deepseek_vl.checkpoints.tensors import copy_alone
 
 logger = logging.getLogger(__name__)
 
@@ -43,32 +46,45 @@ class UnreadTensor:
         mapped = self._file.get_tensor(self._name)[index]
         dtype = self._dtype if self._dtype is not None and mapped.is_floating_point() else mapped.dtype
         # Never the mapped numbers themselves, which would change if the file is written again.
-        read = mapped.to(dtype, copy=True)
+        read = torch.empty(mapped.shape, dtype=dtype, device="cpu")
+        copy_alone(mapped, read)
         forget_pages(mapped)
         return read
 
 
-def unread_tensors(file: str, dtype: torch.dtype | None = None) -> list[tuple[str, UnreadTensor]]:
-    """The names and tensors of a safetensors file, each to be read when it is indexed, as `dtype` if it is floating
-    point and one is given."""
-    try:
-        opened = safe_open(file, framework="pt", backend="mmap")
-    except SafetensorError as error:
-        raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
-    return [(name, UnreadTensor(opened, name, dtype)) for name in opened.keys()]  # noqa: SIM118  it is no dict
-
-
-def unread_weights(files: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The tensors of a checkpoint's safetensors or torch files, by their `canonical` names, read when indexed.
+def unread_weights(files: Iterable[str | Path], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The tensors of a checkpoint's safetensors or torch files, by name, read when indexed.
 
     Args:
+        files: their paths.
         dtype: what floating point numbers of safetensors files are converted to as they are read; None leaves them.
+
+    Raises:
+        OSError: if a file is broken.
     """
     tensors: dict[str, Any] = {}
-    for file in files:
-        is_safetensors = file.endswith(".safetensors")
-        tensors |= unread_tensors(file, dtype) if is_safetensors else load_state_dict(file)
-    return canonical(tensors)
+    for file in map(str, files):
+        if not file.endswith(".safetensors"):
+            tensors |= load_state_dict(file)
+            continue
+        try:
+            opened = safe_open(file, framework="pt", backend="mmap")
+        except SafetensorError as error:
+            raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
+        tensors |= {name: UnreadTensor(opened, name, dtype) for name in opened.keys()}  # noqa: SIM118  it is no dict
+    return tensors
+
+
+def checkpoint_dtype(name_or_path: str | os.PathLike) -> torch.dtype:
+    """The dtype that a checkpoint's config says its weights are stored in; float32 if it says nothing.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+    """
+    file = Path(find_checkpoint(name_or_path, weights=False), "config.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
 
 
 def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None:

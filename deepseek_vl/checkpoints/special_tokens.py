@@ -1,65 +1,62 @@
 """Which tokens begin, end and pad a text, as a checkpoint's files say."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlamaConfig
-from transformers.utils import cached_file
+from transformers import LlamaConfig
 
-from deepseek_vl.checkpoints.find import hub_arguments_of
+_NAMES = ("bos_token", "eos_token", "pad_token")
 
 
-def default_special_tokens(config: LlamaConfig) -> dict[str, int]:
-    """The language config's own ids, except for the published vocabulary, whose configs carry Llama's by oversight."""
-    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
-    if (bos, eos) == (1, 2) and config.vocab_size == 102400:
-        bos, eos, pad = 100000, 100001, 100001
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
+def config_special_tokens(config: LlamaConfig) -> dict[str, int]:
+    """The ids that a language model's config names: `bos_token_id`, `eos_token_id` and `pad_token_id`."""
+    return _complete({f"{name}_id": getattr(config, f"{name}_id") for name in _NAMES})
+
+
+def checkpoint_special_tokens(directory: str | Path, config: LlamaConfig) -> dict[str, Any]:
+    """The ids that a checkpoint's files name.
+
+    Those of `generation_config.json`, except where it only repeats the config; else the tokenizer's; else the config's,
+    which in the published checkpoints are Llama's by oversight.
+    """
+    declared, generation = (_read(directory, name) for name in ("tokenizer_config.json", "generation_config.json"))
+    added, from_config = _added_tokens(directory), config_special_tokens(config)
+    ids = {}
+    for name in _NAMES:
+        token, key = declared.get(name), f"{name}_id"
+        content = token["content"] if isinstance(token, dict) else token
+        ids[key] = added.get(content, getattr(config, key))
+        if generation.get(key) not in (None, from_config.get(key)):
+            ids[key] = generation[key]
+    return _complete(ids)
+
+
+def _complete(ids: dict[str, Any]) -> dict[str, Any]:
+    """Those ids that are there; texts are padded with their end if nothing else is said."""
+    if ids["pad_token_id"] is None:
+        ends = ids["eos_token_id"]
+        ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
-def checkpoint_special_tokens(
-    config: LlamaConfig, generation: GenerationConfig, name_or_path: str, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The special tokens' ids that a checkpoint's files name.
-
-    Those of a generation config of its own, except where it only repeats the defaults; else the tokenizer's.
-    """
-    hub_arguments = hub_arguments_of(kwargs)
-    generation_config, tokenizer_config, tokenizer = (
-        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for file in ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
-    )
-    defaults = default_special_tokens(config)
-    ids = dict(defaults)
-    if tokenizer_config is not None and tokenizer is not None:
-        added_tokens = json.loads(Path(tokenizer).read_text(encoding="utf-8")).get("added_tokens", [])
-        added = {token["content"]: token["id"] for token in added_tokens}
-        declared = json.loads(Path(tokenizer_config).read_text(encoding="utf-8"))
-        for name in ("bos_token", "eos_token", "pad_token"):
-            token = declared.get(name)
-            content = token["content"] if isinstance(token, dict) else token
-            if content in added:
-                ids[f"{name}_id"] = added[content]
-    if generation_config is not None:
-        for name in ids:
-            own = getattr(generation, name)
-            if own is not None and own != defaults.get(name):
-                ids[name] = own
-    return ids
-
-
-def token_id_of(token: str, name_or_path: str, hub_arguments: Mapping[str, Any]) -> int:
+def token_id_of(token: str, directory: str | Path) -> int:
     """The id of a special token in a checkpoint's `tokenizer.json`.
 
     Raises:
         ValueError: if there is no such token.
     """
-    file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if file is not None:
-        for added in json.loads(Path(file).read_text(encoding="utf-8")).get("added_tokens", []):
-            if added["content"] == token:
-                return added["id"]
-    raise ValueError(f"{str(name_or_path)!r} has no tokenizer.json with a token {token!r}.")
+    added = _added_tokens(directory)
+    if token not in added:
+        raise ValueError(f"{str(directory)!r} has no tokenizer.json with a token {token!r}.")
+    return added[token]
+
+
+def _added_tokens(directory: str | Path) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in _read(directory, "tokenizer.json").get("added_tokens", [])}
+
+
+def _read(directory: str | Path, name: str) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    file = Path(directory, name)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

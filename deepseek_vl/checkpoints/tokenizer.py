@@ -1,40 +1,96 @@
-"""A checkpoint's tokenizer, as its `tokenizer.json` says."""
+"""A checkpoint's tokenizer, as its `tokenizer.json` says; and encoding what is to be read letter by letter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+
+Spans = Sequence[tuple[int, int]]
 
 
-def load_tokenizer(
-    name_or_path: str, settings: Mapping[str, Any] | None = None, **hub_arguments: Any
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: str | Path, settings: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer as its `tokenizer.json` says.
 
     Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
     pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
 
     Args:
-        name_or_path: a directory, or an id on the Hub.
+        directory: with the tokenizer's files.
         settings: replace those in `tokenizer_config.json`.
-        hub_arguments: where files come from.
 
     Raises:
         OSError: if there are no tokenizer files.
     """
-    files = {
-        file: cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for file in ("tokenizer.json", "tokenizer.model")
-    }
-    if files["tokenizer.json"] is None:
-        if files["tokenizer.model"] is None:
-            raise OSError(f"{str(name_or_path)!r} has no tokenizer.json.")
-        return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **(settings or {}), **hub_arguments)
+    if not Path(directory, "tokenizer.json").is_file():
+        if not Path(directory, "tokenizer.model").is_file():
+            raise OSError(f"{str(directory)!r} has no tokenizer.json.")
+        return AutoTokenizer.from_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **(settings or {}))
     # What LlamaTokenizerFast sets for a checkpoint that is silent about it.
     if "padding_side" not in tokenizer.init_kwargs:
         tokenizer.padding_side = "left"
     if "model_input_names" not in tokenizer.init_kwargs:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: Spans = (), tag: str | None = None
+) -> tuple[list[int], Spans]:
+    """A text's token ids, and the [start, end) characters of each; a slow tokenizer does not give the latter.
+
+    Args:
+        literal: spans of the text in which special tokens and the tag are text.
+        tag: of images, which need not be a special token.
+
+    Raises:
+        ValueError: for literal spans and a slow tokenizer.
+    """
+    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids, offsets = tokens["input_ids"], tokens.get("offset_mapping", [])
+    if not literal:
+        return ids, offsets
+    if not tokenizer.is_fast:
+        raise ValueError("What users write can only be read by a tokenizer with a tokenizer.json (a fast one).")
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    special = {number for number, token in added if token.special or token.content == tag}
+
+    def special_in(ids: Sequence[int], offsets: Spans, shift: int = 0) -> list[tuple[int, tuple[int, int]]]:
+        tokens = zip(ids, offsets, strict=True)
+        return [(i, (shift + a, shift + b)) for i, (a, b) in tokens if i in special and a < b]
+
+    backend = tokenizer.backend_tokenizer
+    trusted = _between(literal, len(text))
+    parts = backend.encode_batch([text[a:b] for a, b in trusted], add_special_tokens=False)
+    found = (special_in(part.ids, part.offsets, start) for (start, _), part in zip(trusted, parts, strict=True))
+    own = list(chain.from_iterable(found))
+    if special_in(ids, offsets) == own:
+        return ids, offsets
+
+    # A special token ends one text and begins another, so that what is between them can be encoded apart.
+    plain = Tokenizer(backend.model)  # shares the vocabulary; added tokens get their ids by their order
+    plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    for number, token in added:
+        token.special = number in special
+    plain.add_tokens([token for _, token in added])
+    plain.encode_special_tokens = True
+    gaps = _between(tuple(span for _, span in own), len(text))
+    parts = plain.encode_batch([text[a:b] for a, b in gaps], add_special_tokens=False)
+    ids = tokenizer.encode("")
+    offsets = [(0, 0)] * len(ids)
+    for (start, _), part, special_token in zip(gaps, parts, [*own, None], strict=True):
+        ids += part.ids
+        offsets += [(start + a, start + b) for a, b in part.offsets]
+        if special_token:
+            ids.append(special_token[0])
+            offsets.append(special_token[1])
+    return ids, offsets
+
+
+def _between(spans: Spans, end: int) -> Spans:
+    """What lies in front of spans, between them, and behind them up to `end`."""
+    borders = (0, *chain(*spans), end)
+    return tuple(zip(borders[::2], borders[1::2], strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from deepseek_vl.checkpoints.layout_weights import DTYPE_NAMES, Slice, dtype_of, shape_of
+from deepseek_vl.checkpoints.tensors import DTYPE_NAMES, Slice, dtype_of, shape_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from deepseek_vl.checkpoints.find import bundled_or_same
+from deepseek_vl.checkpoints.find import find_checkpoint, take_hub_arguments
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
-from deepseek_vl.kernels.native import release_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,73 +76,69 @@ def load_pretrained_model(
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
 
-    name = bundled_or_same(model_path)
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's raises for unknown users
-    is_directory = path.is_dir()
-    if is_directory and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not a checkpoint directory: it has no config.json.")
-    if not is_directory and (path.exists() or not _HUB_ID.fullmatch(str(model_path))):
-        raise FileNotFoundError(f"There is no checkpoint directory {str(model_path)!r}.")
-    # A bundled model keeps its name, so that what is made from it (an adapter) says so on any machine.
-    source = str(path) if is_directory and name == os.fspath(model_path) else str(model_path)
+    # Find the files.
+    name = os.fspath(model_path)
+    directory = Path(find_checkpoint(name, take_hub_arguments(kwargs)))
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{name!r} is not a checkpoint directory: it has no config.json.")
 
-    from deepseek_vl.kernels.attention import use_float32_attention
-    from deepseek_vl.kernels.int8 import quantize_int8
-    from deepseek_vl.kernels.linear import fastest_linear, replace_linear
-    from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+    # Both take long to import, which nobody has to wait for whose path is wrong.
+    from deepseek_vl.checkpoints.layout_configs import TRANSFORMERS_TYPES
+    from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
-    try:
-        config, _ = MultiModalityConfig.get_config_dict(str(path) if is_directory else source)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        problem = "cannot be read" if is_directory else "is not a directory, and could not be fetched from the Hub"
-        raise OSError(f"{source!r} {problem}: {cause}") from error
-    if config.get("model_type") != MultiModalityCausalLM.config_class.model_type:
-        raise ValueError(
-            f"{source!r} is not a DeepSeek-VL checkpoint: its model_type is {config.get('model_type')!r}, not "
-            f"{MultiModalityCausalLM.config_class.model_type!r}."
-        )
-    try:
-        processor = VLChatProcessor.from_pretrained(source)
-        with _one_thread_for_each_operation():  # several weights are converted at once, each in a thread
-            model = MultiModalityCausalLM.from_pretrained(source, **kwargs).eval()
-    except json.JSONDecodeError as error:
-        raise OSError(f"{source!r} has a broken JSON file, {_broken_json(path)}: {error}.") from error
-    except (AttributeError, KeyError, TypeError, UnpicklingError) as error:  # what broken files make the loaders raise
-        raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
+    with _errors_that_name(name, directory):
+        # Read config and processor.
+        model_type = load_json(directory / "config.json").get("model_type")
+        if model_type not in (MultiModalityCausalLM.config_class.model_type, *TRANSFORMERS_TYPES):
+            raise ValueError(
+                f"{name!r} is not a DeepSeek-VL checkpoint: its model_type is {model_type!r}, not "
+                f"{MultiModalityCausalLM.config_class.model_type!r}."
+            )
+        processor = VLChatProcessor.from_pretrained(directory)
+
+        # Build and fill.
+        model = MultiModalityCausalLM.from_pretrained(directory, **kwargs).eval()
+        # What an adapter notes as its base: not the directory of a download, or of a bundled model.
+        model.config.name_or_path = os.path.expanduser(name)  # noqa: PTH111  Path's raises for unknown users
+
+    # Make it fast for this device.
     if device.type == "cpu":
+        from deepseek_vl.kernels.attention import use_fastest_attention
+        from deepseek_vl.kernels.int8 import quantize_int8
+        from deepseek_vl.kernels.linear import fastest_linear, replace_linear
+
         if quantize is None:
             replace_linear(model, fastest_linear(kwargs["dtype"]))
         else:
             quantize_int8(model)
-        use_float32_attention(model.language_model)
+        use_fastest_attention(model.language_model)
     elif quantize is not None:
         from deepseek_vl.kernels.weight_only import quantize_weights
 
         quantize_weights(model.language_model, quantize)
-    release_threads()
     return processor.tokenizer, processor, model
 
 
 @contextlib.contextmanager
-def _one_thread_for_each_operation() -> Iterator[None]:
-    """PyTorch's operations on CPUs, of the whole process, are not divided among threads inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _errors_that_name(source: str, directory: Path) -> Iterator[None]:
+    """What broken files make the loaders raise becomes an error that names the checkpoint or the file.
+
+    Raises:
+        OSError: for a JSON file that is none.
+        ValueError: for other errors.
+    """
     try:
         yield
-    finally:
-        torch.set_num_threads(threads)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        file = next(filter(_is_broken_json, sorted(directory.glob("*.json"))), directory)
+        raise OSError(f"{str(file)!r} is not JSON: {error}.") from error
+    except (AttributeError, KeyError, TypeError, UnpicklingError) as error:
+        raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def _broken_json(directory: Path) -> str:
-    """The name of the file in a checkpoint directory that is not JSON."""
-    for file in sorted(directory.glob("*.json")):
-        try:
-            load_json(file)
-        except ValueError:
-            return file.name
-    return "in the download cache"
+def _is_broken_json(file: Path) -> bool:
+    try:
+        load_json(file)
+    except ValueError:
+        return True
+    return False

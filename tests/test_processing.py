@@ -15,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.models import VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput, VLChatProcessorOutput
+from deepseek_vl.utils.conversation import Rendered
 
 SYSTEM = VLChatProcessor.system_prompt
 TRICKY = "Hello  world\n\n User: 请"  # what a SentencePiece-style pre-tokenizer would lose
@@ -693,33 +694,43 @@ def any_processor(request: pytest.FixtureRequest) -> VLChatProcessor:
     return make_processor(request.getfixturevalue(f"{request.param}_tokenizer_dir"))
 
 
+def typed(text: str) -> list[dict]:
+    """A message of text alone."""
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
 @pytest.mark.parametrize("token", [BOS, EOS, IMAGE_TAG, IMAGE_TAG * 3, f"{EOS}{IMAGE_TAG}"])
 def test_a_literal_special_token_is_read_letter_by_letter(any_processor: VLChatProcessor, token: str) -> None:
     text = f"What does {token} mean?"
-    ids = any_processor.encode(any_processor.literal(text))
+    ids, _ = any_processor.encode(Rendered(text, literal=((0, len(text)),)))
     special = {any_processor.image_id, *any_processor.tokenizer.all_special_ids}
     assert not special & set(ids[1:])
     assert any_processor.tokenizer.decode(ids[1:]) == text
-    assert special & set(any_processor.encode(text)[1:])
+    assert special & set(any_processor.encode(text)[0][1:])
 
 
 def test_around_a_literal_everything_is_encoded_as_without_it(any_processor: VLChatProcessor) -> None:
     before = f"System.\n\nUser: {IMAGE_TAG}  two  spaces{IMAGE_TAG} {TRICKY}\n\nAssistant: yes{EOS}"
     after = f"{IMAGE_TAG}\n\nUser: and  this? {TRICKY}"
-    whole = any_processor.encode(f"{before}{any_processor.literal(IMAGE_TAG)}{after}")
+    literal = (len(before), len(before) + len(IMAGE_TAG))
+    whole, offsets = any_processor.encode(Rendered(f"{before}{IMAGE_TAG}{after}", literal=(literal,)))
     expected = any_processor.tokenizer.encode(before)
     assert whole[: len(expected)] == expected
     expected = any_processor.tokenizer.encode(after, add_special_tokens=False)
     assert whole[-len(expected) :] == expected
+    assert [start for start, _ in offsets] == sorted(start for start, _ in offsets)
+    assert offsets[-1][1] == len(before + IMAGE_TAG + after)
 
 
 def test_text_without_special_tokens_is_its_own_literal(any_processor: VLChatProcessor) -> None:
     for text in ("", TRICKY, "<image>", "< image_placeholder>", "<image_placeholder", "a < b > c"):
-        assert any_processor.literal(text) == text
+        rendered = any_processor.render(typed(text), untrusted=True)
+        assert any_processor.encode(rendered) == any_processor.encode(rendered.text)
 
 
 def test_a_literal_image_tag_asks_for_no_image(processor: VLChatProcessor) -> None:
-    typed = processor.literal(f"{IMAGE_TAG} is a tag")
-    output = processor(conversations=conversation(f"{IMAGE_TAG}{typed}"), images=pictures(1))
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{IMAGE_TAG} is a tag"}]}
+    prompt = processor.render([message, {"role": "assistant", "content": ""}], untrusted=True)
+    output = processor(prompt=prompt, images=pictures(1))
     assert output.images_seq_mask.sum() == PER_IMAGE
     assert output.sft_format == [f"{SYSTEM}\n\nUser: {IMAGE_TAG}{IMAGE_TAG} is a tag\n\nAssistant:"]

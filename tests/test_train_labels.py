@@ -334,7 +334,15 @@ def test_the_trainer_computes_no_logits_but_those_that_are_asked_for(opened, pic
             save_strategy="no",
             **options,
         )
-        return VLTrainer(model, arguments, processor, TrainingCollator(processor), rows, rows, compute_loss_func=loss)
+        return VLTrainer(
+            model=model,
+            args=arguments,
+            processing_class=processor,
+            data_collator=TrainingCollator(processor),
+            train_dataset=rows,
+            eval_dataset=rows,
+            compute_loss_func=loss,
+        )
 
     def mean_of_logits(output: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         return output.logits.float().mean()

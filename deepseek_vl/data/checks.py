@@ -3,12 +3,10 @@
 import logging
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from torch.utils.data import Dataset
 
 from deepseek_vl.data.rows import BadRow, DataError, TrainingRow, check_tags, data_files, read_rows
 from deepseek_vl.imaging.open import ImageLoadError, load_image
@@ -41,31 +39,14 @@ class DataReport:
         """The number of images in the good rows."""
         return sum(len(row.images) for row in self.rows)
 
-    @property
-    def answers(self) -> int:
-        """The number of answers in the good rows."""
-        return sum(len(row.types) for row in self.rows)
-
     def summary(self) -> str:
         """One line of numbers."""
-        text = f"{len(self.rows)} good rows, {len(self.bad)} bad; {self.answers} answers, {self.images} images"
+        answers = sum(len(row.types) for row in self.rows)
+        text = f"{len(self.rows)} good rows, {len(self.bad)} bad; {answers} answers, {self.images} images"
         if not self.lengths:
             return text
         shortest, median, longest = min(self.lengths), statistics.median_low(self.lengths), max(self.lengths)
         return f"{text}; tokens per row: shortest {shortest}, median {median}, longest {longest}"
-
-
-class ConversationDataset(Dataset[TrainingRow]):
-    """Rows as a map-style data set; item i is row i."""
-
-    def __init__(self, rows: Sequence[TrainingRow]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TrainingRow:
-        return self.rows[index]
 
 
 def load_data(
@@ -100,7 +81,7 @@ def load_data(
         total = len(report.rows) + len(report.bad)
         logger.warning("Left out %d bad rows of %d, such as %s", len(report.bad), total, report.bad[0])
     end = processor.tokenizer.eos_token
-    if not render(report.rows[0], processor).endswith(end):
+    if not processor.render(report.rows[0].messages).text.endswith(end):
         logger.warning(
             "The template %r ends answers without %s: when to stop is not learnt.", processor.sft_format, end
         )
@@ -147,7 +128,7 @@ def check_data(
             report.bad.append(row)
             continue
         try:
-            length = _check_row(row, processor, max_length, truncate, problems.__getitem__)
+            length = check_row(row, processor, max_length, truncate, problems.__getitem__)
         except DataError as error:
             report.bad.append(BadRow(row.origin, str(error)))
         else:
@@ -165,18 +146,6 @@ def check_tokenizer(processor: "VLChatProcessor") -> None:
         raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
 
 
-def check_row(row: TrainingRow, processor: "VLChatProcessor", max_length: int | None = None) -> int:
-    """Check one row against a processor: every image opens, each has its tag, and the row is not too long.
-
-    Returns:
-        Its number of tokens, with the images' positions.
-
-    Raises:
-        DataError: with the reason.
-    """
-    return _check_row(row, processor, max_length, False, _image_problem)
-
-
 def _image_problem(source: Any) -> str | None:
     """Why an image cannot be used, None if it can. The whole file is decoded, so that truncation shows."""
     try:
@@ -186,14 +155,25 @@ def _image_problem(source: Any) -> str | None:
     return None
 
 
-def _check_row(
+def check_row(
     row: TrainingRow,
     processor: "VLChatProcessor",
-    max_length: int | None,
-    truncate: bool,
-    image_problem: Callable[[Any], str | None],
+    max_length: int | None = None,
+    truncate: bool = False,
+    image_problem: Callable[[Any], str | None] = _image_problem,
 ) -> int:
-    """`check_row`, with what it asks about each image."""
+    """Check one row against a processor: every image opens, each has its tag, and the row is not too long.
+
+    Args:
+        processor, max_length, truncate: see `load_data`.
+        image_problem: says why an image cannot be used, or None.
+
+    Returns:
+        Its number of tokens, with the images' positions.
+
+    Raises:
+        DataError: with the reason.
+    """
     tag = processor.image_tag
     added = set(processor.tokenizer.all_special_tokens) - {tag}
     for number, message in enumerate(row.messages, 1):
@@ -207,27 +187,11 @@ def _check_row(
     for source in row.images:
         if problem := image_problem(source):
             raise DataError(problem)
-    length = _length(row, processor)
+    length = processor.count_tokens(processor.render(row.messages, row.system))
     if max_length is not None and length > max_length:
         if not truncate:
             raise DataError(f"too long: {length} tokens, --max_length is {max_length}")
-        unanswered = replace(row, messages=[row.messages[0], {**row.messages[1], "content": ""}])
-        if (asked := _length(unanswered, processor)) >= max_length:
+        unanswered = [row.messages[0], {**row.messages[1], "content": ""}]
+        if (asked := processor.count_tokens(processor.render(unanswered, row.system))) >= max_length:
             raise DataError(f"too long: the first answer begins after {asked} tokens, --max_length is {max_length}")
     return length
-
-
-def _length(row: TrainingRow, processor: "VLChatProcessor") -> int:
-    """The number of tokens, with the images' positions."""
-    ids = processor.tokenizer.encode(render(row, processor), verbose=False)
-    images = sum(len(message.get("images") or ()) for message in row.messages)
-    return len(ids) + images * (processor.num_image_tokens + int(processor.add_special_token) - 1)
-
-
-def render(row: TrainingRow, processor: "VLChatProcessor") -> str:
-    """The whole conversation as the processor's prompt, with the row's system text if it has one."""
-    return processor.apply_sft_template_for_multi_turn_prompts(
-        row.messages,
-        sft_format=processor.sft_format,
-        system_prompt=processor.system_prompt if row.system is None else row.system,
-    )

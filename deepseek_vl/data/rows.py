@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
-IMAGE_TAG = "<image_placeholder>"
+from deepseek_vl.utils.conversation import IMAGE_TAG
+
 ROW_IMAGE_TAG = "<image>"
 ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 
@@ -164,7 +165,10 @@ def parse_row(row: Any, directory: Path, origin: str, image_tag: str = IMAGE_TAG
         DataError: with the reason, without the origin.
     """
     fields, entries = _open_row(row)
-    row_images = _row_images(fields, directory)
+    beside = [fields[key] for key in ("image", "images") if fields.get(key) is not None]
+    if len(beside) == 2:
+        raise DataError('the row has both "image" and "images"; give its images under one of them')
+    row_images = _sources(beside[0] if beside else None, directory, "the row")
     messages_hold_images = isinstance(row, list) or any(
         isinstance(entry, dict) and ("images" in entry or isinstance(entry.get("content"), list)) for entry in entries
     )
@@ -210,14 +214,6 @@ def _open_row(row: Any) -> tuple[dict[str, Any], list[Any]]:
     return fields, entries
 
 
-def _row_images(fields: dict[str, Any], directory: Path) -> list[Any]:
-    """The sources of the images that stand beside the messages."""
-    if fields.get("image") is not None and fields.get("images") is not None:
-        raise DataError('the row has both "image" and "images"; give its images under one of them')
-    value = fields["image"] if fields.get("image") is not None else fields.get("images")
-    return _sources(value, directory, "the row")
-
-
 def _read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: str) -> dict[str, Any]:
     """One message in the reference's form; an image that the row has to supply is None."""
     name = f"message {number}"
@@ -230,39 +226,36 @@ def _read_message(number: int, entry: Any, directory: Path, tag: str, image_tag:
     if role is None:
         raise DataError(f"the role of {name} is {entry[role_key]!r}; it must be user, assistant or system")
 
-    content, images = entry.get(text_key), []
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            text, sources = _read_part(name, part, directory, tag, image_tag)
-            texts.append(text)
-            images += sources
-        content = "".join(texts)
-    else:
-        _check_is_text(f'"{text_key}" of {name}', content)
-        content = content.replace(tag, image_tag)
-        images = [None] * content.count(image_tag)
+    content = entry.get(text_key)
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    text, images = "", []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image", "image_url", "input_image"):
+            text += image_tag
+            images.append(_source(part, directory, f"the image of {name}"))
+        elif kind in ("text", "input_text", "output_text"):
+            _check_is_text(
+                f'"text" of a part of {name}' if parts is content else f'"{text_key}" of {name}', part.get("text")
+            )
+            said = part["text"].replace(tag, image_tag)
+            text += said
+            images += [None] * said.count(image_tag)
+        else:
+            raise DataError(f"{name} has a part of type {kind!r}; it must be text, image or image_url")
 
     own = _sources(entry.get("images"), directory, name)
     if role != "User" and (images or own):
         raise DataError(f"{name} is the {role.lower()}'s and holds an image; images belong in the user's messages")
     if own:
         check_tags(name, images.count(None), len(own), tag)
-        remaining = iter(own)
-        images = [next(remaining) if source is None else source for source in images]
-    return {"role": role, "content": content, "images": images}
+        images = _fill(images, iter(own))
+    return {"role": role, "content": text, "images": images}
 
 
-def _read_part(name: str, part: Any, directory: Path, tag: str, image_tag: str) -> tuple[str, list[Any]]:
-    """The text of one part of an OpenAI message, and its images, None for each that has no source of its own."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text"):
-        _check_is_text(f'"text" of a part of {name}', part.get("text"))
-        text = part["text"].replace(tag, image_tag)
-        return text, [None] * text.count(image_tag)
-    if kind in ("image", "image_url", "input_image"):
-        return image_tag, [_source(part, directory, f"the image of {name}")]
-    raise DataError(f"{name} has a part of type {kind!r}; it must be text, image or image_url")
+def _fill(images: Sequence[Any], sources: Iterator[Any]) -> list[Any]:
+    """The images, with the next source in place of each None."""
+    return [next(sources) if image is None else image for image in images]
 
 
 def _sources(value: Any, directory: Path, name: str) -> list[Any]:
@@ -325,7 +318,7 @@ def _place_row_images(messages: Sequence[dict[str, Any]], images: Sequence[Any],
         sources = message["images"]
         if not images:
             check_tags(f"message {number}", len(sources), len(sources) - sources.count(None), tag)
-        message["images"] = [next(remaining) if source is None else source for source in sources]
+        message["images"] = _fill(sources, remaining)
 
 
 def _types(value: Any, answers: int) -> tuple[str | None, ...]:

@@ -1,32 +1,28 @@
 """Conversation + images -> model inputs."""
 
-import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import BatchFeature, ProcessorMixin
 
-from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
-from deepseek_vl.checkpoints.tokenizer import load_tokenizer
+from deepseek_vl.checkpoints.find import FromCheckpoint
+from deepseek_vl.checkpoints.tokenizer import Spans, encode, load_tokenizer
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor, flat_images
 from deepseek_vl.utils.conversation import (
-    DEEPSEEK_CHAT_TEMPLATE,
     DEFAULT_SYSTEM_PROMPT,
+    IMAGE_TAG,
     Conversation,
+    Rendered,
     get_conv_template,
+    jinja_template,
+    render,
 )
-
-_LITERAL = "\ufdd0"
-"""Stands inside a special token that is to be read letter by letter. A noncharacter: no text has it."""
 
 
 class DictOutput:
@@ -113,7 +109,7 @@ class BatchedVLChatProcessorOutput(DictOutput):
         return self
 
 
-class VLChatProcessor(ProcessorMixin):
+class VLChatProcessor(FromCheckpoint, ProcessorMixin):
     """Renders a conversation, tokenizes it and prepares its images.
 
     Args:
@@ -133,7 +129,7 @@ class VLChatProcessor(ProcessorMixin):
         self,
         image_processor: VLMImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        image_tag: str = "<image_placeholder>",
+        image_tag: str = IMAGE_TAG,
         num_image_tokens: int = 576,
         add_special_token: bool = False,
         sft_format: str = "deepseek",
@@ -169,6 +165,11 @@ class VLChatProcessor(ProcessorMixin):
         pad_id = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
+    @property
+    def positions_per_image(self) -> int:
+        """How many tokens of the prompt an image becomes."""
+        return self.num_image_tokens + int(self.add_special_token)
+
     def new_chat_template(self) -> Conversation:
         """An empty conversation in this processor's format, with its system prompt."""
         conversation = get_conv_template(self.sft_format)
@@ -178,12 +179,22 @@ class VLChatProcessor(ProcessorMixin):
     def apply_sft_template_for_multi_turn_prompts(
         self, conversations: Sequence[Mapping[str, Any]], sft_format: str = "deepseek", system_prompt: str = ""
     ) -> str:
-        """Render messages (`{"role": ..., "content": ...}`) as a prompt; each content and the whole are stripped."""
+        """The reference's rendering of messages (`{"role", "content"}`), whose roles are used as they are.
+
+        Each content and the whole are stripped.
+        """
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)
         for message in conversations:
             conversation.append_message(message["role"], message["content"].strip())
         return conversation.get_prompt().strip()
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], system_prompt: str | None = None, untrusted: bool = False
+    ) -> Rendered:
+        """`deepseek_vl.utils.conversation.render` in this processor's format, by default with its system prompt."""
+        system_prompt = self.system_prompt if system_prompt is None else system_prompt
+        return render(messages, self.sft_format, system_prompt, untrusted, self.image_tag)
 
     def add_image_token(
         self, image_indices: Sequence[int] | torch.Tensor, input_ids: torch.LongTensor
@@ -200,53 +211,26 @@ class VLChatProcessor(ProcessorMixin):
         """
         indices = torch.as_tensor(image_indices, dtype=torch.int64).flatten()
         copies = torch.ones_like(input_ids)
-        copies[indices] = self.num_image_tokens + int(self.add_special_token)
+        copies[indices] = self.positions_per_image
         counts = torch.full((len(indices),), self.num_image_tokens, dtype=torch.int32)
         return input_ids.repeat_interleave(copies), counts
 
-    def literal(self, text: str) -> str:
-        """`text` as it is to stand in a message, so that a special token or image tag that it spells stays text.
+    def encode(self, prompt: str | Rendered) -> tuple[list[int], Spans]:
+        """A prompt's token ids, and the [start, end) characters of each; see `deepseek_vl.checkpoints.tokenizer`."""
+        rendered = Rendered(prompt) if isinstance(prompt, str) else prompt
+        return encode(self.tokenizer, rendered.text, rendered.literal, self.image_tag)
 
-        For what strangers write: without this, a typed image tag asks for an image and a typed end token ends a turn.
-        """
-        return self._special_tokens.sub(
-            lambda match: f"{match[0][0]}{_LITERAL}{match[0][1:]}", text.replace(_LITERAL, "")
-        )
-
-    @cached_property
-    def _special_tokens(self) -> re.Pattern[str]:
-        """Matches any special token, the longest first."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens)))
-
-    @cached_property
-    def _plain_tokenizer(self) -> Tokenizer:
-        """The tokenizer without special tokens."""
-        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        plain.encode_special_tokens = True
-        return plain
-
-    def encode(self, prompt: str) -> list[int]:
-        """A rendered prompt's ids; what `literal` has marked becomes the ids of its letters."""
-        if _LITERAL not in prompt:
-            return self.tokenizer.encode(prompt)
-        # A special token ends one text and begins another, so that its neighbours can be encoded apart.
-        input_ids = self.tokenizer.encode("")
-        start = 0
-        for match in (*self._special_tokens.finditer(prompt), None):
-            text = prompt[start : match.start() if match else None].replace(_LITERAL, "")
-            input_ids += self._plain_tokenizer.encode(text, add_special_tokens=False).ids
-            if match:
-                input_ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
-                start = match.end()
-        return input_ids
+    def count_tokens(self, prompt: str | Rendered) -> int:
+        """The length of a prompt, image features included."""
+        ids, _ = self.encode(prompt)
+        return len(ids) + ids.count(self.image_id) * (self.positions_per_image - 1)
 
     def process_one(
         self,
-        prompt: str | None = None,
+        prompt: str | Rendered | None = None,
         conversations: Sequence[Mapping[str, Any]] | None = None,
         images: Sequence[Image.Image] | None = None,
+        ids: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Process one prompt or conversation.
@@ -255,6 +239,7 @@ class VLChatProcessor(ProcessorMixin):
             prompt: a rendered prompt, used as it is.
             conversations: the messages of one conversation, rendered with this processor's template and system prompt.
             images: its PIL images, in the order of their tags.
+            ids: of the prompt, where `encode` has been called already.
 
         Raises:
             ValueError: unless exactly one of `prompt` and `conversations` is given, or if the number of images is not
@@ -267,8 +252,7 @@ class VLChatProcessor(ProcessorMixin):
                 conversations, sft_format=self.sft_format, system_prompt=self.system_prompt
             )
         images = [images] if isinstance(images, Image.Image) else list(images or [])
-
-        input_ids = torch.tensor(self.encode(prompt), dtype=torch.int64)
+        input_ids = torch.tensor(self.encode(prompt)[0] if ids is None else ids, dtype=torch.int64)
         image_indices = (input_ids == self.image_id).nonzero()
         if len(image_indices) != len(images):
             raise ValueError(
@@ -277,13 +261,13 @@ class VLChatProcessor(ProcessorMixin):
             )
         input_ids, num_image_tokens = self.add_image_token(image_indices, input_ids)
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        prompt = prompt.replace(_LITERAL, "")
-        return VLChatProcessorOutput(prompt, input_ids, pixel_values, num_image_tokens)
+        text = prompt if isinstance(prompt, str) else prompt.text
+        return VLChatProcessorOutput(text, input_ids, pixel_values, num_image_tokens)
 
     def __call__(
         self,
         *,
-        prompt: str | None = None,
+        prompt: str | Rendered | None = None,
         conversations: Sequence[Mapping[str, Any]] | None = None,
         images: Sequence[Image.Image] | None = None,
         force_batchify: bool = True,
@@ -329,11 +313,11 @@ class VLChatProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """transformers' `apply_chat_template`, for messages in its form.
 
-        By default in the `deepseek` format, with this processor's system prompt unless there is a system message.
+        By default in this processor's format, with its system prompt unless there is a system message.
         """
         return super().apply_chat_template(
             conversation,
-            chat_template or self.chat_template or DEEPSEEK_CHAT_TEMPLATE,
+            chat_template or self.chat_template or jinja_template(self.new_chat_template(), self.image_tag),
             **{"system_prompt": self.system_prompt, **kwargs},
         )
 
@@ -411,11 +395,6 @@ class VLChatProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "VLChatProcessor":
-        """Load from a directory, the Hub, or by the name of a bundled model; keyword arguments override settings."""
-        return super().from_pretrained(bundled_or_same(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -430,8 +409,5 @@ class VLChatProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
         """transformers' hook that loads the parts: here not through the Auto classes, because of `load_tokenizer`."""
-        hub_arguments = hub_arguments_of(kwargs)
-        return [
-            VLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
-            load_tokenizer(pretrained_model_name_or_path, **hub_arguments),
-        ]
+        directory = pretrained_model_name_or_path
+        return [VLMImageProcessor.from_pretrained(directory), load_tokenizer(directory)]

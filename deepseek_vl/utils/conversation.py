@@ -1,13 +1,20 @@
-"""Conversation templates: from a list of (role, text) messages to the prompt string.
+"""Conversation templates, and the one renderer: from messages to the prompt.
 
 The names, fields and separators are the reference's `deepseek_vl.utils.conversation`, which in turn follows FastChat.
+A new template is a `register_conv_template` below; training, every front-end and `apply_chat_template` then follow it.
 """
 
 import copy
 import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import Any
+from typing import Any, NamedTuple
+
+IMAGE_TAG = "<image_placeholder>"
+"""What stands for an image in a text, unless a processor has another tag."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. "
@@ -15,31 +22,8 @@ DEFAULT_SYSTEM_PROMPT = (
     "and assist the user with a variety of tasks using natural language."
 )
 
-DEEPSEEK_CHAT_TEMPLATE = """\
-{%- macro text_of(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content or [] -%}
-            {{- '<image_placeholder>' if part.type == 'image' else part.text -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- if messages and messages[0].role == 'system' -%}
-    {%- set system, turns = text_of(messages[0].content), messages[1:] -%}
-{%- else -%}
-    {%- set system, turns = system_prompt | default('@SYSTEM@'), messages -%}
-{%- endif -%}
-{%- set prompt = namespace(text=system ~ '\\n\\n' if system else '') -%}
-{%- for message in turns -%}
-    {%- set role, text = message.role | capitalize, text_of(message.content) | trim -%}
-    {%- set separator = '<｜end▁of▁sentence｜>' if loop.index0 % 2 else '\\n\\n' -%}
-    {%- set prompt.text = prompt.text ~ role ~ ':' ~ (' ' ~ text ~ separator if text else '') -%}
-{%- endfor -%}
-{{- (prompt.text ~ ('Assistant:' if add_generation_prompt else '')) | trim -}}
-""".replace("@SYSTEM@", DEFAULT_SYSTEM_PROMPT)
-"""The `deepseek` format as a Jinja template, for messages in transformers' form: a `system` message (without one,
-`system_prompt` or the default), then `user` and `assistant`; content is a string, or a list of image and text parts."""
+Spans = tuple[tuple[int, int], ...]
+"""Parts of a text: the [start, end) characters of each, in order."""
 
 
 class SeparatorStyle(IntEnum):
@@ -64,9 +48,40 @@ class SeparatorStyle(IntEnum):
     ALIGNMENT = auto()
 
 
-def _text(message: Any) -> str | None:
-    """The text of a message, which may be a tuple whose first item is the text."""
-    return message[0] if isinstance(message, tuple) else message
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt, or the text of one message, and what its characters are.
+
+    Attributes:
+        text: all of it.
+        learnt: the answers. In a prompt, each with the separator that ends it, and from where the prompt that asks for
+            it ends.
+        literal: text of strangers, in which special tokens are not obeyed.
+    """
+
+    text: str
+    learnt: Spans = ()
+    literal: Spans = ()
+
+    def strip(self) -> "Rendered":
+        """Without outer white space."""
+        text = self.text.strip()
+        shift = len(self.text) - len(self.text.lstrip())
+
+        def moved(spans: Spans) -> Spans:
+            cut = ((max(start - shift, 0), min(end - shift, len(text))) for start, end in spans)
+            return tuple((start, end) for start, end in cut if start < end)
+
+        return Rendered(text, moved(self.learnt), moved(self.literal))
+
+
+class _Frame(NamedTuple):
+    """How a message is written: `before`, its text (unless the template leaves it out), `after`; empty, as `alone`."""
+
+    before: str
+    after: str
+    alone: str
+    has_text: bool = True
 
 
 @dataclass
@@ -103,36 +118,59 @@ class Conversation:
         Raises:
             ValueError: if the separator style has no renderer.
         """
-        separators = (self.sep, self.sep2)
+        return self._render().text
+
+    def _render(self) -> Rendered:
+        """The prompt; messages, and the system message, may be `Rendered`."""
+        prompt, learnt, literal = "", [], []
+        for i, (role, message) in enumerate([("", self.system_message), *self.messages], -1):
+            frame = self._opening() if i == -1 else self._frame(i, role)
+            message = message[0] if isinstance(message, tuple) else message
+            part = message if isinstance(message, Rendered) else Rendered(str(message or ""))
+            if not part.text:
+                prompt += frame.alone
+                continue
+            prompt += frame.before
+            asked = start = len(prompt)
+            while asked and prompt[asked - 1].isspace():
+                asked -= 1
+            if frame.has_text:
+                prompt += part.text
+                literal += [(start + first, start + last) for first, last in part.literal]
+            prompt += frame.after
+            if part.learnt:
+                learnt.append((asked, len(prompt)))
+        return Rendered(prompt, tuple(learnt), tuple(literal))
+
+    def _opening(self) -> _Frame:
+        """How the system message is written."""
+        before, place, after = self.system_template.partition("{system_message}")
+        before, after = before.format(), after.format()
         if self.sep_style == SeparatorStyle.DeepSeek:
-            system = self.system_template.format(system_message=self.system_message or "")
-            prompt = system + self.sep if system else ""
-            for i, (role, text) in enumerate(self.messages):
-                prompt += f"{role}: {text}{separators[i % 2]}" if text else f"{role}:"
-            return prompt
+            alone = f"{before}{after}{self.sep}" if before or after else ""
+            return _Frame(before, f"{after}{self.sep}" if place or before else "", alone, bool(place))
         if self.sep_style == SeparatorStyle.LLAMA2:
             # The opening tag stands in front of the system message, so the first message does not repeat it.
-            prompt = (
-                self.system_template.format(system_message=self.system_message) if self.system_message else "[INST] "
-            )
-            for i, (_, message) in enumerate(self.messages):
-                tag, text = self.roles[i % 2], _text(message)
-                if not text:
-                    prompt += tag
-                elif i == 0:
-                    prompt += f"{text} "
-                else:
-                    prompt += f"{tag} {text}{separators[i % 2]}"
-            return prompt
-        if self.sep_style == SeparatorStyle.PLAIN:
-            texts = [_text(message) for _, message in self.messages]
-            return "".join(f"{text}{separators[i % 2]}" for i, text in enumerate(texts) if text)
-        if self.sep_style == SeparatorStyle.ALIGNMENT:
-            texts = [_text(message) for _, message in self.messages]
-            return "".join(
-                f"<image>\n{self.sep}" if i % 2 == 0 else f"{text}{self.sep2}" for i, text in enumerate(texts) if text
-            )
+            return _Frame(before, after, "[INST] ", bool(place))
+        if self.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.ALIGNMENT):
+            return _Frame("", "", "", has_text=False)
         raise ValueError(f"Separator style {self.sep_style!r} of template {self.name!r} cannot be rendered.")
+
+    def _frame(self, i: int, role: str) -> _Frame:
+        """How message number i is written."""
+        separator = (self.sep2 if i % 2 else self.sep) or ""
+        if self.sep_style == SeparatorStyle.DeepSeek:
+            return _Frame(f"{role}: ", separator, f"{role}:")
+        if self.sep_style == SeparatorStyle.LLAMA2:
+            tag = self.roles[i % 2]
+            return _Frame(f"{tag} ", separator, tag) if i else _Frame("", " ", tag)
+        is_image = self.sep_style == SeparatorStyle.ALIGNMENT and i % 2 == 0
+        return _Frame("<image>\n" if is_image else "", separator, "", has_text=not is_image)
+
+    def _role_numbers(self) -> dict[str, int]:
+        """Which of `roles` a name in lower case means: user and assistant, or this template's own."""
+        own = {name.lower(): number for number, name in enumerate(self.roles) if name}
+        return {**own, "user": 0, "assistant": 1}
 
     def get_prompt_for_current_round(self, content: str | None = None) -> str:
         """The text that one more user message `content` appends to the prompt.
@@ -227,6 +265,107 @@ def get_conv_template(name: str) -> Conversation:
     return conv_templates[name].copy()
 
 
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    template: Conversation | str,
+    system_prompt: str | None = None,
+    untrusted: bool = False,
+    image_tag: str = IMAGE_TAG,
+) -> Rendered:
+    """Messages -> prompt, with the template's names of the roles. The text of each turn and the whole are stripped.
+
+    Args:
+        messages: `{"role", "content"}`. A role is user, assistant, or of the first message system, or one of the
+            template's own names, in any case. A content is a string, or a list of `{"type": "image"}` and
+            `{"type": "text", "text": ...}`.
+        template: a template, or the name of one.
+        system_prompt: what the conversation begins with if there is no system message; None for the template's own.
+        untrusted: make all text literal, except for the image tag where a content is a string.
+        image_tag: what stands for an image in the prompt and in a content that is a string.
+
+    Raises:
+        ValueError: for another role, or a system message that is not the first.
+        KeyError: if no template has that name.
+    """
+    conversation = get_conv_template(template) if isinstance(template, str) else template.copy()
+    if system_prompt is not None:
+        conversation.set_system_message(system_prompt)
+    numbers = conversation._role_numbers()
+    for i, message in enumerate(messages):
+        role, content = message["role"].lower(), _content(message["content"], image_tag, untrusted)
+        if role == "system" and i == 0:
+            conversation.set_system_message(content)
+        elif role in numbers:
+            content = content.strip()
+            answer = ((0, len(content.text)),) if numbers[role] == 1 else ()
+            conversation.append_message(conversation.roles[numbers[role]], dataclasses.replace(content, learnt=answer))
+        else:
+            raise ValueError(f"The role of message {i + 1} is {message['role']!r}; {_ROLES_ALLOWED}")
+    return conversation._render().strip()
+
+
+def _content(content: Any, image_tag: str, untrusted: bool) -> Rendered:
+    """A message's content as one text."""
+    if isinstance(content, str):
+        pieces = [(piece, piece == image_tag) for piece in re.split(f"({re.escape(image_tag)})", content)]
+    else:
+        pieces = [(image_tag, True) if part["type"] == "image" else (part["text"], False) for part in content or ()]
+    text, literal = "", []
+    for piece, is_image in pieces:
+        if untrusted and not is_image:
+            literal.append((len(text), len(text) + len(piece)))
+        text += piece
+    return Rendered(text, literal=tuple(literal))
+
+
+_ROLES_ALLOWED = "it must be user or assistant, and only that of the first may be system."
+_JINJA = """\
+{%- macro text_of(content) -%}
+    {%- for part in ([{'text': content}] if content is string else content or []) -%}
+        {{- @IMAGE@ if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- macro framed(frame, text) -%}
+    {{- frame[0] ~ (text if frame[3] else '') ~ frame[1] if text else frame[2] -}}
+{%- endmacro -%}
+{%- set frames = @FRAMES@ -%}
+{%- if messages and messages[0].role | lower == 'system' -%}
+    {%- set system, turns = text_of(messages[0].content), messages[1:] -%}
+{%- else -%}
+    {%- set system, turns = system_prompt | default(@SYSTEM@), messages -%}
+{%- endif -%}
+{%- set turns = @EXAMPLES@ + turns | list + ([{'role': 'assistant'}] if add_generation_prompt else []) -%}
+{%- set prompt = namespace(text=framed(@OPENING@, system)) -%}
+{%- for message in turns -%}
+    {%- if message.role | lower not in frames -%}
+        {{- raise_exception("The role of a message is '" ~ message.role ~ "'; " ~ @ALLOWED@) -}}
+    {%- endif -%}
+    {%- set frame = frames[message.role | lower][0 if loop.first else 2 - loop.index0 % 2] -%}
+    {%- set prompt.text = prompt.text ~ framed(frame, text_of(message.content) | trim) -%}
+{%- endfor -%}
+{{- prompt.text | trim -}}
+"""
+
+
+def jinja_template(template: Conversation, image_tag: str = IMAGE_TAG) -> str:
+    """`render` for trusted messages as a Jinja template, for transformers' `apply_chat_template`.
+
+    Without a system message the conversation begins with the variable `system_prompt`, or else the template's own.
+    """
+    values = {
+        "ALLOWED": _ROLES_ALLOWED,
+        "IMAGE": image_tag,
+        "SYSTEM": template.system_message or "",
+        "OPENING": template._opening(),
+        "EXAMPLES": [{"role": role, "content": text} for role, text in template.messages],
+        "FRAMES": {  # of the first message, of odd and of even ones
+            name: [template._frame(i, template.roles[number]) for i in range(3)]
+            for name, number in template._role_numbers().items()
+        },
+    }
+    return re.sub("@([A-Z]+)@", lambda match: json.dumps(values[match[1]], ensure_ascii=False), _JINJA)
+
+
 _LLAMA_2 = Conversation(
     name="llama-2",
     system_template="[INST] <<SYS>>\n{system_message}\n<</SYS>>\n\n",
@@ -264,3 +403,8 @@ for _template in (
     ),
 ):
     register_conv_template(_template)
+
+DEEPSEEK_CHAT_TEMPLATE = jinja_template(
+    dataclasses.replace(conv_templates["deepseek"], system_message=DEFAULT_SYSTEM_PROMPT)
+)
+"""The `deepseek` format with the default system prompt as a Jinja template."""

@@ -229,7 +229,7 @@ def test_weights_that_the_layout_has_no_place_for_are_not_lost(exported: Path, t
     peft = pytest.importorskip("peft")
 
     model = DeepseekVLForConditionalGeneration.from_pretrained(exported)
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     with pytest.raises(ValueError, match=r"no place for .*; merge adapters first"):
         model.save_pretrained(tmp_path)
 
@@ -314,12 +314,12 @@ def test_arrays_and_tensors_are_images_too(processor_class: type, exported: Path
 # --- Auto classes and pipelines ---
 
 
-@pytest.mark.parametrize("first", ["deepseek_vl", "transformers"])
+@pytest.mark.parametrize("first", ["import deepseek_vl.models", "from deepseek_vl import load_pil_images"])
 def test_auto_classes_and_the_pipeline_open_the_published_layout(first: str) -> None:
-    """After `import deepseek_vl`, before or behind that of transformers."""
-    imports = ["import deepseek_vl", "import transformers"]
-    code = "\n".join(imports if first == "deepseek_vl" else reversed(imports))
-    code += f"""
+    """After `deepseek_vl.models` is imported, or any name that the package exports."""
+    code = f"""
+import transformers
+{first}
 path = {str(ROOT / "deepseek_vl/bundled/tiny")!r}
 model = transformers.AutoModelForImageTextToText.from_pretrained(path)
 processor = transformers.AutoProcessor.from_pretrained(path)

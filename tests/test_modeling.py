@@ -47,15 +47,15 @@ def test_parameters_have_the_published_names_and_shapes(name, tower):
     assert type(model.language_model) is LlamaForCausalLM
 
 
-@pytest.mark.parametrize("name", ["1.3b", "7b"])
-def test_the_published_vocabulary_s_special_tokens_are_known_without_a_tokenizer(name):
-    """The published language configs carry Llama's 1 and 2 by oversight."""
-    sections = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))[name]
+def test_a_model_of_the_published_vocabulary_without_files_has_its_config_s_tokens() -> None:
+    """They are read from a checkpoint's tokenizer, and not guessed from the vocabulary's size."""
+    sections = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))["1.3b"]
+    sections["language_config"] |= {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9}
     with torch.device("meta"):
         model = MultiModalityCausalLM(MultiModalityConfig(**sections))
     for generation_config in (model.generation_config, model.language_model.generation_config):
-        assert generation_config.bos_token_id == 100000
-        assert generation_config.eos_token_id == 100001
+        assert (generation_config.bos_token_id, generation_config.eos_token_id) == (7, 8)
+        assert generation_config.pad_token_id == 9
 
 
 def test_what_is_not_split_are_layers_that_the_model_has(checkpoint: Path) -> None:

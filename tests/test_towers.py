@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from deepseek_vl.models import sam
+from deepseek_vl.kernels import positions
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.sam import create_sam_vit
 from deepseek_vl.models.siglip_vit import create_siglip_vit
@@ -746,11 +746,11 @@ def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, bat
     q, k, v = torch.randn(3, batch, 4, height * width, 8).unbind()
     rel_h = torch.randn(batch, 4, height * width, height)
     rel_w = torch.randn(batch, 4, height * width, width)
-    widened = sam.attend_widened(q, k, v, rel_h, rel_w)
-    torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+    widened = positions.attend_widened(q, k, v, rel_h, rel_w)
+    torch.testing.assert_close(positions.attend_with_bias(q, k, v, rel_h, rel_w), widened)
     for heads_at_once in (3, 1):
-        monkeypatch.setattr(sam, "MAX_BIAS_ELEMENTS", heads_at_once * batch * (height * width) ** 2)
-        torch.testing.assert_close(sam.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+        monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", heads_at_once * batch * (height * width) ** 2)
+        torch.testing.assert_close(positions.attend_with_bias(q, k, v, rel_h, rel_w), widened)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from transformers import LlamaConfig, PretrainedConfig, SamVisionConfig, SiglipV
 from transformers.image_processing_utils import BaseImageProcessor
 
 from deepseek_vl.checkpoints import layout_configs as layouts
-from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.checkpoints.special_tokens import token_id_of
 from deepseek_vl.models import MultiModalityConfig
 from deepseek_vl.models.clip_encoder import tower_fields
 
 
-class DeepseekVLConfig(PretrainedConfig):
+class DeepseekVLConfig(FromCheckpoint, PretrainedConfig):
     """Both sizes' configuration, in transformers' form.
 
     Args:
@@ -90,14 +90,11 @@ class DeepseekVLConfig(PretrainedConfig):
         Raises:
             ValueError: for a setting that transformers' form has no place for.
         """
-        path = bundled_or_same(pretrained_model_name_or_path)
+        path = pretrained_model_name_or_path
         config, unused = super().get_config_dict(path, **kwargs)
         if config.get("model_type") == MultiModalityConfig.model_type:
-            hub_arguments = hub_arguments_of(kwargs)
-            images, _ = BaseImageProcessor.get_image_processor_dict(path, **hub_arguments)
-            config = layouts.to_transformers(
-                config, images, token_id_of(layouts.IMAGE_TAG, path, hub_arguments), tower_fields
-            )
+            images, _ = BaseImageProcessor.get_image_processor_dict(path)
+            config = layouts.to_transformers(config, images, token_id_of(layouts.IMAGE_TAG, path), tower_fields)
         if config.get("model_type") in layouts.TRANSFORMERS_TYPES:
             config["model_type"] = cls.model_type  # one class for both
         return config, unused

@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaModel
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
-from deepseek_vl.checkpoints.layout_weights import TRANSFORMERS, UNUSED, as_reference, canonical, rename
-from deepseek_vl.checkpoints.special_tokens import default_special_tokens
+from deepseek_vl.checkpoints.names import TRANSFORMERS, UNUSED, as_reference, rename
+from deepseek_vl.checkpoints.special_tokens import config_special_tokens
 from deepseek_vl.hf.configuration import DeepseekVLConfig
 from deepseek_vl.models.modeling_vlm import (
+    CACHE,
+    ImageGenerationMixin,
+    MultiModalityModel,
     MultiModalityPreTrainedModel,
-    like_parameters,
-    model_name_to_cls,
-    unread_state_dict,
+    build_encoder,
+    place_features,
+    with_cache_name,
 )
 
-LANGUAGE = "language_model."
+PREFIXES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
+"""Of the weights' names in these classes: in the reference. The body alone has no `model.` in front of its own."""
 
 
 @dataclass
@@ -58,19 +61,20 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_pre_hook(_rename_to_modules)
 
-    @staticmethod
-    def _load_pretrained_model(
-        model: PreTrainedModel,
-        state_dict: dict | None,
-        checkpoint_files: list[str] | None,
-        load_config: Any,
-        *args: Any,
-    ) -> Any:
-        """transformers' step that reads the weights, here under the names that this class has for them."""
-        state_dict = unread_state_dict(model, state_dict, checkpoint_files, load_config)
-        if state_dict:
-            state_dict = _to_modules(as_reference(state_dict, _to_reference(model.state_dict(), model)), model)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+    def own_names(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's tensors, in either layout, under the names that this class has for them."""
+        back = {reference: own for own, reference in PREFIXES.items()}
+        named = _prefixed(as_reference(tensors, self._reference_names(self.state_dict())), back)
+        if not isinstance(self, DeepseekVLModel):
+            return named
+        return {name.removeprefix("model."): tensor for name, tensor in named.items() if name != "lm_head.weight"}
+
+    def _reference_names(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors under this class's own names -> under the reference's."""
+        is_body = isinstance(self, DeepseekVLModel)
+        return _prefixed(
+            {f"model.{name}": tensor for name, tensor in tensors.items()} if is_body else tensors, PREFIXES
+        )
 
     def save_pretrained(self, save_directory: str, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
         """transformers' `save_pretrained`; the weights get the names of transformers' layout.
@@ -78,7 +82,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         Raises:
             ValueError: for weights that the layout has no place for, such as an adapter's.
         """
-        weights = _to_reference(self.state_dict() if state_dict is None else state_dict, self)
+        weights = self._reference_names(self.state_dict() if state_dict is None else state_dict)
         renamed, left = rename(weights, TRANSFORMERS)
         if more := [name for name in left if name not in UNUSED]:
             raise ValueError(
@@ -88,45 +92,25 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         super().save_pretrained(save_directory, *args, state_dict=whole, **kwargs)
 
 
+def _prefixed(tensors: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """Tensors with the first of the prefixes that a name has replaced."""
+    named = {}
+    for name, tensor in tensors.items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        named[name if old is None else prefixes[old] + name.removeprefix(old)] = tensor
+    return named
+
+
 def _rename_to_modules(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """torch's hook before weights are loaded: those of a file, as `Trainer` loads them, get a model's own names."""
-    own = model.state_dict()
-    if prefix or state_dict.keys() <= own.keys():
+    if prefix or state_dict.keys() <= model.state_dict().keys():
         return
-    weights = as_reference(canonical(state_dict), _to_reference(own, model))
+    weights = model.own_names(state_dict)
     state_dict.clear()
-    state_dict.update((name, weight[...]) for name, weight in _to_modules(weights, model).items())
+    state_dict.update((name, weight[...]) for name, weight in weights.items())
 
 
-def _to_modules(weights: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The reference's names -> a model's own."""
-    prefix = "" if isinstance(model, DeepseekVLModel) else "model."
-    named = {}
-    for name, weight in weights.items():
-        if name.startswith("language_model.lm_head."):
-            if prefix:
-                named[name.removeprefix(LANGUAGE)] = weight
-        elif name.startswith("language_model.model."):
-            named[prefix + LANGUAGE + name.removeprefix("language_model.model.")] = weight
-        else:
-            named[prefix + name] = weight
-    return named
-
-
-def _to_reference(weights: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """A model's own names -> the reference's."""
-    named = {}
-    for name, weight in weights.items():
-        inner = name.removeprefix("model.") if not isinstance(model, DeepseekVLModel) else name
-        if inner.startswith("lm_head."):
-            inner = LANGUAGE + inner
-        elif inner.startswith(LANGUAGE):
-            inner = f"language_model.model.{inner.removeprefix(LANGUAGE)}"
-        named[inner] = weight
-    return named
-
-
-class DeepseekVLModel(DeepseekVLPreTrainedModel):
+class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
     """DeepSeek-VL without the language model's head.
 
     Attributes:
@@ -135,20 +119,9 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
     """
 
     def __init__(self, config: DeepseekVLConfig):
-        super().__init__(config)
-        network = config.to_multi_modality()
-        vision, aligner = network.vision_config, network.aligner_config
-        self.vision_model = model_name_to_cls(vision.cls)(**vision.params)
-        self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
-        self.language_model = LlamaModel(config.text_config)
-        self.requires_grad_(True)  # the hybrid tower has opinions of its own about what learns
+        super().__init__(config, *build_encoder(config.to_multi_modality()), LlamaModel(config.text_config))
+        self.requires_grad_(True)  # the hybrid tower freezes its parts as the reference's config says
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
 
     def get_image_features(
         self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None
@@ -170,11 +143,9 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
                 "The hybrid model needs high_res_pixel_values." if self.config.is_hybrid
                 else "This model has no high-resolution tower for high_res_pixel_values."
             )  # fmt: skip
-        low = like_parameters(pixel_values, self.vision_model)
-        if high_res_pixel_values is None:
-            return self.aligner(like_parameters(self.vision_model(low), self.aligner))
-        features = self.vision_model.encode(like_parameters(high_res_pixel_values, self.vision_model), low)
-        return self.aligner(tuple(like_parameters(feature, self.aligner) for feature in features))
+        if self.config.is_hybrid:
+            return super().get_image_features(high_res_pixel_values, pixel_values)
+        return super().get_image_features(pixel_values)
 
     @can_return_tuple
     def forward(
@@ -188,6 +159,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> DeepseekVLModelOutput:
         """Run the model on ids with or without images, or on embeddings.
@@ -198,32 +170,33 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
             high_res_pixel_values: [n, 3, S, S], for the hybrid model.
             attention_mask: [b, past + T], 0 on padding.
             position_ids: int64 [b, T].
-            past_key_values: a transformers cache.
+            cache, past_key_values: a transformers cache, under either name.
             inputs_embeds: [b, T, D], instead of `input_ids`.
             image_features: [n, N, D], from `get_image_features`, instead of the pixels.
             use_cache: return the cache.
             kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
 
         Returns:
-            `last_hidden_state` [b, T, D], `past_key_values`, `hidden_states`, `attentions`, `image_hidden_states`.
+            `last_hidden_state` [b, T, D], the cache, `hidden_states`, `attentions`, `image_hidden_states`.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for images beside
                 `inputs_embeds`; or if features and image tokens are not equally many.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
             raise ValueError("Images need input_ids, which say where they go; inputs_embeds have them already.")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             inputs_embeds, image_features = self.embed(input_ids, pixel_values, high_res_pixel_values, image_features)
-        output = self.language_model(
+            input_ids = None
+        output = super().forward(
+            input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         return DeepseekVLModelOutput(**output, image_hidden_states=image_features)
@@ -257,11 +230,10 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel):
         found, given = int(is_image.sum()), image_features.shape[:2].numel()
         if found != given:
             raise ValueError(f"There are {found} image tokens and {given} image features.")
-        source = image_features.flatten(0, 1).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(is_image[..., None], source), image_features
+        return place_features(embeds, is_image, image_features), image_features
 
 
-class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMixin):
+class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrainedModel):
     """DeepSeek-VL: `model` and the language model's head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -271,13 +243,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         self.model = DeepseekVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        self._set_generation_tokens(default_special_tokens(config.text_config))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        self.set_special_tokens(config_special_tokens(config.text_config))
 
     def get_image_features(
         self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None
@@ -299,6 +265,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> DeepseekVLCausalLMOutput:
         """`DeepseekVLModel.forward`, and the next tokens' logits.
@@ -309,7 +276,7 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
             input_ids, ...: as in `DeepseekVLModel.forward`.
 
         Returns:
-            `loss` (with labels), `logits` [b, T, vocabulary], `past_key_values`, `hidden_states`, `attentions`,
+            `loss` (with labels), `logits` [b, T, vocabulary], the cache, `hidden_states`, `attentions`,
             `image_hidden_states`.
 
         Raises:
@@ -321,28 +288,22 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
             high_res_pixel_values=high_res_pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             use_cache=use_cache,
             return_dict=True,
+            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
+        rest = dict(output)
+        hidden = rest.pop("last_hidden_state")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return DeepseekVLCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-        )
+        logits = self.lm_head(hidden[:, kept])
+        if labels is None:
+            return DeepseekVLCausalLMOutput(logits=logits, **rest)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return DeepseekVLCausalLMOutput(loss=loss, logits=logits, **rest)
 
     @torch.no_grad()
     def generate(
@@ -374,10 +335,10 @@ class DeepseekVLForConditionalGeneration(DeepseekVLPreTrainedModel, GenerationMi
             "high_res_pixel_values": high_res_pixel_values,
             "image_features": image_features,
         }
+        kwargs = with_cache_name(kwargs)
         if any(image is not None for image in images.values()):
-            if kwargs.get("past_key_values") is not None:
+            if CACHE in kwargs:
                 raise ValueError("Images beside a cache are not taken; generate from the whole conversation.")
-            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-                raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
+            self._refuse_assistance(kwargs)
             kwargs["inputs_embeds"], _ = self.model.embed(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import BatchFeature, ProcessingKwargs, ProcessorMixin
 
-from deepseek_vl.checkpoints.find import bundled_or_same, hub_arguments_of
+from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG, require_transformers_processor
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.hf.image_processing import DeepseekVLImageProcessor
@@ -19,7 +19,7 @@ class _Arguments(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}}
 
 
-class DeepseekVLProcessor(ProcessorMixin):
+class DeepseekVLProcessor(FromCheckpoint, ProcessorMixin):
     """Text with image tags, or messages in transformers' form, and images -> model inputs.
 
     Args:
@@ -98,11 +98,6 @@ class DeepseekVLProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "DeepseekVLProcessor":
-        """Load from a directory in either layout, the Hub, or by the name of a bundled model."""
-        return super().from_pretrained(bundled_or_same(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,12 +112,6 @@ class DeepseekVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        hub_arguments = hub_arguments_of(kwargs)
-        return [
-            DeepseekVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments),
-            load_tokenizer(
-                pretrained_model_name_or_path,
-                {"extra_special_tokens": {"image_token": cls.image_token}},  # where transformers' own class looks
-                **hub_arguments,
-            ),
-        ]
+        directory = pretrained_model_name_or_path
+        settings = {"extra_special_tokens": {"image_token": cls.image_token}}  # where transformers' own class looks
+        return [DeepseekVLImageProcessor.from_pretrained(directory), load_tokenizer(directory, settings)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from deepseek_vl.checkpoints.read import load_tower_checkpoint
@@ -171,20 +172,24 @@ class HybridVisionTower(nn.Module):
         patch_embed = getattr(self.vision_tower_low.vision_tower, "patch_embed", None)
         return {"neck_size": 4 * patch_embed.grid_size[0]} if hasattr(patch_embed, "grid_size") else {}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """[B, 3, S, S] with S the high-resolution size -> features, or a pair of them, each [B, N, width]."""
-        size = (self.low_res_size, self.low_res_size)
-        low_images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(images.dtype)
-        return self.encode(images, low_images)
-
-    def encode(
-        self, images: torch.Tensor, low_images: torch.Tensor
+    def forward(
+        self, images: torch.Tensor, low_images: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Images in the high and in the low resolution -> as `forward`."""
-        high = self.vision_tower_high(images)
+        """Encode images in both resolutions.
+
+        Args:
+            images: [B, 3, S, S] with S the high-resolution size.
+            low_images: [B, 3, s, s] in the low resolution; None to make them from the others.
+
+        Returns:
+            Features [B, N, width], or a (high, low) pair of them.
+        """
+        if low_images is None:
+            size = (self.low_res_size, self.low_res_size)
+            low_images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(images.dtype)
+        high, low = self.vision_tower_high(images), self.vision_tower_low(low_images)
         if isinstance(self.vision_tower_high.vision_tower, SAMVisionTransformer):
-            high = high.flatten(2).transpose(1, 2)  # [B, C, h, h] -> [B, h * h, C]
-        low = self.vision_tower_low(low_images)
+            high = rearrange(high, "b c h w -> b (h w) c")
 
         if self.concat_type == "tuple":
             return high, low

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from deepseek_vl.checkpoints import layout_configs
 from deepseek_vl.checkpoints.attrdict_import import AttrDict
-from deepseek_vl.checkpoints.find import hub_arguments_of
+from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.models.clip_encoder import tower_fields
 
 
@@ -42,7 +42,7 @@ class AlignerConfig(PretrainedConfig):
         _set_module(self, cls, params)
 
 
-class MultiModalityConfig(PretrainedConfig):
+class MultiModalityConfig(FromCheckpoint, PretrainedConfig):
     """The whole model's configuration, as published in `config.json`.
 
     Args:
@@ -77,8 +77,7 @@ class MultiModalityConfig(PretrainedConfig):
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if layout_configs.is_transformers(config):
-            hub_arguments = hub_arguments_of(kwargs)
-            images, _ = BaseImageProcessor.get_image_processor_dict(pretrained_model_name_or_path, **hub_arguments)
+            images, _ = BaseImageProcessor.get_image_processor_dict(pretrained_model_name_or_path)
             config = layout_configs.to_reference(config, images, tower_fields)
         return config, unused
 
@@ -90,32 +89,4 @@ class MultiModalityConfig(PretrainedConfig):
         """What `save_pretrained` writes: the published form, which the original's transformers can read as well."""
         output = super().to_diff_dict()
         output["architectures"] = self.architectures or ["MultiModalityCausalLM"]
-        for name in ("vision_config", "aligner_config"):
-            config = getattr(self, name)
-            output[name] = {"cls": config.cls, "model_type": config.model_type, "params": dict(config.params)}
-        output["language_config"] = _llama_diff(self.language_config)
-        dtype = output.pop("dtype", None)
-        llama_dtype = output["language_config"].pop("dtype", None)
-        if dtype is not None:
-            output["torch_dtype"] = dtype
-        if dtype is not None or llama_dtype is not None:
-            output["language_config"]["torch_dtype"] = dtype or llama_dtype
-        return output
-
-
-def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
-    """The keys without which `LlamaConfig` would be another one."""
-    full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
-    defaults = LlamaConfig().to_dict()
-    diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}
-    rebuilt = LlamaConfig(**diff).to_dict()  # some defaults follow from other keys
-    return {
-        **diff,
-        **{name: value for name, value in full.items() if rebuilt.get(name) != value},
-        "model_type": "llama",
-    }
-
-
-AutoConfig.register("vision", VisionConfig, exist_ok=True)
-AutoConfig.register("aligner", AlignerConfig, exist_ok=True)
-AutoConfig.register("multi_modality", MultiModalityConfig, exist_ok=True)
+        return layout_configs.as_published(output, self)

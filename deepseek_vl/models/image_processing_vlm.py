@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ImageInput, load_image
 
+from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.checkpoints.layout_configs import images_to_reference
-from deepseek_vl.imaging.square import expand2square, resize_bicubic
+from deepseek_vl.imaging.square import Square, expand2square
 
 IMAGENET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGENET_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,7 +53,7 @@ class VLMImageProcessorConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class VLMImageProcessor(BaseImageProcessor):
+class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
     """Resizes an image to fit a square, centres it on the mean colour, and scales its pixels.
 
     Args:
@@ -101,6 +102,11 @@ class VLMImageProcessor(BaseImageProcessor):
         """Shape of one processed image: [3, S, S]."""
         return [3, self.image_size, self.image_size]
 
+    @property
+    def square(self) -> Square:
+        """What `resize` makes of an image."""
+        return Square(self.image_size, self.min_size, self.background_color)
+
     def resize(self, pil_img: Image.Image) -> np.ndarray:
         """Any PIL image -> uint8 [3, S, S].
 
@@ -115,12 +121,7 @@ class VLMImageProcessor(BaseImageProcessor):
         """The image in RGB, its longer side S pixels; raises as `resize`."""
         if not isinstance(pil_img, Image.Image):
             raise TypeError(f"Images must be PIL images, got {type(pil_img).__name__}; load them with load_pil_images.")
-        width, height = pil_img.size
-        if not width or not height:
-            raise ValueError(f"The image has no pixels: {width}x{height}.")
-        # Truncation, in this order of operations, is what the published models were trained with.
-        size = [max(int(side / max(width, height) * self.image_size), self.min_size) for side in (width, height)]
-        return resize_bicubic(pil_img if pil_img.mode == "RGB" else pil_img.convert("RGB"), *size)
+        return self.square.resized(pil_img)
 
     def preprocess(
         self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = "pt", **kwargs: Any
@@ -176,6 +177,3 @@ def _value_table(rescale_factor: float, mean: tuple[float, ...], std: tuple[floa
     """float32 [3, 256]: what each 8-bit value becomes in each channel, rounded at the same steps as the reference."""
     values = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
     return (values - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
-
-
-AutoImageProcessor.register(VLMImageProcessorConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)

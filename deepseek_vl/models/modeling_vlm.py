@@ -1,25 +1,21 @@
 """The model: vision towers -> projector -> Llama (paper, section 3.1)."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PretrainedConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from deepseek_vl.checkpoints.find import bundled_or_same
-from deepseek_vl.checkpoints.layout_weights import as_reference
-from deepseek_vl.checkpoints.read import unread_weights
-from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens, default_special_tokens
+from deepseek_vl.checkpoints.loading import CheckpointModel
+from deepseek_vl.checkpoints.special_tokens import config_special_tokens
 from deepseek_vl.models.clip_encoder import CLIPVisionTower, HybridVisionTower
 from deepseek_vl.models.configuration_vlm import AlignerConfig, MultiModalityConfig, VisionConfig
-from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.models.projector import MlpProjector
 
 __all__ = [
@@ -38,6 +34,24 @@ MODULES: dict[str, type[nn.Module]] = {
 }
 
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What the installed transformers calls a cache of keys and values: `past_key_values` up to 5.23."""
+
+
+def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with a cache under either name, as the installed transformers wants them; it is absent if it is None.
+
+    Raises:
+        ValueError: if there is a cache under both names.
+    """
+    names = ("cache", "past_key_values")
+    caches = [arguments[name] for name in names if arguments.get(name) is not None]
+    if len(caches) > 1:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them.")
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return {**others, CACHE: caches[0]} if caches else others
+
+
 def model_name_to_cls(cls_name: str) -> type[nn.Module]:
     """The module class whose name occurs in `cls_name`.
 
@@ -50,7 +64,13 @@ def model_name_to_cls(cls_name: str) -> type[nn.Module]:
     raise ValueError(f"Unknown cls {cls_name!r} in the config; known are {', '.join(MODULES)}.")
 
 
-class MultiModalityPreTrainedModel(PreTrainedModel):
+def build_encoder(config: MultiModalityConfig) -> tuple[nn.Module, nn.Module]:
+    """The vision tower and the projector that a config names."""
+    vision, aligner = config.vision_config, config.aligner_config
+    return model_name_to_cls(vision.cls)(**vision.params), model_name_to_cls(aligner.cls)(aligner.params)
+
+
+class MultiModalityPreTrainedModel(CheckpointModel):
     """What the model tells transformers about itself."""
 
     config_class = MultiModalityConfig
@@ -58,54 +78,18 @@ class MultiModalityPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "SAMBlock", "Block"]  # Block is timm's
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    all_tied_weights_keys: dict[str, str] = {}  # of the class; programs ask for it before they patch remote code
 
     def post_init(self) -> None:
         super().post_init()
-        # FSDP wraps these, and takes it ill if one is not there.
+        # FSDP wraps these, and raises an error if the model lacks one.
         classes = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules if name in classes]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
-
-        Also takes the name of a bundled model. Special tokens are the checkpoint's own.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape (unless
-                `ignore_mismatched_sizes` is given).
-        """
-        path = pretrained_model_name_or_path and str(bundled_or_same(pretrained_model_name_or_path))
-        return_info = kwargs.pop("output_loading_info", False)
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **kwargs,
-        )
-        checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
-        problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
-        if any(problems.values()):
-            details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
-            raise ValueError(f"The weights at {path!r} do not fit the config: {details}.")
-        if path is not None and model.can_generate():
-            config = model.config.get_text_config()
-            model._set_generation_tokens(checkpoint_special_tokens(config, model.generation_config, path, kwargs))
-        return (model, info) if return_info else model
-
-    def _set_generation_tokens(self, token_ids: Mapping[str, int]) -> None:
-        """Tell `generate`, here and in a language model that has its own, which tokens begin, end and pad a text."""
-        for module in self.modules():
-            if isinstance(module, GenerationMixin):
-                for name, token_id in token_ids.items():
-                    setattr(module.generation_config, name, token_id)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -120,26 +104,23 @@ class MultiModalityPreTrainedModel(PreTrainedModel):
                 init.zeros_(getattr(module, name))
 
 
-class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
-    """DeepSeek-VL: a vision tower, a projector and a Llama language model.
+class MultiModalityModel(MultiModalityPreTrainedModel):
+    """The model without the language model's head.
 
-    Attributes:
+    Args:
+        config: the whole model's.
         vision_model: `CLIPVisionTower` or `HybridVisionTower`.
         aligner: `MlpProjector`.
-        language_model: `LlamaForCausalLM`, which can be used on its own with `inputs_embeds` from
-            `prepare_inputs_embeds`.
+        language_model: `LlamaModel`.
     """
 
-    def __init__(self, config: MultiModalityConfig):
+    def __init__(
+        self, config: PretrainedConfig, vision_model: nn.Module, aligner: nn.Module, language_model: nn.Module
+    ):
         super().__init__(config)
-        vision, aligner = config.vision_config, config.aligner_config
-        self.vision_model = model_name_to_cls(vision.cls)(**vision.params)
-        self.aligner = model_name_to_cls(aligner.cls)(aligner.params)
-        self.language_model = LlamaForCausalLM(config.language_config)
-        self.post_init()
-        self._set_generation_tokens(default_special_tokens(config.language_config))
-
-    # --- the language model's parts under the names that transformers asks for ---
+        self.vision_model = vision_model
+        self.aligner = aligner
+        self.language_model = language_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -147,20 +128,23 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    # --- forward ---
+    def get_image_features(
+        self, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode images for the language model.
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode images for the language model: [n, 3, S, S] -> [n, N, D], in the model's dtype."""
-        features = self.vision_model(like_parameters(pixel_values, self.vision_model))
+        Args:
+            pixel_values: [n, 3, S, S] of any float dtype.
+            low_res_pixel_values: [n, 3, s, s], for a hybrid tower that is not to make them itself.
+
+        Returns:
+            [n, N, D] in the model's dtype.
+        """
+        pixels = [images for images in (pixel_values, low_res_pixel_values) if images is not None]
+        features = self.vision_model(*(like_parameters(images, self.vision_model) for images in pixels))
         if isinstance(features, tuple):
             return self.aligner(tuple(like_parameters(feature, self.aligner) for feature in features))
         return self.aligner(like_parameters(features, self.aligner))
@@ -168,9 +152,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
     def prepare_inputs_embeds(
         self,
         input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor | None,
-        images_seq_mask: torch.BoolTensor,
-        images_emb_mask: torch.BoolTensor,
+        pixel_values: torch.Tensor | None = None,
+        images_seq_mask: torch.BoolTensor | None = None,
+        images_emb_mask: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
         **ignored: Any,
@@ -182,7 +166,8 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [b, T]; negative ids are embedded as 0.
             pixel_values: [b, n, 3, S, S] of any float dtype, or None without images.
-            images_seq_mask: bool [b, T], where features replace token embeddings, in order.
+            images_seq_mask: bool [b, T], where features replace token embeddings, in order; of the whole prompt, if
+                the ids are its end alone, because a cache has the rest.
             images_emb_mask: bool [b, n, N], which features are real.
             position_ids: int64 [b, T], if they do not count from 0 to T - 1; only to check that the model has them.
             image_features: [images, N, D], what `get_image_features` gives for the slots with real features, in order,
@@ -193,29 +178,35 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             [b, T, D] in the model's dtype.
 
         Raises:
-            ValueError: if the prompt is longer than the model's positions, or masks and features do not fit.
+            ValueError: if the prompt is longer than the model's positions, or pixels, masks and features do not fit.
         """
+        new = input_ids.shape[1]
+        if images_seq_mask is not None:
+            input_ids = F.pad(input_ids, (max(images_seq_mask.shape[1] - new, 0), 0))
         self._check_length(input_ids, position_ids)
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
+        if images_seq_mask is None or images_emb_mask is None:
+            if pixel_values is not None:
+                raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
+            return inputs_embeds[:, -new:]
         check_images(pixel_values, images_seq_mask, images_emb_mask, image_features)
-        if not images_emb_mask.any():
-            if self.training and torch.is_grad_enabled() and pixel_values is not None:
-                # Every weight that learns needs a gradient, and in distributed training every process must run the
-                # same modules, so a blank slot is encoded without effect.
-                blank = self.get_image_features(pixel_values[:1, 0]).sum()
-                return inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
-            return inputs_embeds
         is_real = images_emb_mask.any(dim=-1)  # [b, n]
-        if image_features is None:
-            image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])  # [images, N, D]
-        feature_mask = images_emb_mask[is_real].to(image_features.device)  # [images, N]
-        if feature_mask.shape != image_features.shape[:2]:
-            raise ValueError(
-                f"The vision tower gives {image_features.shape[1]} features per image, the processor reserved "
-                f"{feature_mask.shape[1]} (num_image_tokens)."
-            )
-        source = image_features[feature_mask].to(inputs_embeds.device, inputs_embeds.dtype)  # [features, D]
-        return inputs_embeds.masked_scatter(images_seq_mask.to(inputs_embeds.device)[..., None], source)
+        if is_real.any():
+            if image_features is None:
+                image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])
+            feature_mask = images_emb_mask[is_real].to(image_features.device)  # [images, N]
+            if feature_mask.shape != image_features.shape[:2]:
+                raise ValueError(
+                    f"The vision tower gives {image_features.shape[1]} features per image, the processor reserved "
+                    f"{feature_mask.shape[1]} (num_image_tokens)."
+                )
+            inputs_embeds = place_features(inputs_embeds, images_seq_mask, image_features[feature_mask])
+        elif self.training and torch.is_grad_enabled() and pixel_values is not None:
+            # Every weight that learns needs a gradient, and in distributed training every process must run the same
+            # modules, so a blank slot is encoded without effect.
+            blank = self.get_image_features(pixel_values[:1, 0]).sum()
+            inputs_embeds = inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds[:, -new:]
 
     def _check_length(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
@@ -234,6 +225,84 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         images_seq_mask: torch.BoolTensor | None = None,
         images_emb_mask: torch.BoolTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        sft_format: list[str] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """`MultiModalityCausalLM.forward` up to the hidden states: `last_hidden_state` [b, T, D] in place of logits."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.prepare_inputs_embeds(
+                input_ids, pixel_values, images_seq_mask, images_emb_mask, position_ids
+            )
+        return self.language_model(inputs_embeds=inputs_embeds, position_ids=position_ids, **with_cache_name(kwargs))
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """transformers' `generate` for prompts whose images are encoded before decoding starts."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' hook before each step: images belong to the first one only."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **with_cache_name(kwargs)
+        )
+        if not is_first_iteration:
+            for name in ("pixel_values", "images_seq_mask", "images_emb_mask"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    @staticmethod
+    def _refuse_assistance(arguments: Mapping[str, Any]) -> None:
+        """Refuse what transformers would decode without a prompt's images, if these arguments of `generate` ask it."""
+        if arguments.get("assistant_model") is not None or arguments.get("prompt_lookup_num_tokens"):
+            raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
+
+
+class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
+    """DeepSeek-VL: a vision tower, a projector and a Llama language model.
+
+    Attributes:
+        vision_model: `CLIPVisionTower` or `HybridVisionTower`.
+        aligner: `MlpProjector`.
+        language_model: `LlamaForCausalLM`, which can be used on its own with `inputs_embeds` from
+            `prepare_inputs_embeds`.
+    """
+
+    def __init__(self, config: MultiModalityConfig):
+        super().__init__(config, *build_encoder(config), LlamaForCausalLM(config.language_config))
+        self.post_init()
+        self.set_special_tokens(config_special_tokens(config.language_config))
+
+    @property
+    def base_model(self) -> MultiModalityModel:
+        """The model without the language model's head, made of this one's modules.
+
+        A new object each time, which adds no weights to this model's own.
+        """
+        body = MultiModalityModel(self.config, self.vision_model, self.aligner, self.get_decoder())
+        body.training = self.training
+        return body
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        images_seq_mask: torch.BoolTensor | None = None,
+        images_emb_mask: torch.BoolTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Any | None = None,
@@ -243,6 +312,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         sft_format: list[str] | None = None,
         loss_only: bool = False,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model on ids with or without images, or on embeddings.
@@ -252,7 +322,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             pixel_values, images_seq_mask, images_emb_mask: as in `prepare_inputs_embeds`; all three or none.
             attention_mask: [b, past + T], 0 on padding.
             position_ids: int64 [b, T].
-            past_key_values: a transformers cache.
+            cache, past_key_values: a transformers cache, under either name.
             inputs_embeds: [b, T, D], instead of `input_ids`.
             labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
             use_cache: return the cache.
@@ -263,38 +333,33 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
 
         Returns:
-            `loss` (with labels), `logits` [b, T, vocabulary], `past_key_values`, `hidden_states`, `attentions`.
+            `loss` (with labels), `logits` [b, T, vocabulary], the cache, `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for pixels without masks, or for
-                `loss_only` without labels or with a past; and what `prepare_inputs_embeds` raises.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for pixels without masks, for a
+                cache under both names, or for `loss_only` without labels or with a past; and what
+                `prepare_inputs_embeds` raises.
         """
-        if loss_only and (labels is None or past_key_values is not None):
-            raise ValueError("loss_only needs labels, and no past_key_values.")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, pixel_values, images_seq_mask, images_emb_mask, position_ids)
+        run, options = super().forward, {"use_cache": use_cache, "labels": labels, "logits_to_keep": logits_to_keep}
         if loss_only:
+            if labels is None or cache is not None or past_key_values is not None:
+                raise ValueError("loss_only needs labels, and no past_key_values.")
             items = kwargs.pop("num_items_in_batch", None)
-            hidden = self.language_model.model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                **kwargs,
-            )[0]
-            return CausalLMOutputWithPast(loss=self._loss_of(hidden, labels, items))
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
+            run, options = self.base_model, {"use_cache": False}
+        output = run(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            images_seq_mask=images_seq_mask,
+            images_emb_mask=images_emb_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            **options,
             **kwargs,
         )
+        return CausalLMOutputWithPast(loss=self._loss_of(output[0], labels, items)) if loss_only else output
 
     def _loss_of(
         self, hidden: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
@@ -309,27 +374,6 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch,
             shift_labels=targets[learnt],
         )
-
-    def _embed(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor | None,
-        images_seq_mask: torch.BoolTensor | None,
-        images_emb_mask: torch.BoolTensor | None,
-        position_ids: torch.LongTensor | None = None,
-    ) -> torch.Tensor:
-        if images_seq_mask is not None and images_emb_mask is not None:
-            # With a cache the ids are the prompt's end, while the masks are still the whole prompt's.
-            cached, new = images_seq_mask.shape[1] - input_ids.shape[1], input_ids.shape[1]
-            whole = F.pad(input_ids, (max(cached, 0), 0))
-            embeds = self.prepare_inputs_embeds(
-                whole, pixel_values, images_seq_mask, images_emb_mask, position_ids=position_ids
-            )
-            return embeds[:, -new:]
-        if pixel_values is not None:
-            raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
-        self._check_length(input_ids, position_ids)
-        return self.get_input_embeddings()(input_ids.clamp(min=0))
 
     @torch.no_grad()
     def generate(
@@ -360,87 +404,21 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel, GenerationMixin):
             "images_seq_mask": images_seq_mask,
             "images_emb_mask": images_emb_mask,
         }
-        if kwargs.get("past_key_values") is not None:
+        kwargs = with_cache_name(kwargs)
+        if CACHE in kwargs:
             kwargs |= images  # `forward` embeds what the cache does not hold yet
-        elif input_ids is not None and kwargs.get("inputs_embeds") is None and _has_images(**images):
-            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-                raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
-            kwargs["inputs_embeds"] = self._embed(input_ids, **images)
+        elif input_ids is not None and kwargs.get("inputs_embeds") is None:
+            masks = [mask for mask in (images_seq_mask, images_emb_mask) if mask is not None]
+            # Whatever speaks of images counts, so that what does not fit together is an error.
+            if any(mask.any() for mask in masks) if len(masks) == 2 else pixel_values is not None:
+                self._refuse_assistance(kwargs)
+                kwargs["inputs_embeds"] = self.prepare_inputs_embeds(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        past_key_values: Any | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """transformers' hook before each step: images belong to the first one only."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration:
-            for name in ("pixel_values", "images_seq_mask", "images_emb_mask"):
-                model_inputs.pop(name, None)
-        return model_inputs
-
-    # --- loading ---
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args: Any, **kwargs: Any) -> Any:
-        """As `MultiModalityPreTrainedModel.from_pretrained`; what is frozen is the checkpoint's.
-
-        Raises:
-            ValueError: if the weights do not fit the config.
-        """
-        return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if isinstance(model.vision_model, HybridVisionTower):
-            model.vision_model.freeze_towers()  # transformers' loader makes every parameter trainable
-        if pretrained_model_name_or_path is not None:
-            model.config.name_or_path = str(pretrained_model_name_or_path)  # what an adapter notes as its base
-        return (model, info) if return_info else model
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: PreTrainedModel,
-        state_dict: dict | None,
-        checkpoint_files: list[str] | None,
-        load_config: Any,
-        *args: Any,
-    ) -> Any:
-        """transformers' step that reads the weights, here with a file's pages let go as soon as they are read.
-
-        Else they stay in memory beside the weights that are converted from them, which doubles the peak.
-        """
-        state_dict = unread_state_dict(model, state_dict, checkpoint_files, load_config)
-        if state_dict:
-            state_dict = as_reference(state_dict, model.state_dict())
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
-
-
-def unread_state_dict(
-    model: PreTrainedModel, state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, load_config: Any
-) -> dict[str, Any] | None:
-    """What transformers' loader is to read: tensors that are read one by one, where it would map whole files.
-
-    None leaves the files to transformers: for weights that stay on the disk, or are divided among DeepSpeed's
-    processes.
-    """
-    devices = set((load_config.device_map or {"": "cpu"}).values())
-    if state_dict is not None or not checkpoint_files or "disk" in devices or is_deepspeed_zero3_enabled():
-        return state_dict
-    # Converted as they are read, weights are copied once only. Elsewhere they are converted where they come to.
-    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    is_for_cpu = all(str(device) == "cpu" for device in devices) and not load_config.is_quantized
-    return unread_weights(checkpoint_files, dtypes.pop() if is_for_cpu and len(dtypes) == 1 else None)
+    def after_loading(self) -> None:
+        """Freeze what the config says is frozen: transformers' loader makes every parameter trainable."""
+        if isinstance(self.vision_model, HybridVisionTower):
+            self.vision_model.freeze_towers()
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -451,6 +429,12 @@ def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         return tensor
     device = tensor.device if parameter.is_meta else parameter.device
     return tensor.to(device, parameter.dtype if parameter.is_floating_point() else tensor.dtype)
+
+
+def place_features(inputs_embeds: torch.Tensor, positions: torch.BoolTensor, features: torch.Tensor) -> torch.Tensor:
+    """Embeddings [b, T, D] with image features [..., D], in order, where `positions` [b, T] says."""
+    features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(positions.to(inputs_embeds.device)[..., None], features)
 
 
 def check_images(
@@ -479,19 +463,3 @@ def check_images(
             f"pixel_values has {tuple(pixel_values.shape[:2])} rows and images, images_emb_mask "
             f"{tuple(images_emb_mask.shape[:2])}."
         )
-
-
-def _has_images(
-    pixel_values: torch.Tensor | None,
-    images_seq_mask: torch.BoolTensor | None,
-    images_emb_mask: torch.BoolTensor | None,
-) -> bool:
-    """Whether anything says so, so that what does not fit together is noticed later."""
-    if images_seq_mask is None or images_emb_mask is None:
-        return pixel_values is not None
-    return bool(images_seq_mask.any() or images_emb_mask.any())
-
-
-AutoModelForCausalLM.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
-AutoModelForImageTextToText.register(MultiModalityConfig, MultiModalityCausalLM, exist_ok=True)
-AutoProcessor.register(MultiModalityConfig, VLChatProcessor, exist_ok=True)

@@ -7,15 +7,19 @@ of its own and is added, scaled by a learnt factor.
 """
 
 import itertools
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_vl.checkpoints.read import load_tower_checkpoint
+from deepseek_vl.kernels.positions import attend_with_positions
 from deepseek_vl.models.variants import select_variant
 
 
@@ -23,8 +27,7 @@ from deepseek_vl.models.variants import select_variant
 class SAMVariant:
     """One row of the table of published SAM encoders; sizes in pixels, channels and counts.
 
-    `neck_size` is the side of the grid to which the neck's output is resized. The four necks' fields are named as in
-    the reference where it has a name for them.
+    `neck_size` is the side of the grid to which the neck's output is resized.
     """
 
     width: int
@@ -57,30 +60,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches: [B, 3, S, S] -> [B, S / patch_size, S / patch_size, width]."""
-
-    def __init__(self, patch_size: int, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.proj(images).permute(0, 2, 3, 1)
-
-
-class MLPBlock(nn.Module):
-    """Linear, GELU, Linear; the layers are named as in SAM's checkpoints."""
-
-    def __init__(self, width: int, hidden_width: int):
-        super().__init__()
-        self.lin1 = nn.Linear(width, hidden_width)
-        self.lin2 = nn.Linear(hidden_width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
 class Attention(nn.Module):
@@ -101,73 +81,16 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, side, side, width] -> the same shape."""
-        B, H, W, C = x.shape
-        N, heads, head_dim = H * W, self.heads, self.head_dim
-
-        q, k, v = self.qkv(x).reshape(B, N, 3, heads, head_dim).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        q, k, v = rearrange(self.qkv(x), "b h w (qkv heads c) -> qkv b heads (h w) c", qkv=3, heads=self.heads)
 
         coords = torch.arange(self.side, device=x.device)
         offsets = coords[:, None] - coords[None, :] + self.side - 1  # [query, key] -> row of the position tables
-        grid_q = q.reshape(B, heads, H, W, head_dim)
-        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid_q, self.rel_pos_h[offsets]).reshape(B, heads, N, H)
-        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid_q, self.rel_pos_w[offsets]).reshape(B, heads, N, W)
+        grid_q = rearrange(q, "b heads (h w) c -> b heads h w c", h=self.side)
+        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid_q, self.rel_pos_h[offsets]).flatten(2, 3)  # [B, heads, N, side]
+        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid_q, self.rel_pos_w[offsets]).flatten(2, 3)
 
-        attend = attend_with_bias if x.device.type == "cpu" and not rel_h.requires_grad else attend_widened
-        out = attend(q, k, v, rel_h, rel_w)  # [B, heads, N, head_dim]
-        return self.proj(out.transpose(1, 2).reshape(B, H, W, C))
-
-
-def attend_widened(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
-) -> torch.Tensor:
-    """Attention with the relative positions as additional columns of the query, against one-hot columns of the key.
-
-    Runs in the fused kernels of GPUs, and is differentiable without [N, N] tensors.
-
-    Args:
-        q, k, v: [B, heads, N, head_dim], N = H * W.
-        rel_h, rel_w: [B, heads, N, H] and [B, heads, N, W], what each query adds for each row and column of keys.
-
-    Returns:
-        [B, heads, N, head_dim].
-    """
-    *_, N, head_dim = q.shape
-    H, W = rel_h.shape[-1], rel_w.shape[-1]
-    scale = head_dim**-0.5
-    key_rows = torch.eye(H, dtype=q.dtype, device=q.device).repeat_interleave(W, dim=0)  # [N, H]
-    key_columns = torch.eye(W, dtype=q.dtype, device=q.device).repeat(H, 1)  # [N, W]
-    one_hot = torch.cat([key_rows, key_columns], dim=-1).expand(*q.shape[:2], N, H + W)
-    out = F.scaled_dot_product_attention(
-        torch.cat([q, rel_h / scale, rel_w / scale], dim=-1),
-        torch.cat([k, one_hot], dim=-1),
-        F.pad(v, (0, H + W)),  # the fused kernels want values as wide as the keys
-        scale=scale,
-    )
-    return out[..., :head_dim]
-
-
-# Elements of bias that `attend_with_bias` has in memory at a time: one head of a 64 x 64 grid.
-MAX_BIAS_ELEMENTS = 2**24
-
-
-def attend_with_bias(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
-) -> torch.Tensor:
-    """Attention with the relative positions as a bias, for some heads at a time.
-
-    The arguments and the result are those of `attend_widened`. CPUs spend less on the bias than on wider queries.
-    """
-    B, heads, N, _ = q.shape
-    H, W = rel_h.shape[-1], rel_w.shape[-1]
-    heads_at_once = min(heads, max(1, MAX_BIAS_ELEMENTS // (B * N * N)))
-    buffer = q.new_empty(heads_at_once, B, N, H, W)  # one for all parts: memory as large is slow to get anew
-    parts = []
-    for start in range(0, heads, heads_at_once):
-        part = slice(start, start + heads_at_once)
-        bias = buffer[: min(heads_at_once, heads - start)].transpose(0, 1)  # [B, some heads, N, H, W]
-        torch.add(rel_h[:, part, :, :, None], rel_w[:, part, :, None, :], out=bias)
-        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias.flatten(3)))
-    return torch.cat(parts, dim=1)
+        out = attend_with_positions(q, k, v, rel_h, rel_w)  # [B, heads, N, head_dim]
+        return self.proj(rearrange(out, "b heads (h w) c -> b h w (heads c)", h=self.side))
 
 
 class SAMBlock(nn.Module):
@@ -179,36 +102,32 @@ class SAMBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, side=window_size or grid)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLPBlock(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        layers = {"lin1": nn.Linear(width, hidden), "act": nn.GELU(), "lin2": nn.Linear(hidden, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))  # named as in SAM's checkpoints
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, grid, grid, width] -> the same shape."""
         normed = self.norm1(x)
         if self.window_size:
-            B, H, W, _ = x.shape
-            attended = window_unpartition(
-                self.attn(window_partition(normed, self.window_size)), self.window_size, B, H, W
-            )
+            attended = from_windows(self.attn(to_windows(normed, self.window_size)), *x.shape[1:3])
         else:
             attended = self.attn(normed)
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
 
-def window_partition(x: torch.Tensor, size: int) -> torch.Tensor:
+def to_windows(x: torch.Tensor, size: int) -> torch.Tensor:
     """[B, H, W, C] -> [B * windows, size, size, C], padded with zeros at the bottom and right to whole windows."""
-    B, H, W, C = x.shape
-    x = F.pad(x, (0, 0, 0, -W % size, 0, -H % size))
-    rows, columns = x.shape[1] // size, x.shape[2] // size
-    return x.reshape(B, rows, size, columns, size, C).transpose(2, 3).reshape(B * rows * columns, size, size, C)
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+    return rearrange(padded, "b (rows h) (columns w) c -> (b rows columns) h w c", h=size, w=size)
 
 
-def window_unpartition(windows: torch.Tensor, size: int, B: int, H: int, W: int) -> torch.Tensor:
-    """The inverse of `window_partition`: [B * windows, size, size, C] -> [B, H, W, C]."""
-    C = windows.shape[-1]
-    rows, columns = -(-H // size), -(-W // size)
-    x = windows.reshape(B, rows, columns, size, size, C).transpose(2, 3).reshape(B, rows * size, columns * size, C)
-    return x[:, :H, :W]
+def from_windows(windows: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """The inverse of `to_windows`: [B * windows, size, size, C] -> [B, H, W, C]."""
+    rows, columns = -(-H // windows.shape[1]), -(-W // windows.shape[1])
+    pattern = "(b rows columns) h w c -> b (rows h) (columns w) c"
+    return rearrange(windows, pattern, rows=rows, columns=columns)[:, :H, :W]
 
 
 def make_neck(width: int, channels: int) -> nn.Sequential:
@@ -241,7 +160,8 @@ class SAMVisionTransformer(nn.Module):
             )
         self.first_global_block = global_blocks[0]
 
-        self.patch_embed = PatchEmbed(variant.patch_size, variant.width)
+        project = nn.Conv2d(3, variant.width, kernel_size=variant.patch_size, stride=variant.patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=project, to_grid=Rearrange("b c h w -> b h w c")))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, variant.width))
         self.blocks = nn.ModuleList(
             SAMBlock(
@@ -291,7 +211,7 @@ class SAMVisionTransformer(nn.Module):
 
     def _to_low_grid(self, neck: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         """[B, grid, grid, width] -> [B, C, h, h]: a neck, the resize in float32, and the shared downsampling."""
-        x = neck(x.permute(0, 3, 1, 2))
+        x = neck(rearrange(x, "b h w c -> b c h w"))
         resized = F.interpolate(x.float(), size=(self.neck_size, self.neck_size), mode="bilinear", align_corners=False)
         return self.downsamples(resized.to(x.dtype))
 

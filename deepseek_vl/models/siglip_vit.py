@@ -58,14 +58,8 @@ class SigLIPVisionTransformer(VisionTransformer):
         )
         self.ignore_head = ignore_head
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """timm's switch under the name by which transformers sets it."""
-        return self.grad_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        self.set_grad_checkpointing(enable)
+    # timm's switch under the name by which transformers sets it
+    gradient_checkpointing = property(lambda self: self.grad_checkpointing, VisionTransformer.set_grad_checkpointing)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`images` [B, 3, S, S] -> [B, N, width], or [B, width] with the pooling head. N = (S // patch_size) ** 2."""

@@ -8,7 +8,6 @@ Everything it calls is public; copy it to start a program of your own.
 import argparse
 from pathlib import Path
 
-from deepseek_vl.command_line import add_quantize
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 
@@ -19,7 +18,7 @@ def main() -> None:
     parser.add_argument("--image", default=str(Path(__file__).parent / "images" / "training_pipelines.png"))
     parser.add_argument("--question", default="<image_placeholder>Describe each stage of this image.")
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    add_quantize(parser)
+    parser.add_argument("--quantize", metavar="KIND", help="int8, or int4 on GPUs: faster and smaller")
     args = parser.parse_args()
 
     conversation = [

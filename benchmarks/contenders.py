@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from PIL import Image
 
+    from deepseek_vl.engine.generation import AnswerStream
+
 Conversation = list[dict[str, Any]]
 
 
@@ -64,46 +66,68 @@ class TokenClock:
 
 
 class Ours:
-    """This package, as its front-ends use it."""
+    """This package, as its doors use it.
 
-    def __init__(self, model_path: str, device: str, dtype: str, quantize: str | None = None, compiled: bool = False):
+    Args:
+        remembers: whether a prompt may go on from an earlier conversation.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        device: str,
+        dtype: str,
+        quantize: str | None = None,
+        compiled: bool = False,
+        remembers: bool = False,
+    ):
+        from deepseek_vl.engine.engine import Engine
+        from deepseek_vl.engine.limits import EngineLimits
         from deepseek_vl.utils.io import load_pretrained_model
 
-        self.tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
+        tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
+        self.engine = Engine(self.model, tokenizer, EngineLimits(conversation_bytes=None if remembers else 0))
         self.compiled = compiled
         if compiled:
-            from deepseek_vl.engine.compiled import compile_model
-
-            compile_model(self.model, self.processor)
+            self.engine.compile(self.processor)
 
     def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
-        from deepseek_vl.engine.settings import GenerationSettings
-        from deepseek_vl.engine.stream import stream_answer
-
         with TokenClock(self.model) as clock, self._ticking(clock):
-            stream = stream_answer(self.model, self.processor, messages, GenerationSettings(max_new_tokens=tokens))
+            stream = self.stream(messages, tokens)
             answer = "".join(stream)
         return {**clock.read(stream.completion_tokens), "answer": answer}
+
+    def stream(self, messages: Conversation, tokens: int) -> "AnswerStream":
+        """The answer to a conversation, of so many tokens at most."""
+        from deepseek_vl.engine.generation import AnswerStream
+        from deepseek_vl.engine.settings import GenerationSettings
+        from deepseek_vl.serve.inference import message_images
+
+        inputs = self.processor(conversations=messages, images=message_images(messages))
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        return AnswerStream(self.engine, inputs, GenerationSettings(max_new_tokens=tokens))
 
     @contextmanager
     def _ticking(self, clock: TokenClock) -> Iterator[None]:
         """Let the clock tick after each compiled step."""
-        from deepseek_vl.engine.engine import engine_of
+        from deepseek_vl.engine.decode_step import Step
 
-        engine = engine_of(self.model)
-        step = engine.step
+        step = self.engine.step
 
-        def ticking(*arguments: Any) -> Any:
-            logits = step(*arguments)
-            clock.tick()
-            return logits
+        class Ticking(Step):
+            def __call__(self, *arguments: Any) -> Any:
+                logits = step(*arguments)
+                clock.tick()
+                return logits
 
-        ticking.forget = step.forget
-        engine.step = ticking if self.compiled else step
+            def forget(self) -> None:
+                step.forget()
+
+        self.engine.use(Ticking() if self.compiled else step)
         try:
             yield
         finally:
-            engine.step = step
+            self.engine.use(step)
 
     def encode(self, image: "Image.Image") -> Callable[[], Any]:
         pixels = self.processor.image_processor(image)["pixel_values"].to(self.model.device)
@@ -117,10 +141,10 @@ class Transformers:
         import torch
         import transformers
 
+        from deepseek_vl.checkpoints.convert import weight_files
         from deepseek_vl.checkpoints.layout_configs import to_transformers
-        from deepseek_vl.checkpoints.layout_weights import TRANSFORMERS, rename
+        from deepseek_vl.checkpoints.names import TRANSFORMERS, rename
         from deepseek_vl.checkpoints.read import unread_weights
-        from deepseek_vl.convert import weight_files
         from deepseek_vl.hf import DeepseekVLProcessor
         from deepseek_vl.kernels.device import pick_device
         from deepseek_vl.models.clip_encoder import tower_fields
@@ -131,7 +155,7 @@ class Transformers:
         images, token_id = load_json(path / "preprocessor_config.json"), self.processor.image_token_id
         config = to_transformers(load_json(path / "config.json"), images, token_id, tower_fields)
         model_class = getattr(transformers, config["architectures"][0])
-        weights, _ = rename(unread_weights(map(str, weight_files(path))), TRANSFORMERS)
+        weights, _ = rename(unread_weights(weight_files(path)), TRANSFORMERS)
         self.model = model_class.from_pretrained(
             None,
             config=model_class.config_class.from_dict(config),
@@ -207,10 +231,7 @@ def chat_processor(model_path: str) -> Any:
 
 
 def warm_up(loaded: Contender, processor: Any) -> None:
-    """Answer something, and remember nothing, also later: no prompt that is measured may go on from another."""
-    from deepseek_vl.engine.engine import engine_of
-
-    engine_of(loaded.model).memory_bytes = 0
+    """Answer something."""
     loaded.answer(question(processor, 1), 2)
 
 
@@ -232,8 +253,9 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
     Args:
         first_answer: what the model has said to the first one; None to have it say something.
     """
-    loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
-    loaded.answer(question(processor, 1), 2)
+    is_ours = {"remembers": True} if contender["name"] == "ours" else {}
+    loaded, processor = open_contender(**contender, **is_ours), chat_processor(contender["model_path"])
+    warm_up(loaded, processor)
     messages = question(processor, prompt, [picture(1)])
     text = " ".join(["And"] + ["what"] * (follow_up - 1))
     if first_answer is not None:
@@ -244,7 +266,7 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
     from deepseek_vl.engine.chat import ChatSession
     from deepseek_vl.engine.settings import GenerationSettings
 
-    session = ChatSession(loaded.model, processor, GenerationSettings(max_new_tokens=8))
+    session = ChatSession(loaded.engine, processor, GenerationSettings(max_new_tokens=8))
     list(session.ask(messages[0]["content"], messages[0]["images"]))
     if not session.messages:
         raise SystemExit("The model answers nothing, which leaves no conversation to go on with.")
@@ -290,15 +312,11 @@ def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption:
     """Tokens per second of captions for so many images at once, by their number."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from deepseek_vl.engine.settings import GenerationSettings
-    from deepseek_vl.engine.stream import stream_answer
-
     loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
     warm_up(loaded, processor)
-    settings = GenerationSettings(max_new_tokens=caption)
 
     def tokens_of(messages: Conversation) -> int:
-        stream = stream_answer(loaded.model, processor, messages, settings)
+        stream = loaded.stream(messages, caption)
         list(stream)
         return stream.completion_tokens
 
@@ -416,7 +434,7 @@ def bytes_per_token(model: Any) -> int:
 
     modules = [*model.get_decoder().modules(), *model.get_output_embeddings().modules()]
     parameters = sum(stored_bytes(weight) for module in modules for weight in module.parameters(recurse=False))
-    quantised = sum(module.nbytes for module in modules if isinstance(module, Int8Linear))
+    quantised = sum(layer.in_features * layer.out_features for layer in modules if isinstance(layer, Int8Linear))
     return parameters + quantised - model.get_input_embeddings().weight.nbytes
 
 

@@ -57,18 +57,20 @@ def starting() -> Iterator[None]:
             gc.enable()
 
 
-def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """The argument `--quantize` of commands that load a model; its value is for `load_pretrained_model`."""
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The arguments for `load_pretrained_model`, of commands that load a model for answers."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
+    )
     parser.add_argument(
         "--quantize", metavar="KIND", help="int8, or int4 on GPUs: faster and smaller, with almost the same answers"
     )
 
 
-def add_compile(parser: argparse.ArgumentParser) -> None:
-    """The argument `--compile` of commands that give many answers; it is for `compile_model`."""
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the model first, in a minute or two: answers are faster then"
-    )
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def positive(text: str) -> int:

@@ -12,37 +12,41 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import PARROT_ANSWERS, ROOT, Loaded, answers_at, wait_until
+from conftest import PARROT_ANSWERS, ROOT, answers_at, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-from deepseek_vl.engine.engine import engine_of  # noqa: E402
+from deepseek_vl.engine.engine import Engine  # noqa: E402
+from deepseek_vl.engine.settings import GenerationSettings  # noqa: E402
+from deepseek_vl.models import VLChatProcessor  # noqa: E402
 from deepseek_vl.serve.app_deepseek import main  # noqa: E402
 from deepseek_vl.serve.inference import load_model  # noqa: E402
 from deepseek_vl.serve.web.page import create_page, launch  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
 IMAGES = ROOT / "images"
+Served = tuple[Engine, VLChatProcessor]
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Loaded:
-    return load_model("tiny", device="cpu", dtype="float32")
+def tiny() -> Served:
+    tokenizer, model, processor = load_model("tiny", device="cpu", dtype="float32")
+    return Engine(model, tokenizer), processor
 
 
 @pytest.fixture(scope="module")
-def parrot(parrot_checkpoint: Path) -> Loaded:
+def parrot(parrot_checkpoint: Path) -> Served:
     """The parrot, so slow that a song of its does not end by itself within a test."""
-    loaded = load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
-    loaded[1].language_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-    return loaded
+    tokenizer, model, processor = load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    return Engine(model, tokenizer), processor
 
 
 @pytest.fixture(scope="module")
-def address(tiny: Loaded, parrot: Loaded) -> Iterator[str]:
+def address(tiny: Served, parrot: Served) -> Iterator[str]:
     """A server whose first model is the bundled one."""
-    page = create_page({"tiny": tiny[1:], "parrot": parrot[1:]})
+    page = create_page({"tiny": tiny, "parrot": parrot})
     port = free_port()
     launch(page, "127.0.0.1", port, prevent_thread_lock=True, quiet=True)
     yield f"http://127.0.0.1:{port}"
@@ -57,6 +61,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"needs {CHROMIUM} (apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -172,16 +178,16 @@ def test_enter_sends(tab: Tab) -> None:
     tab.sees(PARROT_ANSWERS["Greet me."])
 
 
-def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Loaded) -> None:
+def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Served) -> None:
     tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la la la")
-    assert engine_of(parrot[1]).running == 1
+    assert parrot[0].running == 1
     first = tab.answers.inner_text()
     sync_api.expect(tab.answers).not_to_have_text(first)  # it streams
     tab.press("Stop")
-    wait_until(lambda: not engine_of(parrot[1]).running, 1.0)
+    wait_until(lambda: not parrot[0].running, 1.0)
     sync_api.expect(tab.page.locator("#status")).to_have_text("Stopped.")
     assert tab.answers.inner_text().startswith("la la la la")
     tab.press("New Conversation")
@@ -191,26 +197,26 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Load
 
 
 @pytest.mark.parametrize("button", ["New Conversation", "Remove Last Turn"])
-def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Loaded, button: str) -> None:
+def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Served, button: str) -> None:
     tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la")
     tab.press(button)
-    wait_until(lambda: not engine_of(parrot[1]).running, 5.0)
+    wait_until(lambda: not parrot[0].running, 5.0)
     sync_api.expect(tab.questions).to_have_count(0)
     tab.send("Greet me.")
     tab.sees(PARROT_ANSWERS["Greet me."])
 
 
-def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Loaded) -> None:
+def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Served) -> None:
     tab = Tab(browser, address)
     tab.choose_parrot()
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     sync_api.expect(tab.answers).to_contain_text("la la")
     tab.context.close()
-    wait_until(lambda: not engine_of(parrot[1]).running, 10.0)
+    wait_until(lambda: not parrot[0].running, 10.0)
 
 
 def test_two_users_have_their_own_conversations(
@@ -320,6 +326,21 @@ def test_on_a_phone_everything_is_within_reach(browser: sync_api.Browser, addres
     tab.send("What colour is the star?", IMAGES / "shapes.png")
     tab.sees(re.compile("blue"))
     tab.context.close()
+
+
+def test_the_sliders_stand_where_the_command_says(tiny: Served) -> None:
+    def sliders(*settings: GenerationSettings) -> dict[str, tuple[float, float]]:
+        components = [component["props"] for component in create_page({"tiny": tiny}, *settings).config["components"]]
+        return {props["label"]: (props["value"], props["maximum"]) for props in components if "step" in props}
+
+    assert sliders() == {
+        "Top-p": (0.95, 1), "Temperature": (0.1, 1), "Repetition penalty": (1.1, 2),
+        "Max generation tokens": (2048, 4096), "Max history tokens": (4096, 4096),
+    }  # fmt: skip
+    moved = sliders(GenerationSettings(top_p=0.5, temperature=1.5, repetition_penalty=1, max_new_tokens=8000))
+    assert moved["Top-p"] == (0.5, 1)
+    assert moved["Temperature"] == (1.5, 1.5), "beyond the slider's own end"
+    assert moved["Max generation tokens"] == (8000, 8000)
 
 
 # --- the command ---

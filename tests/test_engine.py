@@ -1,7 +1,9 @@
 """The engine's batch: answers that come and go together, each the same as alone."""
 
+import copy
 import queue
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
+from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine import kv_cache
-from deepseek_vl.engine.compiled import compile_model
 from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import END, Generation
 from deepseek_vl.engine.kv_cache import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
+from deepseek_vl.engine.limits import EngineLimits
+from deepseek_vl.engine.sampling import sample
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import stream_answer
 from deepseek_vl.imaging.open import load_image
-from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.inference import load_model, stream_answer
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,19 @@ def loaded(checkpoint: Path) -> Loaded:
     return load_model(str(checkpoint), device="cpu", dtype="float32")
 
 
-def generation_of(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int, **settings: Any) -> Generation:
-    tokenizer, model, processor = loaded
+def engine_for(loaded: Loaded, max_rows: int = 16) -> Engine:
+    """A new engine."""
+    tokenizer, model, _ = loaded
+    return Engine(model, tokenizer, EngineLimits(max_rows))
+
+
+def generation_of(
+    engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int, **settings: Any
+) -> Generation:
+    _, model, processor = loaded
     inputs = processor(conversations=messages, images=messages[0]["images"]).to(model.device)
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    generation = Generation(model, tokenizer, inputs, GenerationSettings(max_new_tokens, **settings), pieces.put)
+    generation = Generation(engine, inputs, GenerationSettings(max_new_tokens=max_new_tokens, **settings), pieces.put)
     generation.pieces = pieces
     return generation
 
@@ -75,55 +86,52 @@ class LentStep(Step):
 
 @pytest.fixture(scope="module")
 def compiled_step(loaded: Loaded) -> Step:
-    _, model, processor = loaded
-    engine, progress = engine_of(model), []
-    plain = engine.step
-    compile_model(model, processor, progress.append)
+    engine, progress = engine_for(loaded), []
+    engine.compile(loaded[2], progress.append)
     assert progress == ["Compiling the language model ..."]
-    compiled, engine.step = engine.step, plain
-    return compiled
+    return engine.step
 
 
 def check_that_all_answer_as_alone(loaded: Loaded, engine: Engine, picture: Path) -> None:
     asked = questions(picture, 12)
-    generations = [generation_of(loaded, messages, length) for messages, length in asked]
+    generations = [generation_of(engine, loaded, messages, length) for messages, length in asked]
     most = 0
     for generation in generations:
         engine.submit(generation)
     for generation, (messages, length) in zip(generations, asked, strict=True):
         most = max(most, engine.running)
         assert generation.done.wait(300)
-        assert generation.text.token_ids == alone(loaded, messages, length)
-    assert most <= engine.max_rows
+        assert generation.token_ids == alone(loaded, messages, length)
+    assert most <= engine.limits.max_rows
     assert (engine.waiting, engine.running) == (0, 0)
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 16])
 def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_rows: int) -> None:
-    check_that_all_answer_as_alone(loaded, Engine(max_rows), picture)
+    check_that_all_answer_as_alone(loaded, engine_for(loaded, max_rows), picture)
 
 
 def test_answers_from_shared_buffers_are_those_alone(
     loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_cache, "SHARED_POSITIONS", 64)  # so that answers outgrow it
-    engine = Engine(3)
-    engine.step = LentStep()
+    engine = engine_for(loaded, 3)
+    engine.use(LentStep())
     check_that_all_answer_as_alone(loaded, engine, picture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_compiled_answers_are_those_alone(loaded: Loaded, compiled_step: Step, picture: Path, max_rows: int) -> None:
-    engine = Engine(max_rows)
-    engine.step = compiled_step
+    engine = engine_for(loaded, max_rows)
+    engine.use(compiled_step)
     check_that_all_answer_as_alone(loaded, engine, picture)
 
 
 def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: Loaded, picture: Path) -> None:
-    engine = Engine()
+    engine = engine_for(loaded)
     asked = questions(picture, 5)
-    first, second, third, late, later = (generation_of(loaded, messages, 150) for messages, _ in asked)
+    first, second, third, late, later = (generation_of(engine, loaded, messages, 150) for messages, _ in asked)
     for generation in (first, second, third):
         engine.submit(generation)
     third.pieces.get()
@@ -134,19 +142,19 @@ def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: L
     engine.submit(later)
     for generation, (messages, _) in zip((second, third, late, later), asked[1:], strict=True):
         assert generation.done.wait(120)
-        assert generation.text.token_ids == alone(loaded, messages, 150)
-    assert first.text.token_ids == alone(loaded, asked[0][0], 150)[: len(first.text.token_ids)]
+        assert generation.token_ids == alone(loaded, messages, 150)
+    assert first.token_ids == alone(loaded, asked[0][0], 150)[: len(first.token_ids)]
 
 
 def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
-    engine = Engine()
-    good, bad = (generation_of(loaded, messages_of("Hello."), 60) for _ in range(2))
+    engine = engine_for(loaded)
+    good, bad = (generation_of(engine, loaded, messages_of("Hello."), 60) for _ in range(2))
     bad.inputs["images_seq_mask"][0, 3] = True
     engine.submit(good)
     engine.submit(bad)
     assert good.done.wait(60)
     assert bad.done.wait(60)
-    assert good.text.token_ids == alone(loaded, messages_of("Hello."), 60)
+    assert good.token_ids == alone(loaded, messages_of("Hello."), 60)
     assert bad.finish_reason is None
     assert "[1] image positions" in next(
         str(item) for item in iter(bad.pieces.get, None) if isinstance(item, ValueError)
@@ -167,8 +175,10 @@ def test_when_memory_runs_out_between_tokens_later_answers_are_right(
         whole(cache, *arguments)
 
     monkeypatch.setattr(RowCache, broken, fail_once)
-    engine = Engine()
-    first, second, *later = (generation_of(loaded, messages_of("Hello."), length) for length in (900, 3, 20, 30))
+    engine = engine_for(loaded)
+    first, second, *later = (
+        generation_of(engine, loaded, messages_of("Hello."), length) for length in (900, 3, 20, 30)
+    )
     engine.submit(first)
     first.pieces.get()
     engine.submit(second)
@@ -181,7 +191,7 @@ def test_when_memory_runs_out_between_tokens_later_answers_are_right(
         engine.submit(generation)
     for generation, length in zip(later, (20, 30), strict=True):
         assert generation.done.wait(60)
-        assert generation.text.token_ids == alone(loaded, messages_of("Hello."), length)
+        assert generation.token_ids == alone(loaded, messages_of("Hello."), length)
 
 
 def test_without_another_thread_an_answer_is_refused_and_forgotten(
@@ -190,8 +200,8 @@ def test_without_another_thread_an_answer_is_refused_and_forgotten(
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    engine = Engine()
-    refused_one, answered = (generation_of(loaded, messages_of("Hello."), 2) for _ in range(2))
+    engine = engine_for(loaded)
+    refused_one, answered = (generation_of(engine, loaded, messages_of("Hello."), 2) for _ in range(2))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
         patch.setattr(threading.Thread, "start", refused)
         engine.submit(refused_one)
@@ -202,16 +212,19 @@ def test_without_another_thread_an_answer_is_refused_and_forgotten(
 
 
 def test_sampled_answers_follow_their_own_seeds_in_a_batch(loaded: Loaded) -> None:
-    def sample(engine: Engine, seeds: tuple[int, ...]) -> list[list[int]]:
-        generations = [generation_of(loaded, messages_of("Hello."), 40, temperature=1.0, seed=seed) for seed in seeds]
+    def sample(seeds: tuple[int, ...]) -> list[list[int]]:
+        engine = engine_for(loaded)
+        generations = [
+            generation_of(engine, loaded, messages_of("Hello."), 40, temperature=1.0, seed=seed) for seed in seeds
+        ]
         for generation in generations:
             engine.submit(generation)
         assert all(generation.done.wait(60) for generation in generations)
-        return [generation.text.token_ids for generation in generations]
+        return [generation.token_ids for generation in generations]
 
-    together = sample(Engine(), (1, 2, 1))
+    together = sample((1, 2, 1))
     assert together[0] == together[2] != together[1]
-    assert together[1] == sample(Engine(), (2,))[0]
+    assert together[1] == sample((2,))[0]
 
 
 def test_sampling_is_transformers_own(loaded: Loaded) -> None:
@@ -225,15 +238,16 @@ def test_sampling_is_transformers_own(loaded: Loaded) -> None:
         inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=40, do_sample=True,
         temperature=0.9, top_p=0.8, top_k=50, repetition_penalty=1.2,
     )  # fmt: skip
-    generation = generation_of(loaded, messages, 40, temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=5)
-    Engine().submit(generation)
+    engine = engine_for(loaded)
+    generation = generation_of(engine, loaded, messages, 40, temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=5)
+    engine.submit(generation)
     assert generation.done.wait(60)
-    assert generation.text.token_ids == expected[0].tolist()
+    assert generation.token_ids == expected[0].tolist()
 
 
 def test_closing_ends_everything(loaded: Loaded) -> None:
-    engine = Engine(max_rows=2)
-    generations = [generation_of(loaded, messages_of(f"Hello {i}."), 900) for i in range(5)]
+    engine = engine_for(loaded, max_rows=2)
+    generations = [generation_of(engine, loaded, messages_of(f"Hello {i}."), 900) for i in range(5)]
     for generation in generations:
         engine.submit(generation)
     generations[0].pieces.get()
@@ -252,8 +266,8 @@ def test_ctrl_c_while_the_thread_starts_harms_nothing(loaded: Loaded, monkeypatc
             patch.setattr(threading.Thread, "start", interrupted)
             engine.submit(generation)
 
-    engine = Engine()
-    given_up, answered, closed = (generation_of(loaded, messages_of("Hello."), 2) for _ in range(3))
+    engine = engine_for(loaded)
+    given_up, answered, closed = (generation_of(engine, loaded, messages_of("Hello."), 2) for _ in range(3))
     submit_and_interrupt(given_up)
     given_up.cancelled.set()  # as `AnswerStream` does
     engine.submit(answered)
@@ -267,20 +281,39 @@ def test_ctrl_c_while_the_thread_starts_harms_nothing(loaded: Loaded, monkeypatc
 
 
 def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loaded) -> None:
-    engine = Engine()
+    engine = engine_for(loaded)
     for _ in range(20):
-        generation = generation_of(loaded, messages_of("Hello."), 2)
+        generation = generation_of(engine, loaded, messages_of("Hello."), 2)
         engine.submit(generation)
         assert generation.done.wait(30)
     wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 5)
 
 
 def test_a_model_has_one_engine(loaded: Loaded) -> None:
-    _, model, processor = loaded
-    assert engine_of(model) is engine_of(model)
-    with stream_answer(model, processor, messages_of("Hello."), GenerationSettings(50)) as stream:
+    tokenizer, model, processor = loaded
+    engine = engine_of(model, tokenizer)
+    assert engine_of(model, tokenizer) is engine
+    with stream_answer(model, processor, messages_of("Hello."), GenerationSettings(max_new_tokens=50)) as stream:
         next(stream)
-        assert engine_of(model).running == 1
+        assert engine.running == 1
+
+
+def test_another_tokenizer_has_another_engine(loaded: Loaded) -> None:
+    tokenizer, model, _ = loaded
+    engine, other = engine_of(model, tokenizer), copy.copy(tokenizer)
+    assert engine_of(model, other) is not engine
+    assert engine_of(model, other).tokenizer is other
+
+
+def test_who_streams_an_answer_may_let_go_of_the_model(siglip_checkpoint: Path) -> None:
+    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    stream = stream_answer(model, processor, messages_of("Hello."), GenerationSettings(max_new_tokens=20))
+    gone = weakref.ref(model)
+    del model
+    list(stream)
+    assert stream.completion_tokens > 0
+    del stream
+    wait_until(lambda: gone() is None, 5)
 
 
 def test_a_row_cache_holds_what_transformers_cache_holds() -> None:
@@ -299,13 +332,14 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype=dtype)
     language_model = model.language_model
     before = counters["stats"]["unique_graphs"]
-    compile_model(model, processor)
+    engine = engine_of(model, processor.tokenizer)
+    engine.compile(processor)
     graphs = counters["stats"]["unique_graphs"]
     # None where a model of the same shapes was compiled before. Before 2.8 transformers' wrappers break it.
     assert graphs <= before + 1 or Version(torch.__version__) < Version("2.8")
     exact_model = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")[1].language_model
     ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(0))
-    ways = [(exact_model, Step()), (language_model, Step()), (language_model, engine_of(model).step)]
+    ways = [(exact_model, Step()), (language_model, Step()), (language_model, engine.step)]
     caches = [RowCache([100]) for _ in ways]
     errors = []
     with torch.inference_mode():
@@ -329,29 +363,27 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
 def test_what_cannot_be_compiled_is_said(siglip_checkpoint: Path, loading: dict[str, str], message: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32", **loading)
     with pytest.raises(ValueError, match=message):
-        compile_model(model, processor)
+        engine_of(model, processor.tokenizer).compile(processor)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_answers_from_graphs_are_those_alone(checkpoint: Path, picture: Path, max_rows: int) -> None:
     on_gpu = load_model(str(checkpoint), device="cuda", dtype="float32")
-    _, model, processor = on_gpu
-    compile_model(model, processor)
-    engine = engine_of(model)
-    engine.max_rows = max_rows
+    engine = engine_for(on_gpu, max_rows)
+    engine.compile(on_gpu[2])
     check_that_all_answer_as_alone(on_gpu, engine, picture)
 
 
 def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, picture: Path) -> None:
-    engine = Engine()
-    engine.step = LentStep()
+    engine = engine_for(loaded)
+    engine.use(LentStep())
     image = load_image(picture)
     for question in ("First.", "Another one, which is written to the same memory.", "First."):
-        generation = generation_of(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
+        generation = generation_of(engine, loaded, messages_of(f"<image_placeholder>{question}", image), 30)
         engine.submit(generation)
         assert generation.done.wait(60)
-        assert generation.text.token_ids == alone(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
+        assert generation.token_ids == alone(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
     assert generation.cached_tokens == generation.prompt_tokens - 1
 
 
@@ -424,25 +456,30 @@ def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:
     assert cache.step_arguments("cpu") == {"attention_mask": None, "position_ids": None}
 
 
-def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded) -> None:
-    good = generation_of(loaded, messages_of("Hello."), 40)
-    bad = generation_of(loaded, messages_of("Hello."), 40, temperature=0.001, repetition_penalty=0.01)
-    bad._processors.append(lambda ids, scores: scores * float("inf") if ids.shape[1] > 3 else scores)
-    engine = Engine()
+def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(logits: torch.Tensor, settings: GenerationSettings, *others: Any) -> int:
+        is_due = not settings.greedy and len(others[-1]) > 3
+        return sample(logits * float("inf") if is_due else logits, settings, *others)
+
+    monkeypatch.setattr(generation_module, "sample", overflowing)
+    engine = engine_for(loaded)
+    good = generation_of(engine, loaded, messages_of("Hello."), 40)
+    bad = generation_of(engine, loaded, messages_of("Hello."), 40, temperature=0.001, repetition_penalty=0.01)
     for generation in (good, bad):
         engine.submit(generation)
     assert good.done.wait(60)
     assert bad.done.wait(60)
-    assert good.text.token_ids == alone(loaded, messages_of("Hello."), 40)
+    assert good.token_ids == alone(loaded, messages_of("Hello."), 40)
     assert bad.finish_reason is None
 
 
 def test_scores_stay_finite_at_the_bounds_of_the_settings(loaded: Loaded) -> None:
     for penalty in (0.01, 100):
+        engine = engine_for(loaded)
         generation = generation_of(
-            loaded, messages_of("Hello."), 40, temperature=0.0001, repetition_penalty=penalty, seed=1
+            engine, loaded, messages_of("Hello."), 40, temperature=0.0001, repetition_penalty=penalty, seed=1
         )
-        Engine().submit(generation)
+        engine.submit(generation)
         assert generation.done.wait(60)
         assert generation.finish_reason is not None
     for penalty in (0, 1e-38, 1e9, float("nan")):

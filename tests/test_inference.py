@@ -18,7 +18,8 @@ from transformers import StoppingCriteriaList
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.engine.chat import ChatSession, with_image_tags
 from deepseek_vl.engine.detokenizer import StopWordFilter
-from deepseek_vl.engine.stream import AnswerStream, stream_answer
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import AnswerStream
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.serve.inference import (
@@ -28,6 +29,7 @@ from deepseek_vl.serve.inference import (
     deepseek_generate,
     generate,
     load_model,
+    stream_answer,
 )
 from deepseek_vl.serve.markdown import safe_markdown
 from deepseek_vl.utils.conversation import get_conv_template
@@ -229,7 +231,7 @@ def test_greedy_takes_no_notice_of_top_p_and_repetition_penalty(checkpoint: Path
                 model,
                 processor,
                 messages_of("Hello?"),
-                GenerationSettings(40, temperature=0, top_p=top_p, repetition_penalty=penalty),
+                GenerationSettings(max_new_tokens=40, temperature=0, top_p=top_p, repetition_penalty=penalty),
             )
         )
         for top_p, penalty in ((0.95, 1.1), (0.1, 5.0))
@@ -293,7 +295,7 @@ def test_a_batch_is_refused(parrot: Loaded) -> None:
     tokenizer, model, processor = parrot
     item = processor(conversations=messages_of("Greet me."), images=None, force_batchify=False)
     with pytest.raises(ValueError, match="one conversation, got a batch of 2"):
-        AnswerStream(model, tokenizer, processor.batchify([item, item]), LONG)
+        AnswerStream(Engine(model, tokenizer), processor.batchify([item, item]), LONG)
 
 
 def test_generate_and_deepseek_generate_have_the_references_signatures(
@@ -386,8 +388,8 @@ def test_html_is_shown_and_images_are_not_fetched(text: str, expected: str) -> N
 @pytest.fixture
 def session(parrot: Loaded) -> ChatSession:
     """A fresh chat with the parrot."""
-    _, model, processor = parrot
-    return ChatSession(model, processor, GenerationSettings(max_new_tokens=200))
+    tokenizer, model, processor = parrot
+    return ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=200))
 
 
 def test_a_session_remembers_turns_and_images(session: ChatSession, colours: dict[str, Path]) -> None:
@@ -454,8 +456,8 @@ def test_images_without_a_tag_are_put_in_front() -> None:
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(siglip_checkpoint: Path, picture: Path) -> None:
     """A context of 1024 positions: turns of about 170 tokens and an image each."""
-    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
-    session = ChatSession(model, processor, GenerationSettings(max_new_tokens=4))
+    tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    session = ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=4))
     answered = 0
     for turn in range(8):
         answer = "".join(session.ask(f"Turn {turn}: <image_placeholder>" + "x" * 150, [load_image(picture)]))
@@ -531,7 +533,7 @@ def test_a_saved_session_is_training_data_and_goes_on(
         session.save(tmp_path / name)
         row = next(iter(load_data(tmp_path / name, session.processor)[0]))
         assert [message["content"] for message in row.messages] == [m["content"] for m in session.messages]
-        other = ChatSession(session.model, session.processor, session.settings)
+        other = ChatSession(session.engine, session.processor, session.settings)
         other.load(tmp_path / name)
         assert [(m["role"], m["content"]) for m in other.messages] == [
             (m["role"], m["content"]) for m in session.messages

@@ -13,17 +13,18 @@ import torch
 from conftest import ROOT, Loaded, make_picture, messages_of, wait_until
 from PIL import Image
 
+from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import Generation
+from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.prefix_cache import ImageFeatures
 from deepseek_vl.engine.prompt import Prompt, PromptImage
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import message_images, stream_answer
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
-from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.inference import load_model, message_images, stream_answer
 
 TAG = "<image_placeholder>"
 
@@ -80,12 +81,17 @@ def work(loaded: Loaded) -> Iterator[Work]:
     work.stop()
 
 
+def engine_for(loaded: Loaded, conversation_bytes: int | None = None) -> Engine:
+    """A new engine."""
+    tokenizer, model, _ = loaded
+    return Engine(model, tokenizer, EngineLimits(conversation_bytes=conversation_bytes))
+
+
 def begin(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: int = 20, **settings: Any) -> Any:
     """Submit a generation."""
-    tokenizer, model, processor = loaded
-    inputs = processor(conversations=messages, images=message_images(messages))
     sink: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    generation = Generation(model, tokenizer, inputs, GenerationSettings(length, **settings), sink.put)
+    settings = GenerationSettings(max_new_tokens=length, **settings)
+    generation = Generation(engine, inputs_of(loaded, messages), settings, sink.put)
     engine.submit(generation)
     return generation
 
@@ -95,7 +101,7 @@ def ask(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: 
     generation = begin(engine, loaded, messages, length, **settings)
     assert generation.done.wait(120)
     wait_until(lambda: not engine.running, 10)
-    return generation.text.token_ids
+    return generation.token_ids
 
 
 def from_nothing(loaded: Loaded, messages: list[dict[str, Any]], length: int = 20) -> list[int]:
@@ -138,8 +144,8 @@ def test_each_turn_of_a_chat_runs_only_what_is_new(tiny: Loaded) -> None:
         ("And what is the first picture?", []),
         ("Look again.", [shapes]),
     ]
-    engine_of(model).forget()
-    session, work, before = ChatSession(model, processor, GenerationSettings(40)), Work(model), []
+    session, work = ChatSession(engine_for(tiny), processor, GenerationSettings(max_new_tokens=40)), Work(model)
+    before: list[int] = []
     encoded = 0
     for question, images in turns:
         answer = "".join(session.ask(question, images))
@@ -159,7 +165,7 @@ def test_each_turn_of_a_chat_runs_only_what_is_new(tiny: Loaded) -> None:
 
 def test_turns_of_random_answers_are_as_from_nothing(loaded: Loaded, work: Work, tmp_path: Path) -> None:
     """With random weights the text of an answer is often not encoded to the ids that were generated."""
-    engine = Engine()
+    engine = engine_for(loaded)
     first, second = (load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in (1, 2))
     messages = messages_of(f"{TAG}one {TAG}two", first, second)
     for turn, images in enumerate([(), (second,), (), (first, first)]):
@@ -177,7 +183,7 @@ def test_a_picture_that_differs_in_one_pixel_is_another(loaded: Loaded, work: Wo
     image = Image.effect_noise((side, side), 80).convert("RGB")
     other = image.copy()
     other.putpixel((side - 1, side - 1), tuple(255 - value for value in image.getpixel((side - 1, side - 1))))
-    engine = Engine()
+    engine = engine_for(loaded)
     lengths = []
     for picture in (image, other, image):
         messages = messages_of(f"{TAG}What is it?", picture)
@@ -194,9 +200,8 @@ def test_a_picture_that_differs_in_one_pixel_is_another(loaded: Loaded, work: Wo
 
 def test_undo_retry_edits_and_dropped_turns_fall_back_to_the_common_beginning(tiny: Loaded) -> None:
     _, model, processor = tiny
-    engine_of(model).forget()
     shapes, chart = (load_image(ROOT / f"images/{name}.png") for name in ("shapes", "chart"))
-    session, work = ChatSession(model, processor, GenerationSettings(30)), Work(model)
+    session, work = ChatSession(engine_for(tiny), processor, GenerationSettings(max_new_tokens=30)), Work(model)
 
     def checked(pieces: Iterator[str]) -> int:
         """Compare an answer with that from nothing; returns how many positions its prompt ran."""
@@ -227,16 +232,19 @@ def test_undo_retry_edits_and_dropped_turns_fall_back_to_the_common_beginning(ti
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}])
 def test_many_continue_one_conversation_at_once(loaded: Loaded, picture: Path, settings: dict[str, Any]) -> None:
     image = load_image(picture)
-    engine = Engine()
+    engine = engine_for(loaded)
     messages = messages_of(f"{TAG}What is it?", image)
     answer = ask(engine, loaded, messages)
     branches = [next_turn(loaded, messages, answer, f"{'word ' * i}{i}?") for i in range(5)]
-    expected = [ask(Engine(memory_bytes=0), loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)]
+    expected = [
+        ask(engine_for(loaded, conversation_bytes=0), loaded, branch, 20 + i, **settings)
+        for i, branch in enumerate(branches)
+    ]
     work = Work(loaded[1])
     running = [begin(engine, loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)]
     for generation, ids in zip(running, expected, strict=True):
         assert generation.done.wait(120)
-        assert generation.text.token_ids == ids
+        assert generation.token_ids == ids
     assert max(work.of()[0]) < 70
     # Each left its row of the batch, where it was padded, and goes on from there.
     branches = [next_turn(loaded, *pair, "And then?") for pair in zip(branches, expected, strict=True)]
@@ -249,9 +257,9 @@ def test_many_continue_one_conversation_at_once(loaded: Loaded, picture: Path, s
 
 
 def test_an_answer_that_was_stopped_can_be_continued_and_one_that_failed_leaves_nothing(
-    loaded: Loaded, work: Work
+    loaded: Loaded, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine()
+    engine = engine_for(loaded)
     messages = messages_of("Hello.")
     expected = from_nothing(loaded, messages, 80)
     stopped = begin(engine, loaded, messages, 900)
@@ -262,12 +270,12 @@ def test_an_answer_that_was_stopped_can_be_continued_and_one_that_failed_leaves_
     assert ask(engine, loaded, messages, 80) == expected
     assert work.of()[0] == [1]
 
-    failing = Generation(
-        loaded[1], loaded[0], inputs_of(loaded, messages_of("Bye.")), GenerationSettings(9), queue.SimpleQueue().put
-    )
-    failing._processors.append(lambda ids, scores: scores / 0)
-    engine = Engine()
-    engine.submit(failing)
+    def failing_sample(*_: Any) -> int:
+        raise ArithmeticError("no token")
+
+    monkeypatch.setattr(generation_module, "sample", failing_sample)
+    engine = engine_for(loaded)
+    failing = begin(engine, loaded, messages_of("Bye."), 9)
     assert failing.done.wait(30)
     assert failing.finish_reason is None
     wait_until(lambda: not engine.running, 10)
@@ -304,7 +312,7 @@ def replace_a_weight(model: MultiModalityCausalLM, processor: Any) -> None:
 
 def write_behind_torch_s_back(model: MultiModalityCausalLM, processor: Any) -> None:
     model.vision_model.vision_tower.patch_embed.proj.weight.data.mul_(2)
-    engine_of(model).forget()
+    engine_of(model, processor.tokenizer).forget()
 
 
 @pytest.mark.parametrize(
@@ -325,7 +333,7 @@ def test_nothing_is_used_when_the_weights_have_changed(
     loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
     _, model, processor = loaded
     messages = messages_of(f"{TAG}What is it?", load_image(picture))
-    engine, work = engine_of(model), Work(model)
+    engine, work = engine_of(model, processor.tokenizer), Work(model)
     before = ask(engine, loaded, messages)
     assert ask(engine, loaded, messages) == before
     (whole, again), images = work.of()
@@ -341,7 +349,7 @@ def test_nothing_is_used_when_the_weights_have_changed(
 
 def test_weights_that_change_during_an_answer_leave_nothing_of_it(siglip_checkpoint: Path) -> None:
     loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
-    engine, messages = engine_of(loaded[1]), messages_of("Hello.")
+    engine, messages = engine_for(loaded), messages_of("Hello.")
     running = begin(engine, loaded, messages, 900)
     running._sink.__self__.get()
     load_others(loaded[1], loaded[2])
@@ -355,7 +363,7 @@ def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, p
     """torch does not count the changes of its weights."""
     with torch.inference_mode():
         loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
-    engine, messages = Engine(), messages_of(f"{TAG}What is it?", load_image(picture))
+    engine, messages = engine_for(loaded), messages_of(f"{TAG}What is it?", load_image(picture))
     work = Work(loaded[1])
     answers = [ask(engine, loaded, messages) for _ in range(2)]
     assert answers[0] == answers[1]
@@ -368,13 +376,13 @@ def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, p
 
 def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work) -> None:
     questions = [messages_of(f"{i} " * 100) for i in range(6)]
-    unbounded = Engine()
+    unbounded = engine_for(loaded)
     ask(unbounded, loaded, questions[0])
     one = unbounded.memory_used
-    engine = Engine(memory_bytes=int(2.9 * one))
+    engine = engine_for(loaded, conversation_bytes=int(2.9 * one))
     for messages in questions:
         ask(engine, loaded, messages)
-        assert engine.memory_used <= engine.memory_bytes
+        assert engine.memory_used <= engine.limits.conversation_bytes
     work.of()
     for messages in reversed(questions):
         ask(engine, loaded, messages)
@@ -385,7 +393,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work)
 
 def test_a_short_conversation_takes_no_room_for_more(loaded: Loaded) -> None:
     messages = messages_of("Hello.")
-    engine = Engine()
+    engine = engine_for(loaded)
     positions = length_of(loaded, messages) + len(ask(engine, loaded, messages, 5)) - 1
     assert engine.memory_used == positions * 2 * 2 * 64 * 4  # keys and values x layers x width x bytes
 
@@ -393,15 +401,17 @@ def test_a_short_conversation_takes_no_room_for_more(loaded: Loaded) -> None:
 def test_a_conversation_that_is_too_long_is_kept_as_far_as_there_is_room(loaded: Loaded, work: Work) -> None:
     messages = messages_of("word " * 150)
     whole = length_of(loaded, messages)
-    engine = Engine(memory_bytes=100 * 2 * 2 * 64 * 4)  # positions x keys and values x layers x width x bytes
+    engine = engine_for(
+        loaded, conversation_bytes=100 * 2 * 2 * 64 * 4
+    )  # positions x keys and values x layers x width x bytes
     expected = ask(engine, loaded, messages)
-    assert 0 < engine.memory_used <= engine.memory_bytes
+    assert 0 < engine.memory_used <= engine.limits.conversation_bytes
     assert ask(engine, loaded, messages) == expected
     assert work.of()[0] == [whole, whole - 100]
 
 
 def test_no_memory_is_no_memory(loaded: Loaded, work: Work) -> None:
-    engine = Engine(memory_bytes=0)
+    engine = engine_for(loaded, conversation_bytes=0)
     assert ask(engine, loaded, messages_of("Hello.")) == ask(engine, loaded, messages_of("Hello."))
     first, second = work.of()[0]
     assert first == second
@@ -409,7 +419,7 @@ def test_no_memory_is_no_memory(loaded: Loaded, work: Work) -> None:
 
 
 def test_a_longer_answer_takes_its_beginnings_place(loaded: Loaded) -> None:
-    engine = Engine()
+    engine = engine_for(loaded)
     messages = messages_of("Hello.")
     used = []
     for length in (5, 60, 5, 60):
@@ -437,7 +447,7 @@ def test_encoded_images_are_bounded(loaded: Loaded, work: Work, tmp_path: Path) 
 def test_everything_goes_with_the_model_and_when_the_engine_closes(siglip_checkpoint: Path, picture: Path) -> None:
     loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
     messages = messages_of(f"{TAG}What is it?", load_image(picture))
-    engine = engine_of(loaded[1])
+    engine = engine_of(loaded[1], loaded[0])
     ask(engine, loaded, messages)
     assert engine.memory_used > 0
     engine.close()
@@ -446,7 +456,7 @@ def test_everything_goes_with_the_model_and_when_the_engine_closes(siglip_checkp
     for thread in threading.enumerate():
         if thread.name == "deepseek_vl-generate":
             thread.join(10)
-    kept = weakref.ref(engine._memory)
+    kept = weakref.ref(engine._caches)
     model = weakref.ref(loaded[1])
     del loaded, engine
     gc.collect()
@@ -480,8 +490,10 @@ def test_a_prompts_end_is_the_prompts_end(loaded: Loaded, tmp_path: Path) -> Non
 def test_the_reference_s_way_of_asking_uses_it_too(loaded: Loaded, work: Work, picture: Path) -> None:
     _, model, processor = loaded
     messages = messages_of(f"{TAG}What is it?", load_image(picture))
-    answers = ["".join(stream_answer(model, processor, messages, GenerationSettings(10))) for _ in range(2)]
+    answers = [
+        "".join(stream_answer(model, processor, messages, GenerationSettings(max_new_tokens=10))) for _ in range(2)
+    ]
     assert answers[0] == answers[1]
     (_, again), images = work.of()
     assert (again, images) == (1, 1)
-    engine_of(model).forget()
+    engine_of(model, processor.tokenizer).forget()

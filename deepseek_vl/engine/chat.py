@@ -1,4 +1,4 @@
-"""A chat: the messages so far, and the next answer to them. Every front-end holds one per user."""
+"""A chat: the messages so far, and the next answer to them. A door holds one per user."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,12 @@ from typing import Any
 from PIL import Image
 
 from deepseek_vl.data.rows import BadRow, read_rows
-from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import AnswerStream, as_stop_words
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import AnswerStream
+from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
 from deepseek_vl.imaging.open import image_data_url
-from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.models import VLChatProcessor
+from deepseek_vl.utils.conversation import Rendered
 from deepseek_vl.utils.io import load_pil_images
 
 
@@ -45,7 +47,8 @@ class ChatSession:
     What the user writes is text: special tokens in it are not obeyed, except the image tag.
 
     Args:
-        model, processor: as loaded; they may be shared by many sessions.
+        engine: answers; it may be shared by many sessions.
+        processor: the model's.
         settings: how answers are generated; the conversation template's stop words are added.
         max_history_tokens: the oldest turns are left out of longer prompts; None for as long as the model takes.
 
@@ -59,12 +62,12 @@ class ChatSession:
 
     def __init__(
         self,
-        model: MultiModalityCausalLM,
+        engine: Engine,
         processor: VLChatProcessor,
         settings: GenerationSettings,
         max_history_tokens: int | None = None,
     ):
-        self.model = model
+        self.engine = engine
         self.processor = processor
         stop_words = as_stop_words(processor.new_chat_template().stop_str)
         self.settings = dataclasses.replace(settings, stop=(*settings.stop, *stop_words))
@@ -142,12 +145,12 @@ class ChatSession:
         if not self.messages:
             raise ValueError("There is no conversation yet to save.")
         messages = []
-        for message, role in zip(self.messages, itertools.cycle(("User", "Assistant")), strict=False):
-            images = [image_data_url(image) for image in load_pil_images([message])]
-            # With images, even none, `<image>` in the text is text to whoever reads the row.
-            messages.append(
-                {"role": role, "content": message["content"]} | ({"images": images} if role == "User" else {})
-            )
+        for message in self.messages:
+            saved = {"role": message["role"], "content": message["content"]}
+            if message["role"] == "User":
+                # With images, even none, `<image>` in the text is text to whoever reads the row.
+                saved["images"] = [image_data_url(image) for image in load_pil_images([message])]
+            messages.append(saved)
         row: dict[str, Any] = {"messages": messages}
         if self.system_prompt != self.processor.system_prompt:
             row["system"] = self.system_prompt
@@ -178,11 +181,7 @@ class ChatSession:
         row = rows[0]
         if isinstance(row, BadRow):
             raise ValueError(str(row))
-        roles = itertools.cycle(self.processor.new_chat_template().roles)
-        messages = [
-            {**message, "role": role, "images": load_pil_images([message])}
-            for message, role in zip(row.messages, roles, strict=False)
-        ]
+        messages = [{**message, "images": load_pil_images([message])} for message in row.messages]
         self.reset()
         self.messages = messages
         if row.system is not None:
@@ -191,16 +190,15 @@ class ChatSession:
     def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Iterator[str]:
         """Answer a question; the conversation is then the history, the question and its answer."""
         self._stopped.clear()
-        user, assistant = self.processor.new_chat_template().roles
-        question = {**question, "role": user}
-        answer = {"role": assistant, "content": ""}
+        question = {**question, "role": "User"}
+        answer = {"role": "Assistant", "content": ""}
         messages = self._fit([*history, question, answer])
         inputs = self.processor(prompt=self._render(messages), images=load_pil_images(messages))
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
         pieces: list[str] = []
         failed = True
         try:
-            with AnswerStream(self.model, self.processor.tokenizer, inputs, self.settings) as self.answer:
+            with AnswerStream(self.engine, inputs, self.settings) as self.answer:
                 if self._stopped.is_set():  # while the prompt was made
                     self.answer.stop()
                 for piece in self.answer:
@@ -217,28 +215,22 @@ class ChatSession:
                 self.messages = [*history, question, {**answer, "content": content}]
 
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Drop the oldest turns until the prompt leaves room for an answer; the newest turn always stays."""
-        positions = self.model.config.language_config.max_position_embeddings
+        """Drop the oldest turns, but neither a system message nor the newest, until there is room for an answer."""
+        positions = self.engine.model.config.language_config.max_position_embeddings
         room = positions - min(self.settings.max_new_tokens, positions // 2)
         if self.max_history_tokens is not None:
             room = min(room, self.max_history_tokens)
         self.dropped_turns = 0
-        while len(messages) > 2 and self.count_tokens(messages) > room:
-            messages = messages[2:]
+        first = int(messages[0]["role"].lower() == "system")
+        while len(messages) > first + 2 and self.count_tokens(messages) > room:
+            messages = messages[:first] + messages[first + 2 :]
             self.dropped_turns += 1
         return messages
 
     def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """The length of the prompt for `messages`, image features included."""
-        processor = self.processor
-        input_ids = processor.encode(self._render(messages))
-        features = processor.num_image_tokens - 1 + int(processor.add_special_token)
-        return len(input_ids) + input_ids.count(processor.image_id) * features
+        return self.processor.count_tokens(self._render(messages))
 
-    def _render(self, messages: Sequence[dict[str, Any]]) -> str:
+    def _render(self, messages: Sequence[dict[str, Any]]) -> Rendered:
         """The prompt for `messages`."""
-        processor, tag = self.processor, self.processor.image_tag
-        texts = [{**m, "content": tag.join(map(processor.literal, m["content"].split(tag)))} for m in messages]
-        return processor.apply_sft_template_for_multi_turn_prompts(
-            texts, sft_format=processor.sft_format, system_prompt=self.system_prompt
-        )
+        return self.processor.render(messages, self.system_prompt, untrusted=True)

@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +16,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from deepseek_vl.engine.kv_cache import Buffers, RowCache, SharedBuffers
+from deepseek_vl.kernels.attention import ATTENTION
+from deepseek_vl.kernels.compiling import CompilationError, compiling
+from deepseek_vl.kernels.int8 import Int8Linear
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.models.modeling_vlm import CACHE
 
 logger = logging.getLogger(__name__)
+
+TYPICAL_POSITIONS = 1024
+"""Compiled code holds for every number of positions, and is best for so many."""
 
 
 class Step:
@@ -31,7 +40,7 @@ class Step:
         device = language_model.get_input_embeddings().weight.device
         output = language_model(
             input_ids=torch.tensor(token_ids, device=device)[:, None],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             **cache.step_arguments(device),
         )
@@ -108,7 +117,7 @@ class CompiledStep(Step):
             input_ids=token_ids,
             position_ids=positions,
             attention_mask=is_seen[:, None, None],
-            past_key_values=Cache(layers=[_PlacedLayer(*pair, places[0]) for pair in buffers]),
+            **{CACHE: Cache(layers=[_PlacedLayer(*pair, places[0]) for pair in buffers])},
             use_cache=True,
         )
         return output.logits[:, -1]
@@ -218,3 +227,62 @@ class _Graphs:
             with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 logits = self._run(inputs, buffers)
         return _GraphedStep(graph, inputs, logits)
+
+
+def check_compile(device: torch.device, quantize: str | None) -> None:
+    """Whether a model on this device, with weights quantised so, can be compiled, as far as is known beforehand.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Models are compiled for the CPU and for CUDA, not for {device.type}.")
+    if device.type == "cpu" and quantize is not None:
+        raise ValueError(f"With {quantize} weights on the CPU compiling gains nothing; leave --compile out.")
+
+
+def compile_step(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, progress: Callable[[str], None]
+) -> CompiledStep:
+    """Compile a model's step, and on GPUs its vision tower in place, and run both once.
+
+    Takes and raises what `Engine.compile` does.
+    """
+    is_int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+    check_compile(model.device, "int8" if is_int8 else None)
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ValueError("A model that is spread over several devices cannot be compiled.")
+    attention = model.language_model.config._attn_implementation
+    if attention not in ATTENTION.values():
+        raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
+    # On CPUs a tower's products take all the time.
+    encoders = (model.vision_model, model.aligner) if model.device.type == "cuda" else ()
+    try:
+        # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
+        with compiling(encoders), ThreadPoolExecutor(1) as thread:
+            if encoders:
+                progress("Compiling the vision tower ...")
+                thread.submit(_encode_blanks, model, processor).result()
+            progress("Compiling the language model ...")
+            step = CompiledStep(model.language_model)
+            thread.submit(_answer_nothing, model, step).result()
+    except CompilationError as error:
+        raise ValueError(f"The model cannot be compiled on this machine: {error}") from error
+    return step
+
+
+@torch.inference_mode()
+def _encode_blanks(model: MultiModalityCausalLM, processor: VLChatProcessor) -> None:
+    side = processor.image_processor.image_size
+    for count in (1, 2):  # the second is compiled for every number above 1
+        model.get_image_features(torch.zeros(count, 3, side, side, device=model.device, dtype=model.dtype))
+
+
+@torch.inference_mode()
+def _answer_nothing(model: MultiModalityCausalLM, step: CompiledStep) -> None:
+    cache = RowCache([1])
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.language_model(input_ids=first, use_cache=True, **{CACHE: cache})
+    for layer in cache.layers:
+        layer.reserve(TYPICAL_POSITIONS)
+    step(model.language_model, [0], cache)

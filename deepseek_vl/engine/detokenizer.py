@@ -36,8 +36,8 @@ class StopWordFilter:
         return held
 
 
-class AnswerText:
-    """The text of an answer whose ids come one at a time: whole characters only, no special tokens, no stop word.
+class Detokenizer:
+    """Turns ids that come one at a time into an answer's text: whole characters only, no special tokens, no stop word.
 
     Attributes:
         token_ids: all ids so far.

@@ -1,4 +1,4 @@
-"""The engine: answers for many at once. Every front-end's text comes from here.
+"""The engine: answers for many at once. Every door's text comes from here.
 
 An `Engine` has one thread and one batch. A new request's prompt is run alone, its keys and values then join the
 batch, and each step of the batch gives every answer one more token. An answer ends, fails or is stopped on its own.
@@ -14,47 +14,73 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.decode_step import Step, compile_step
 from deepseek_vl.engine.generation import Generation
 from deepseek_vl.engine.kv_cache import RowCache
-from deepseek_vl.engine.prefix_cache import Memory
+from deepseek_vl.engine.limits import EngineLimits
+from deepseek_vl.engine.prefix_cache import Caches
 from deepseek_vl.engine.prompt import Prompt
-from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.models.modeling_vlm import CACHE
 
 logger = logging.getLogger(__name__)
 
-PREFILL_SECONDS = 0.2
-"""Prompts are run for so long at most (but one at least) before running answers get their next token."""
+
+@dataclass
+class _Row:
+    """A place in the batch."""
+
+    generation: Generation
+    content: np.ndarray | None = None  # of its prompt, see `Prompt.content`
+    caches: weakref.ref[Caches] | None = None  # which it began with; weak, so that what is forgotten is free at once
 
 
 class Engine:
-    """Generates the answers that are submitted, up to `max_rows` at a time; the others wait in order.
+    """Generates the answers that are submitted, as many at a time as its limits say; the others wait in order.
 
     It has a thread only while there is work.
 
     Args:
-        max_rows: how many answers make up the batch at most.
-        memory_bytes: how much memory the keys and values of conversations that have ended may take, on the model's
-            device; None for `conversation_bytes` of the model, 0 to keep none.
+        model: in evaluation mode.
+        tokenizer: the model's.
+        limits: how much is done at a time, and kept; None for the defaults.
 
     Attributes:
+        tokenizer, limits: as given.
         step: what computes one more token for every row.
     """
 
-    def __init__(self, max_rows: int = 16, memory_bytes: int | None = None):
-        self.max_rows = max_rows
-        self.memory_bytes = memory_bytes
+    def __init__(
+        self, model: MultiModalityCausalLM, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits | None = None
+    ):
+        self.tokenizer = tokenizer
+        self.limits = limits or EngineLimits()
         self.step = Step()
-        self._memory: Memory | None = None
+        self._model: Callable[[], MultiModalityCausalLM] = lambda: model
+        self._caches: Caches | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
-        self._rows: list[Generation] = []
-        self._cache = RowCache()
+        self._rows: list[_Row] = []
+        self._batch = RowCache()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         _engines.add(self)
+
+    @property
+    def model(self) -> MultiModalityCausalLM:
+        """What answers."""
+        return self._model()
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model takes, prompt and answer together."""
+        return self.model.config.language_config.max_position_embeddings
 
     @property
     def waiting(self) -> int:
@@ -69,12 +95,28 @@ class Engine:
     @property
     def memory_used(self) -> int:
         """How many bytes are kept of answers that have ended: keys and values, and encoded images."""
-        memory = self._memory
-        return 0 if memory is None else memory.conversations.nbytes + memory.images.nbytes
+        caches = self._caches
+        return 0 if caches is None else caches.nbytes
 
-    def use(self, step: Step, model: MultiModalityCausalLM) -> None:
-        """Compute tokens with another step, which is ready for this model as it is now."""
-        self._memory_of(model)  # before, as it lets a step forget what held for other weights
+    def compile(self, processor: VLChatProcessor, progress: Callable[[str], None] = logger.info) -> None:
+        """Compile what the model runs for each token of an answer, and on GPUs its vision tower, by `torch.compile`.
+
+        All answers from then on are faster, and the same up to rounding. It takes a minute or two; PyTorch keeps the
+        code on the disk, for the next time. Move, cast, quantise or otherwise change the model before, not after.
+
+        Args:
+            processor: the model's.
+            progress: gets a line of text whenever something begins.
+
+        Raises:
+            ValueError: if the model is on several devices or one for which PyTorch does not compile, attends with
+                another implementation than `sdpa`, or has int8 weights on the CPU; or if there is no compiler.
+        """
+        self.use(compile_step(self.model, processor, progress))
+
+    def use(self, step: Step) -> None:
+        """Compute tokens with another step, which is ready for the model as it is now."""
+        self._current_caches()  # before, as it lets a step forget what held for other weights
         self.step = step
 
     def submit(self, generation: Generation) -> None:
@@ -95,7 +137,7 @@ class Engine:
     def cancel(self) -> None:
         """End everything within one token."""
         with self._lock:
-            for generation in (*self._waiting, *self._rows):
+            for generation in (*self._waiting, *(row.generation for row in self._rows)):
                 generation.cancelled.set()
 
     def close(self) -> None:
@@ -118,7 +160,7 @@ class Engine:
         Changes of the model's weights that torch counts are noticed without it; after others (through `.data`, by
         switching an adapter) call this.
         """
-        self._memory = None
+        self._caches = None
         self.step.forget()
 
     @torch.inference_mode()
@@ -132,7 +174,7 @@ class Engine:
         while True:
             try:
                 self._admit()
-                self._keep([not generation.cancelled.is_set() for generation in self._rows])
+                self._release([row.generation.cancelled.is_set() for row in self._rows])
                 if self._rows:
                     self._step()
                     continue
@@ -144,117 +186,119 @@ class Engine:
                     return
 
     def _admit(self) -> None:
-        """Run waiting prompts while there is room for them."""
-        deadline = time.monotonic() + PREFILL_SECONDS
-        while self._waiting and len(self._rows) < self.max_rows and time.monotonic() < deadline:
+        """Give waiting generations a row while there is room, and run their prompts."""
+        deadline = time.monotonic() + self.limits.prefill_seconds
+        while self._waiting and len(self._rows) < self.limits.max_rows and time.monotonic() < deadline:
             with self._lock:  # `close` must find it in one place or the other
-                generation = self._waiting.popleft()
-                self._rows.append(generation)
+                row = _Row(self._waiting.popleft())
+                self._rows.append(row)
             cache = None
             try:
-                cache = self._prefill(generation)
+                cache = self._prefill(row)
             except BaseException as error:  # raised again in the reader
-                generation.end(error)
+                row.generation.end(error)
                 if isinstance(error, torch.OutOfMemoryError):
                     self.forget()
             if cache is None:  # it has ended
                 self._rows.pop()
             elif len(self._rows) == 1:
-                self._cache = cache
+                self._batch = cache
             else:
-                self._cache.append(cache)
+                self._batch.append(cache)
 
-    def _prefill(self, generation: Generation) -> RowCache | None:
+    def _prefill(self, row: _Row) -> RowCache | None:
         """Run a prompt and choose the answer's first token; None if that is already the end."""
+        generation, model = row.generation, self.model
         if generation.cancelled.is_set():
             generation.end()
             return None
-        model, memory = generation.model, self._memory_of(generation.model)
+        caches = self._current_caches()
         prompt = Prompt.of(generation.inputs)
-        generation.begin(prompt, memory)
-        cache = memory.conversations.continued(prompt.content[:-1])  # the last token's logits are wanted
+        row.content, row.caches = prompt.content, weakref.ref(caches)
+        cache = caches.prefixes.continued(prompt.content[:-1])  # the last token's logits are wanted
         generation.cached_tokens = cache.get_seq_length()
         rest = prompt.after(generation.cached_tokens)
         inputs_embeds = model.prepare_inputs_embeds(
-            **rest.arguments(), image_features=memory.images.encode(model, rest.images) if rest.images else None
+            **rest.arguments(), image_features=caches.images.encode(model, rest.images) if rest.images else None
         )
         if generation.cancelled.is_set():  # while the images were encoded
             generation.end()
             return None
-        output = model.language_model(
-            inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model.language_model(inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         cache.lengths = [len(prompt)]
-        token_id = generation.choose(output.logits[0, -1].float())
-        if generation.take(token_id):
+        if generation.advance(output.logits[0, -1].float()):
             return cache
-        self._remember(generation, cache)
+        self._remember(row, cache)
         return None
 
-    def _memory_of(self, model: MultiModalityCausalLM) -> Memory:
-        """What is kept of this model as it is now."""
-        memory = self._memory
-        if memory is None or not memory.holds_for(model):
-            self.step.forget()
-            self._memory = memory = Memory(model, self.memory_bytes)
-        return memory
+    def _step(self) -> None:
+        """One more token for every row."""
+        generations = [row.generation for row in self._rows]
+        token_ids = [generation.token_ids[-1] for generation in generations]
+        logits = self.step(self.model.language_model, token_ids, self._batch).float()
+        self._release([not generation.advance(row) for generation, row in zip(generations, logits, strict=True)])
 
-    def _remember(self, generation: Generation, cache: RowCache, row: int = 0) -> None:
-        """Keep what a generation that has ended leaves in a row of a cache."""
+    def _release(self, has_ended: list[bool]) -> None:
+        """Let go of the rows that have ended, and remember what they leave."""
+        if not any(has_ended):
+            return
+        for index, (row, is_over) in enumerate(zip(self._rows, has_ended, strict=True)):
+            if is_over:
+                if not row.generation.done.is_set():
+                    row.generation.end()
+                self._remember(row, self._batch, index)
+        kept = [index for index, is_over in enumerate(has_ended) if not is_over]
+        self._rows = [self._rows[index] for index in kept]
+        if kept:
+            self._batch.keep(kept)
+        else:
+            self._batch = RowCache()
+
+    def _fail(self, error: BaseException) -> None:
+        """End all rows with an error, after which their keys and values may be of any state."""
+        for row in self._rows:
+            if not row.generation.done.is_set():
+                row.generation.end(error)
+        self._rows, self._batch = [], RowCache()
+        self.forget()
+
+    def _current_caches(self) -> Caches:
+        """What is kept of the model as it is now."""
+        caches = self._caches
+        if caches is None or not caches.hold_for(self.model):
+            self.step.forget()
+            self._caches = caches = Caches(self.model, self.limits)
+        return caches
+
+    def _remember(self, row: _Row, cache: RowCache, index: int = 0) -> None:
+        """Keep what a generation that has ended leaves in a row of a cache, unless the weights have changed since.
+
+        If it is the cache's only row, then the cache is given away.
+        """
+        caches, generation = row.caches(), row.generation
+        if generation.finish_reason is None or caches is None or not caches.hold_for(self.model):
+            return
+        length = cache.lengths[index]  # without the last token, which never ran
+        content = np.concatenate([row.content, np.array(generation.token_ids, dtype=np.int64)])[:length]
+        is_given = len(cache.lengths) == 1 and not cache.is_borrowed
         try:
-            generation.remember(cache, row)
+            caches.prefixes.keep(content, cache if is_given else cache.prefix(index, length))
         except RuntimeError:  # no memory left
             logger.warning("What was kept of earlier answers is dropped.", exc_info=True)
             self.forget()
 
-    def _step(self) -> None:
-        """One more token for every row."""
-        rows = self._rows
-        token_ids = [generation.text.token_ids[-1] for generation in rows]
-        logits = self.step(rows[0].model.language_model, token_ids, self._cache).float()
-        self._keep([_advance(row, row_logits) for row, row_logits in zip(rows, logits, strict=True)])
 
-    def _fail(self, error: BaseException) -> None:
-        """End all rows with an error, after which their keys and values may be of any state."""
-        for generation in self._rows:
-            if not generation.done.is_set():
-                generation.end(error)
-        self._rows, self._cache = [], RowCache()
-        self.forget()
+def engine_of(model: MultiModalityCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine that callers share who have only a model: made when first asked for, or for another tokenizer.
 
-    def _keep(self, goes_on: list[bool]) -> None:
-        """Let go of the rows that do not go on."""
-        if all(goes_on):
-            return
-        for row, (generation, stays) in enumerate(zip(self._rows, goes_on, strict=True)):
-            if stays:
-                continue
-            if not generation.done.is_set():
-                generation.end()
-            self._remember(generation, self._cache, row)
-        kept = [i for i, stays in enumerate(goes_on) if stays]
-        self._rows = [self._rows[i] for i in kept]
-        if kept:
-            self._cache.keep(kept)
-        else:
-            self._cache = RowCache()
-
-
-def _advance(generation: Generation, logits: torch.Tensor) -> bool:
-    """Choose and take one more token; returns whether there are to be more. An error is this generation's alone."""
-    try:
-        return generation.take(generation.choose(logits))
-    except Exception as error:  # raised again in the reader
-        generation.end(error)
-        return False
-
-
-def engine_of(model: MultiModalityCausalLM) -> Engine:
-    """The one engine of a model, which all that generate with it share."""
+    It goes with the model, and does not keep it.
+    """
     with _lock:
-        if model not in _engine_of:
-            _engine_of[model] = Engine()
-        return _engine_of[model]
+        engine = _engine_of.get(model)
+        if engine is None or engine.tokenizer is not tokenizer:
+            engine = _engine_of[model] = Engine(model, tokenizer)
+            engine._model = weakref.ref(model)
+        return engine
 
 
 _lock = threading.Lock()

@@ -1,32 +1,21 @@
-"""One answer in the making."""
+"""One answer in the making, and its text as a stream."""
 
+import queue
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from deepseek_vl.engine.detokenizer import AnswerText
-from deepseek_vl.engine.kv_cache import RowCache
-from deepseek_vl.engine.prefix_cache import Memory
-from deepseek_vl.engine.prompt import Prompt
+from deepseek_vl.engine.detokenizer import Detokenizer
+from deepseek_vl.engine.sampling import sample
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.kernels.native import release_threads
-from deepseek_vl.models import MultiModalityCausalLM
+from deepseek_vl.kernels.threads import release_threads
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
-TOP_K = 50
-"""Sampling is among so many tokens: transformers' default, and so the reference's."""
+if TYPE_CHECKING:
+    from deepseek_vl.engine.engine import Engine
 
 END = object()
 """The last that a generation's sink gets."""
@@ -50,17 +39,17 @@ class PromptTooLongError(ValueError):
 
 
 class Generation:
-    """One answer in the making.
+    """One answer in the making, for `Engine.submit`.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        inputs: the processor's output for one conversation.
+        engine: which is to generate it.
+        inputs: the processor's output for one conversation, on the model's device.
         settings: see `GenerationSettings`.
         sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; must
             not raise.
 
     Attributes:
+        model: the engine's, which is kept as long as the answer is wanted.
         prompt_tokens: length of the prompt.
         cached_tokens: how many of them an earlier answer had left, so that they did not run again.
         cancelled: set it to end the answer within one token.
@@ -74,75 +63,57 @@ class Generation:
 
     def __init__(
         self,
-        model: MultiModalityCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: "Engine",
         inputs: BatchedVLChatProcessorOutput,
         settings: GenerationSettings,
         sink: Callable[[Any], None],
     ):
+        self.model = engine.model
         rows, self.prompt_tokens = inputs["input_ids"].shape
         if rows != 1:
             raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
-        positions = model.config.language_config.max_position_embeddings
+        positions = self.model.config.language_config.max_position_embeddings
         if self.prompt_tokens >= positions:
             raise PromptTooLongError(self.prompt_tokens, positions)
-        self.model = model
         self.inputs = inputs
-        self.text = AnswerText(tokenizer, settings.stop)
         self.cached_tokens = 0
-        self._begun_with: tuple[np.ndarray, weakref.ref[Memory]] | None = None
-        self._sink = sink
         self.cancelled = threading.Event()
         self.done = threading.Event()
         self.finish_reason: str | None = None
-        self._end_token = tokenizer.eos_token_id
+        self._settings = settings
+        self._sink = sink
+        self._detokenizer = Detokenizer(engine.tokenizer, settings.stop)
+        self._end_token = engine.tokenizer.eos_token_id
         self._max_new_tokens = min(settings.max_new_tokens, positions - self.prompt_tokens)
-        self._processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if not settings.greedy:
-            self._processors += [
-                RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)),
-                TemperatureLogitsWarper(float(settings.temperature)),
-                TopKLogitsWarper(TOP_K),
-                TopPLogitsWarper(float(settings.top_p)),
-            ]
-            if settings.seed is not None:
-                self._generator = torch.Generator(model.device).manual_seed(settings.seed)
+        if settings.seed is not None and not settings.greedy:
+            self._generator = torch.Generator(self.model.device).manual_seed(settings.seed)
         release_threads()  # this thread has processed the inputs; it is the engine's that needs the cores now
 
-    def begin(self, prompt: Prompt, memory: Memory) -> None:
-        """Note what the answer begins with, for `remember`."""
-        self._begun_with = prompt.content, weakref.ref(memory)
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's tokens so far."""
+        return self._detokenizer.token_ids
 
-    def remember(self, cache: RowCache, row: int) -> None:
-        """Put what the answer has left in a row of a cache into the memory that it began with.
+    def advance(self, logits: torch.Tensor) -> bool:
+        """Choose the next token, and pass its text on. An error in that ends the answer.
 
-        If it is the cache's only row, then the cache is no longer the caller's.
+        Args:
+            logits: float32 [vocabulary].
+
+        Returns:
+            whether there are to be more.
         """
-        content, memory = self._begun_with[0], self._begun_with[1]()
-        if self.finish_reason is None or memory is None or not memory.holds_for(self.model):
-            return
-        length = cache.lengths[row]  # without the last token, which never ran
-        content = np.concatenate([content, np.array(self.text.token_ids, dtype=np.int64)])[:length]
-        is_given = len(cache.lengths) == 1 and not cache.is_borrowed
-        memory.conversations.keep(content, cache if is_given else cache.prefix(row, length))
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token, from float logits [vocabulary]."""
-        if not self._processors:
-            return int(logits.argmax())
-        # The repetition penalty is for the answer's tokens, not for the prompt's.
-        answer = torch.tensor([self.text.token_ids], dtype=torch.long, device=logits.device)
-        probabilities = self._processors(answer, logits[None]).softmax(-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
-
-    def take(self, token_id: int) -> bool:
-        """Pass the next token on; returns whether there are to be more."""
-        if text := self.text.feed(token_id):
-            self._sink(text)
-        if self.text.stopped or token_id == self._end_token:
+        try:
+            token_id = sample(logits, self._settings, self._generator, self.token_ids)
+            if text := self._detokenizer.feed(token_id):
+                self._sink(text)
+        except Exception as error:  # raised again in the reader
+            self.end(error)
+            return False
+        if self._detokenizer.stopped or token_id == self._end_token:
             self.finish_reason = "stop"
-        elif len(self.text.token_ids) >= self._max_new_tokens:
+        elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
         else:
             return True
@@ -153,7 +124,7 @@ class Generation:
         """Let go of it: finished, cancelled, or failed with an error."""
         if error is None:
             try:
-                rest = self.text.flush()
+                rest = self._detokenizer.flush()
             except Exception as failure:  # raised again in the reader
                 error = failure
             else:
@@ -164,3 +135,66 @@ class Generation:
             self._sink(error)
         self.done.set()
         self._sink(END)
+
+
+class AnswerStream(Iterator[str]):
+    """Iterates over the pieces of an answer while it is generated; also a context manager that stops it at the end.
+
+    Generation begins with the first piece asked for. The pieces joined are the answer, without special tokens and stop
+    words.
+
+    Takes and raises what `Generation` does; what goes wrong during generation is raised by the iteration.
+    """
+
+    def __init__(self, engine: "Engine", inputs: BatchedVLChatProcessorOutput, settings: GenerationSettings):
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._generation = Generation(engine, inputs, settings, self._queue.put)
+        self._engine = engine
+        self._begun = self._ended = False
+        weakref.finalize(self, self._generation.cancelled.set)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of the prompt."""
+        return self._generation.prompt_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop` (end token or stop word), `length`, `cancelled`; None while it runs or after an error."""
+        return self._generation.finish_reason
+
+    @property
+    def completion_tokens(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self._generation.token_ids)
+
+    def stop(self) -> None:
+        """End the generation within one token. May be called from any thread; the iteration then ends."""
+        self._generation.cancelled.set()
+
+    def close(self) -> None:
+        """Stop, and wait until the generation has ended."""
+        self.stop()
+        self._ended = True
+        if self._begun:
+            self._generation.done.wait()
+
+    def __next__(self) -> str:
+        if self._ended:
+            raise StopIteration
+        if not self._begun:
+            self._engine.submit(self._generation)
+            self._begun = True
+        item = self._queue.get()
+        if isinstance(item, str):
+            return item
+        self._ended = True
+        if item is END:
+            raise StopIteration
+        raise item
+
+    def __enter__(self) -> "AnswerStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -10,22 +10,12 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepseek_vl.engine.kv_cache import STEP, RowCache
+from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.prompt import PromptImage
 from deepseek_vl.kernels.weight_only import stored_bytes
 from deepseek_vl.models import MultiModalityCausalLM
 
-IMAGE_BYTES = 128 << 20
-"""Encoded images take at most so much memory: 50 of the 1.3B model's in bfloat16, or 25 of the 7B model's."""
-
-Value = TypeVar("Value")
-
-
-def conversation_bytes(model: MultiModalityCausalLM) -> int:
-    """How much memory conversations take at most: a quarter of the weights', or 256 MiB if that is more.
-
-    In bfloat16 that is 5,000 tokens for the 1.3B model and 7,500 for the 7B model.
-    """
-    return max(sum(map(stored_bytes, _weights(model))) // 4, 256 << 20)
+Value = TypeVar("Value", torch.Tensor, RowCache)
 
 
 def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
@@ -46,13 +36,13 @@ def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
     return itertools.chain(model.parameters(), model.buffers())
 
 
-class _Recent(Generic[Value]):
-    """Values of limited size in all: those not used for longest make room for others."""
+class LRUCache(Generic[Value]):
+    """Values of limited size in all: the least recently used make room for others."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._values: OrderedDict[bytes, tuple[Value, int]] = OrderedDict()
+        self._values: OrderedDict[bytes, Value] = OrderedDict()
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._values)
@@ -63,25 +53,23 @@ class _Recent(Generic[Value]):
     def use(self, key: bytes) -> Value:
         """The value of a key that is there."""
         self._values.move_to_end(key)
-        return self._values[key][0]
+        return self._values[key]
 
-    def put(self, key: bytes, value: Value, nbytes: int) -> None:
-        """Add or replace a value, unless it is too large."""
-        self.drop(key)
-        if nbytes > self.max_bytes:
+    def put(self, key: bytes, value: Value) -> None:
+        """Add a new value, unless it is too large."""
+        if value.nbytes > self.max_bytes:
             return
-        self._values[key] = (value, nbytes)
-        self.nbytes += nbytes
+        self._values[key] = value
+        self.nbytes += value.nbytes
         while self.nbytes > self.max_bytes:
             self.drop(next(iter(self)))
 
     def drop(self, key: bytes) -> None:
-        """Forget a value, if it is there."""
-        _, nbytes = self._values.pop(key, (None, 0))
-        self.nbytes -= nbytes
+        """Forget a value that is there."""
+        self.nbytes -= self._values.pop(key).nbytes
 
 
-class ImageFeatures(_Recent[torch.Tensor]):
+class ImageFeatures(LRUCache[torch.Tensor]):
     """Encoded images [N, D], by the hash of their pixels."""
 
     def encode(self, model: MultiModalityCausalLM, images: Sequence[PromptImage]) -> torch.Tensor:
@@ -92,12 +80,12 @@ class ImageFeatures(_Recent[torch.Tensor]):
             encoded = model.get_image_features(torch.stack(list(missing.values())))
             for key, feature in zip(missing, encoded, strict=True):
                 features[key] = feature.clone()  # so that it can be freed alone
-                self.put(key, features[key], feature.nbytes)
+                self.put(key, features[key])
         return torch.stack([features[image.key] for image in images])
 
 
-class Conversations(_Recent[RowCache]):
-    """Keys and values of conversations, by their content (see `Prompt.content`)."""
+class PrefixCache(LRUCache[RowCache]):
+    """Keys and values of conversations, by their content (see `Prompt.content`): what a later prompt begins with."""
 
     def continued(self, content: np.ndarray) -> RowCache:
         """A cache of one row that begins with as much of this content as any conversation here does.
@@ -128,7 +116,7 @@ class Conversations(_Recent[RowCache]):
                 return
             if key.startswith(other):
                 self.drop(other)
-        self.put(key, cache, cache.nbytes)
+        self.put(key, cache)
 
 
 def _content(key: bytes) -> np.ndarray:
@@ -142,19 +130,24 @@ def _shared(first: np.ndarray, second: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-class Memory:
+class Caches:
     """What is kept of a model's work, for as long as its weights stay what they are.
 
-    Args:
-        model: whose.
-        max_bytes: how much memory conversations may take; None for `conversation_bytes`.
+    Attributes:
+        images: encoded images.
+        prefixes: conversations' keys and values.
     """
 
-    def __init__(self, model: MultiModalityCausalLM, max_bytes: int | None = None):
+    def __init__(self, model: MultiModalityCausalLM, limits: EngineLimits):
         self._weights = weights_state(model)
-        self.images = ImageFeatures(IMAGE_BYTES)
-        self.conversations = Conversations(conversation_bytes(model) if max_bytes is None else max_bytes)
+        self.images = ImageFeatures(limits.image_bytes)
+        self.prefixes = PrefixCache(limits.room_for_conversations(sum(map(stored_bytes, _weights(model)))))
 
-    def holds_for(self, model: MultiModalityCausalLM) -> bool:
+    @property
+    def nbytes(self) -> int:
+        """How much memory all of it takes."""
+        return self.images.nbytes + self.prefixes.nbytes
+
+    def hold_for(self, model: MultiModalityCausalLM) -> bool:
         """Whether this is what the model, as it is now, would compute."""
         return self._weights is not None and self._weights == weights_state(model)

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+def as_stop_words(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop words as templates and callers give them: none, one or several."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How an answer is generated.
 

@@ -1,1 +1,1 @@
-"""The engine and what stands on it."""
+"""The doors: terminal, web page and HTTP API over one engine, and the reference's functions."""

@@ -9,30 +9,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_vl.command_line import OneLineParser, add_compile, add_quantize, run_command, starting
-from deepseek_vl.engine.compiled import compile_model
-from deepseek_vl.serve.web.page import create_page, launch
-from deepseek_vl.utils.io import load_pretrained_model
+from deepseek_vl.command_line import OneLineParser, run_command
+from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
+from deepseek_vl.serve.web.page import DEFAULTS, create_page, launch
 
 logger = logging.getLogger(__name__)
-DEFAULT_MODEL = "deepseek-ai/deepseek-vl-7b-chat"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="app_deepseek.py", description="A web page to chat with DeepSeek-VL models.")
-    parser.add_argument(
-        "--model_path", action="append",
-        help=f"checkpoint directory, hub id, or tiny; may be repeated (default: {DEFAULT_MODEL})",
-    )  # fmt: skip
+    add_arguments(parser, DEFAULTS, action="append")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8122, help="(default: %(default)s)")
     parser.add_argument("--share", action="store_true", help="also through a public address of gradio.live")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
-    add_quantize(parser)
-    add_compile(parser)
     return parser
 
 
@@ -45,19 +36,16 @@ def _run(args: argparse.Namespace) -> None:
     user, separator, password = (args.auth or "").partition(":")
     if args.auth is not None and not (user and separator and password):
         raise ValueError("--auth is a name and a password with a colon between them.")
+    settings = settings_of(args)
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
-        with starting():
-            _, processor, model = load_pretrained_model(
-                path, device=args.device, dtype=args.dtype, quantize=args.quantize
-            )
-        if args.compile:
-            compile_model(model, processor)
         # A directory's name is enough to choose by; where it is, is the server's business.
         name = Path(path).resolve().name if Path(path).is_dir() else path
-        models[path if name in models else name] = (model, processor)
-    launch(create_page(models), args.host, args.port, (user, password) if args.auth else None, share=args.share)
+        models[path if name in models else name] = open_engine(args, path)
+    launch(
+        create_page(models, settings), args.host, args.port, (user, password) if args.auth else None, share=args.share
+    )
 
 
 if __name__ == "__main__":

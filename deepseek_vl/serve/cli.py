@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl.command_line import OneLineParser, add_compile, add_quantize, starting
+from deepseek_vl.command_line import OneLineParser, one_line, starting
 from deepseek_vl.data.rows import IMAGE_TAG
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.serve.terminal.chat import HELP, _Chat, _one_line
+from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
+from deepseek_vl.serve.terminal.chat import HELP, TerminalChat
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,24 +30,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `cli_chat.py`."""
     parser = OneLineParser(prog="cli_chat.py", description="Chat with a DeepSeek-VL model in the terminal.")
-    parser.add_argument(
-        "--model_path",
-        default="deepseek-ai/deepseek-vl-7b-chat",
-        help="checkpoint directory, id on the Hugging Face Hub, or tiny, which comes with the package "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy decoding (default: %(default)s)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (default: %(default)s)")
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.1, help="used when sampling (default: %(default)s)"
-    )
-    parser.add_argument("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
-    )
-    add_quantize(parser)
-    add_compile(parser)
+    add_arguments(parser, GenerationSettings(temperature=0.2), default=DEFAULT_MODEL)
     parser.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="PATH",
         help="images for the first message: paths, web addresses, or - for standard input",
@@ -69,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # whatever it is, a script gets one line
-        print(f"cli_chat.py: error: {_one_line(error)}", file=sys.stderr)
+        print(f"cli_chat.py: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -78,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the arguments is found before the libraries and the model are loaded.
-    settings = GenerationSettings(args.max_gen_len, args.temperature, args.top_p, args.repetition_penalty)
+    settings = settings_of(args)
     one_shot = args.prompt is not None
     if one_shot and not args.prompt.strip():
         raise ValueError("--prompt is empty.")
@@ -90,36 +74,25 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--image - reads one image from standard input, and needs --prompt.")
     if not one_shot:
         print(f"Loading {args.model_path} ...", flush=True)
-    with starting():
-        with _import_interruptible():
-            from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
-            from deepseek_vl.serve.terminal.attachments import open_image
-            from deepseek_vl.utils.io import load_pretrained_model
+    with starting(), _import_interruptible():
+        from deepseek_vl.serve.terminal.attachments import open_image
 
-            device = pick_device(args.device)
-            dtype = pick_dtype(device, args.dtype)
-            check_quantization(device, args.quantize)
-            if args.compile:
-                from deepseek_vl.engine.compiled import check_compile, compile_model
+        images = [open_image(source) for source in args.image]
+        _be_quiet(progress=not one_shot and sys.stderr.isatty())
+        from deepseek_vl.engine.chat import ChatSession
+        from deepseek_vl.serve.terminal.screen import write_pieces
 
-                check_compile(device, args.quantize)
-            images = [open_image(source) for source in args.image]
-            _be_quiet(progress=not one_shot and sys.stderr.isatty())
-            from deepseek_vl.engine.chat import ChatSession
-            from deepseek_vl.serve.terminal.screen import write_pieces
-
-        _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
-    if args.compile:
-        compile_model(model, processor, progress=print if not one_shot else lambda _: None)
-    session = ChatSession(model, processor, settings)
+    engine, processor = open_engine(args, args.model_path, progress=print if not one_shot else lambda _: None)
+    session = ChatSession(engine, processor, settings)
     if args.json:
         print(json.dumps(_answer_object(args.model_path, session, args.prompt, images), ensure_ascii=False))
     elif one_shot:
         write_pieces(session.ask(args.prompt, images))
     else:
         screen = _pick_screen()
-        screen.say(f"It runs on {device} in {str(dtype).removeprefix('torch.')}.\n\n{HELP}")
-        _Chat(session, screen, images).run()
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        screen.say(f"It runs on {engine.model.device} in {dtype}.\n\n{HELP}")
+        TerminalChat(session, screen, images).run()
     return 0
 
 

@@ -1,17 +1,18 @@
-"""(model, processor, conversation, settings) -> a stream of text.
+"""(model, processor, conversation, settings) -> a stream of text, by the model's engine.
 
-`AnswerStream` reads an answer from the model's engine, can stop it from any thread, and raises its errors where the
-text is read. `generate` and `deepseek_generate` are the reference's names for it.
+`generate` and `deepseek_generate` are the reference's names for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import AnswerStream, as_stop_words, message_images, stream_answer
+from deepseek_vl.engine.engine import engine_of
+from deepseek_vl.engine.generation import AnswerStream
+from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 from deepseek_vl.utils.conversation import Conversation
@@ -35,6 +36,31 @@ def load_model(
     """`load_pretrained_model` with the reference's order: (tokenizer, model, processor)."""
     tokenizer, processor, model = load_pretrained_model(model_path, **kwargs)
     return tokenizer, model, processor
+
+
+def message_images(messages: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    """The PIL images of messages (`{"role", "content", "images"}`), in reading order."""
+    return [image for message in messages for image in message.get("images") or ()]
+
+
+def stream_answer(
+    model: MultiModalityCausalLM,
+    processor: VLChatProcessor,
+    messages: Sequence[Mapping[str, Any]],
+    settings: GenerationSettings,
+) -> AnswerStream:
+    """Stream the answer to a conversation.
+
+    Args:
+        messages: `{"role", "content", "images"}`, `images` holding PIL images, one per tag in the contents. The last is
+            the assistant's, with an empty content.
+
+    Raises:
+        ValueError: if images and tags do not match, or the prompt is too long.
+    """
+    inputs = processor(prompt=processor.render(messages), images=message_images(messages))
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    return AnswerStream(engine_of(model, processor.tokenizer), inputs, settings)
 
 
 def convert_conversation_to_prompts(conversation: Conversation) -> list[dict[str, Any]]:
@@ -86,8 +112,14 @@ def generate(
 
     Closing the iterator ends the generation.
     """
-    settings = GenerationSettings(max_gen_len, temperature, top_p, repetition_penalty, as_stop_words(stop_words))
-    with AnswerStream(vl_gpt, tokenizer, prepare_inputs, settings) as stream:
+    settings = GenerationSettings(
+        max_new_tokens=max_gen_len,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=as_stop_words(stop_words),
+    )
+    with AnswerStream(engine_of(vl_gpt, tokenizer), prepare_inputs, settings) as stream:
         yield from stream
 
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_vl.command_line import OneLineParser, add_compile, add_quantize, positive, run_command, starting
+from deepseek_vl.command_line import OneLineParser, positive, run_command, starting
+from deepseek_vl.engine.limits import EngineLimits, RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -17,24 +19,23 @@ logger = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(
-        prog="python -m deepseek_vl.serve.api", description="Serve a model over HTTP, as OpenAI does."
+        prog="python -m deepseek_vl.serve.api",
+        description="Serve a model over HTTP, as OpenAI does; requests may sample otherwise than the arguments say.",
     )
-    parser.add_argument("--model_path", required=True, help="checkpoint directory, or id on the Hugging Face Hub")
+    add_arguments(parser, GenerationSettings(temperature=0.2), required=True)
     parser.add_argument("--model_name", help="what clients call it (default: the end of the path)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 for any that is free)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: %(default)s)")
-    add_quantize(parser)
-    add_compile(parser)
-    parser.add_argument("--max_batch", type=positive, default=16, help="answers at a time (default: %(default)s)")
-    parser.add_argument("--max_waiting", type=positive, default=64, help="requests in line (default: %(default)s)")
+    parser.add_argument(
+        "--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_waiting", type=positive, default=RequestLimits.waiting, help="requests in line (default: %(default)s)"
+    )
     parser.add_argument(
         "--memory_mb", type=int, metavar="MB",
         help="for continuing earlier conversations (default: a quarter of the weights' size, at least 256; 0: none)",
     )  # fmt: skip
-    parser.add_argument("--max_gen_len", type=positive, default=512, help="tokens per answer unless a request says")
-    parser.add_argument("--temperature", type=float, default=0.2, help="unless a request says (default: %(default)s)")
     parser.add_argument(
         "--grace", type=positive, default=10, metavar="SECONDS",
         help="that running answers have to end when the server is told to stop (default: %(default)s)",
@@ -55,35 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    settings = GenerationSettings(args.max_gen_len, args.temperature)
-
+    settings = settings_of(args)
     with starting():
         import uvicorn
 
-        from deepseek_vl.engine.compiled import compile_model
-        from deepseek_vl.engine.engine import engine_of
-        from deepseek_vl.serve.api.app import Limits, Service, create_app
+        from deepseek_vl.serve.api.app import Service, create_app
         from deepseek_vl.serve.api.fetch import ImageFetcher
-        from deepseek_vl.utils.io import load_pretrained_model
 
-        logger.info("Loading %s ...", args.model_path)
-        _, processor, model = load_pretrained_model(
-            args.model_path, device=args.device, dtype=args.dtype, quantize=args.quantize
-        )
-    if args.compile:
-        compile_model(model, processor)
-    engine = engine_of(model)
-    engine.max_rows = args.max_batch
-    engine.memory_bytes = None if args.memory_mb is None else args.memory_mb << 20
+    logger.info("Loading %s ...", args.model_path)
+    memory = None if args.memory_mb is None else args.memory_mb << 20
+    engine, processor = open_engine(args, args.model_path, EngineLimits(args.max_batch, conversation_bytes=memory))
+    limits = RequestLimits(waiting=args.max_waiting)
     domains = tuple(domain.lower().strip(".") for domain in args.allow_image_urls or ())
     service = Service(
         name=args.model_name or os.path.basename(os.path.normpath(args.model_path)),  # noqa: PTH119  or a hub id
-        model=model,
+        engine=engine,
         processor=processor,
         settings=settings,
         key=args.api_key,
-        limits=Limits(waiting=args.max_waiting),
-        fetcher=ImageFetcher(args.allow_image_urls is not None, domains),
+        limits=limits,
+        fetcher=ImageFetcher(args.allow_image_urls is not None, domains, limits),
     )
 
     class Server(uvicorn.Server):

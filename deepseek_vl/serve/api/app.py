@@ -7,10 +7,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -19,71 +20,60 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deepseek_vl.engine.engine import engine_of
-from deepseek_vl.engine.generation import END, Generation, PromptTooLongError
-from deepseek_vl.engine.limits import SAFE_FORMATS, SAFE_IMAGES, SAFE_PIXELS
-from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.engine.stream import as_stop_words
-from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, load_image
-from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.serve.api import errors
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import END, Generation
+from deepseek_vl.engine.limits import RequestLimits
+from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
+from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, data_url_bytes
+from deepseek_vl.imaging.worker import PictureClient, PictureDecoder
+from deepseek_vl.models import VLChatProcessor
+from deepseek_vl.serve.api.errors import APIError
 from deepseek_vl.serve.api.fetch import ImageFetcher
 from deepseek_vl.serve.api.metrics import Metrics
-from deepseek_vl.serve.api.protocol import AssistantMessage, ChatCompletionRequest, ImagePart, SystemMessage, parse
+from deepseek_vl.serve.api.protocol import ChatCompletionRequest, ImagePart, SystemMessage, parse
+from deepseek_vl.utils.conversation import Rendered
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may ask of the server.
-
-    Attributes:
-        body_bytes: of a request.
-        body_seconds: until a request's body has arrived.
-        images: in one request.
-        pixels: of one image.
-        waiting: requests that wait for a place in the batch; more are turned away.
-    """
-
-    body_bytes: int = 32 * 2**20
-    body_seconds: float = 60.0
-    images: int = SAFE_IMAGES
-    pixels: int = SAFE_PIXELS
-    waiting: int = 64
+Result = TypeVar("Result")
 
 
 @dataclass
 class Service:
-    """A model and how it is served.
+    """A model's engine and how it is served.
 
     Attributes:
         name: what clients call the model.
+        engine, processor: the model's.
         settings: how answers are generated where a request does not say.
         key: the bearer token that clients must have; None for no such need.
         limits, fetcher: see there.
     """
 
     name: str
-    model: MultiModalityCausalLM
+    engine: Engine
     processor: VLChatProcessor
     settings: GenerationSettings
     key: str | None = None
-    limits: Limits = Limits()
+    limits: RequestLimits = field(default_factory=RequestLimits)
     fetcher: ImageFetcher = field(default_factory=ImageFetcher)
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     places_taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.decoder = PictureDecoder(self.limits.pictures, self.limits.decoders)
+        self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that those who wait take no thread
 
     @contextlib.contextmanager
     def place(self) -> Any:
         """A place in the batch or in the queue for it.
 
         Raises:
-            Overloaded: if there is none.
+            APIError: if there is none.
         """
-        if self.places_taken >= engine_of(self.model).max_rows + self.limits.waiting:
-            raise errors.Overloaded("Too many requests are waiting; try again.", headers={"Retry-After": "1"})
+        if self.places_taken >= self.engine.limits.max_rows + self.limits.waiting:
+            raise APIError("Too many requests are waiting; try again.", status=429, headers={"Retry-After": "1"})
         self.places_taken += 1
         try:
             yield
@@ -94,7 +84,7 @@ class Service:
         """A request's pictures, decoded.
 
         Raises:
-            BadRequest: for too many, or one that cannot be fetched or read.
+            APIError: for too many, or one that cannot be fetched or read.
         """
         urls = [
             part.image_url.url
@@ -103,67 +93,97 @@ class Service:
             if isinstance(part, ImagePart)
         ]
         if len(urls) > self.limits.images:
-            raise errors.BadRequest(
-                f"The request has {len(urls)} images; at most {self.limits.images} are taken.", "messages"
-            )
-        return [await self._image(number, url) for number, url in enumerate(urls, 1)]
-
-    async def _image(self, number: int, url: str) -> Image.Image:
-        source = url if url[:5].lower() == "data:" else await self.fetcher.fetch(url)
+            raise APIError(f"The request has {len(urls)} images; at most {self.limits.images} are taken.", "messages")
+        client = self.decoder.client()
         try:
-            return await run_in_threadpool(load_image, source, SAFE_FORMATS, self.limits.pixels)
-        except ImageTooLargeError as error:
-            message = f"Image {number} has more than {self.limits.pixels} pixels."
-            raise errors.BadRequest(message, "messages", "invalid_image") from error
-        except ImageLoadError as error:
-            kinds = ", ".join(SAFE_FORMATS)
-            message = f"Image {number} cannot be read: it must be a whole {kinds} picture, here as a base64 data URL."
-            raise errors.BadRequest(message, "messages", "invalid_image") from error
+            return [await self._image(client, number, url) for number, url in enumerate(urls, 1)]
+        finally:
+            client.leave()  # a picture that is being decoded for who has gone is given up
 
-    def generation(self, request: ChatCompletionRequest, images: Sequence[Image.Image], sink: Any) -> Generation:
-        """What a request asks of the engine.
+    async def _image(self, client: PictureClient, number: int, url: str) -> Image.Image:
+        fetched = None if url[:5].lower() == "data:" else await self.fetcher.fetch(url)
+
+        def decode() -> Image.Image:
+            return client.decode(
+                data_url_bytes(url) if fetched is None else fetched, self.processor.image_processor.square
+            )
+
+        limits = self.limits.pictures
+        try:
+            return await anyio.to_thread.run_sync(decode, limiter=self._decoding, abandon_on_cancel=True)
+        except ImageTooLargeError as error:
+            message = (
+                f"Image {number} has more than {limits.pixels} pixels, a side longer than {limits.side} or over "
+                f"{limits.aspect} times the other, or takes too much memory."
+            )
+            raise APIError(message, "messages", "invalid_image") from error
+        except ImageLoadError as error:
+            kinds = ", ".join(limits.formats)
+            message = (
+                f"Image {number} cannot be read within {limits.seconds:g} seconds: it must be a whole {kinds} picture, "
+                "here as a base64 data URL."
+            )
+            raise APIError(message, "messages", "invalid_image") from error
+
+    def prompt_of(self, request: ChatCompletionRequest) -> Rendered:
+        """A request's prompt; what clients wrote stays text.
 
         Raises:
-            BadRequest: for messages that are no conversation, or too long.
+            APIError: for messages that are no conversation, or too long.
         """
-        system, messages = self._messages(request)
-        processor = self.processor
-        prompt = processor.apply_sft_template_for_multi_turn_prompts(messages, processor.sft_format, system)
-        inputs = processor(prompt=prompt, images=images).to(self.model.device, dtype=self.model.dtype)
-        stop_words = as_stop_words(processor.new_chat_template().stop_str)
-        settings = request.settings(self.settings, stop_words)
-        try:
-            return Generation(self.model, processor.tokenizer, inputs, settings, sink)
-        except PromptTooLongError as error:
-            message = f"The prompt has {error.tokens} tokens; it and the answer share {error.positions} positions."
-            raise errors.BadRequest(message, "messages", "context_length_exceeded") from error
+        prompt = self.processor.render(_messages(request), untrusted=True)
+        tokens, positions = self.processor.count_tokens(prompt), self.engine.positions
+        if tokens >= positions:  # known before any picture is decoded
+            message = f"The prompt has {tokens} tokens; it and the answer share {positions} positions."
+            raise APIError(message, "messages", "context_length_exceeded")
+        return prompt
 
-    def _messages(self, request: ChatCompletionRequest) -> tuple[str, list[dict[str, str]]]:
-        """The system prompt, and the messages as the processor renders them; what clients wrote stays text."""
-        system = self.processor.system_prompt
-        user, assistant = self.processor.new_chat_template().roles
-        messages: list[dict[str, str]] = []
-        for i, message in enumerate(request.messages):
-            content = ""
-            for part in message.content:
-                is_image = isinstance(part, ImagePart)
-                content += self.processor.image_tag if is_image else self.processor.literal(part.text)
-            if isinstance(message, SystemMessage):
-                if i > 0:
-                    raise errors.BadRequest("Only the first message may be a system message.", f"messages.{i}.role")
-                system = content
-                continue
-            role = assistant if isinstance(message, AssistantMessage) else user
-            if messages and messages[-1]["role"] == role:
-                messages[-1]["content"] += f"\n{content}"
-            else:
-                messages.append({"role": role, "content": content})
-        if not messages or messages[0]["role"] != user or messages[-1]["role"] != user:
-            raise errors.BadRequest("The conversation must begin and end with a user message.", "messages")
-        for message in messages:
-            if not message["content"].strip():
-                raise errors.BadRequest(f"A {message['role'].lower()} message is empty.", "messages")
-        return system, [*messages, {"role": assistant, "content": ""}]
+    def generation(
+        self, request: ChatCompletionRequest, prompt: Rendered, images: Sequence[Image.Image], sink: Any
+    ) -> Generation:
+        """What a request asks of the engine."""
+        inputs = self.processor(prompt=prompt, images=images)
+        inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
+        stop_words = as_stop_words(self.processor.new_chat_template().stop_str)
+        return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)
+
+    async def begin(self, request: ChatCompletionRequest, answer: "_Answer") -> None:
+        """Prepare a request's prompt and pictures, and give them to the engine.
+
+        Raises:
+            APIError: for messages that are no conversation or too long, or pictures that cannot be had.
+        """
+        prompt = await run_in_threadpool(self.prompt_of, request)
+        images = await self.images_of(request)
+        answer.begin(await run_in_threadpool(self.generation, request, prompt, images, answer.sink))
+
+
+def _messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:
+    """A request's messages as `render` takes them, with several of one role in a row as one, and the answer to come.
+
+    Raises:
+        APIError: if they are no conversation.
+    """
+    messages: list[dict[str, Any]] = []
+    for i, message in enumerate(request.messages):
+        role = "system" if isinstance(message, SystemMessage) else message.role
+        if role == "system" and i > 0:
+            raise APIError("Only the first message may be a system message.", f"messages.{i}.role")
+        parts = [
+            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+            for part in message.content
+        ]
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
+        else:
+            messages.append({"role": role, "content": parts})
+    turns = [message for message in messages if message["role"] != "system"]
+    if not turns or turns[0]["role"] != "user" or turns[-1]["role"] != "user":
+        raise APIError("The conversation must begin and end with a user message.", "messages")
+    for turn in turns:
+        if not any(part["type"] == "image" or part["text"].strip() for part in turn["content"]):
+            raise APIError(f"A {turn['role']} message is empty.", "messages")
+    return [*messages, {"role": "assistant", "content": ""}]
 
 
 class _Answer:
@@ -192,7 +212,7 @@ class _Answer:
 
     def begin(self, generation: Generation) -> None:
         self.generation = generation
-        engine_of(self.service.model).submit(generation)
+        self.service.engine.submit(generation)
 
     async def pieces(self) -> AsyncIterator[str]:
         metrics, begun = self.service.metrics, time.monotonic()
@@ -210,12 +230,16 @@ class _Answer:
         metrics.completion_tokens.inc(usage["completion_tokens"])
         if item is not END:
             logger.error("A generation failed.", exc_info=item)
-            raise errors.APIError("The model failed on this request.")
+            raise APIError("The model failed on this request.", status=500)
         if self.generation.finish_reason == "cancelled":
-            raise errors.Unavailable("The server is shutting down.")
+            raise APIError("The server is shutting down.", status=503)
+
+    async def whole(self) -> str:
+        """All of the answer."""
+        return "".join([piece async for piece in self.pieces()])
 
     def usage(self) -> dict[str, Any]:
-        prompt, completion = self.generation.prompt_tokens, len(self.generation.text.token_ids)
+        prompt, completion = self.generation.prompt_tokens, len(self.generation.token_ids)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -230,23 +254,24 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(engine_of(service.model).close)
+        await run_in_threadpool(service.engine.close)
+        await run_in_threadpool(service.decoder.close)
 
     app = FastAPI(title="DeepSeek-VL", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
-    @app.exception_handler(errors.APIError)
-    async def on_error(request: Request, error: errors.APIError) -> Response:
+    @app.exception_handler(APIError)
+    async def on_error(request: Request, error: APIError) -> Response:
         return error.response()
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            return errors.MethodNotAllowed("This route does not take that method.").response()
-        return errors.NotFound("There is no such route.").response()
+            return APIError("This route does not take that method.", status=405).response()
+        return APIError("There is no such route.", status=404).response()
 
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> Response:
-        return errors.APIError("The server failed on this request.").response()
+        return APIError("The server failed on this request.", status=500).response()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -254,7 +279,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return service.metrics.response(engine_of(service.model))
+        return service.metrics.response(service.engine)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -279,8 +304,8 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _check_model(service: Service, name: str) -> None:
     if name != service.name:
-        raise errors.NotFound(
-            f"There is no such model here; this server has {service.name!r}.", "model", "model_not_found"
+        raise APIError(
+            f"There is no such model here; this server has {service.name!r}.", "model", "model_not_found", status=404
         )
 
 
@@ -290,13 +315,12 @@ async def _chat_completions(service: Service, http_request: Request) -> Response
     with contextlib.ExitStack() as stack:
         stack.enter_context(service.place())
         answer = stack.enter_context(_Answer(service))
-        images = await service.images_of(request)
-        answer.begin(await run_in_threadpool(service.generation, request, images, answer.sink))
+        await _unless_gone(http_request, service.begin(request, answer))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
         if request.stream:
             include_usage = request.stream_options is not None and request.stream_options.include_usage
             return _EventStream(_events(answer, head, include_usage), stack.pop_all())
-        text = await _whole(answer, http_request)
+        text = await _unless_gone(http_request, answer.whole())
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -306,11 +330,11 @@ async def _chat_completions(service: Service, http_request: Request) -> Response
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": answer.usage()})
 
 
-async def _json(request: Request, limits: Limits) -> Any:
+async def _json(request: Request, limits: RequestLimits) -> Any:
     """The body, as far as it is small enough, in time and JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise errors.BadRequest("The body must be JSON, and the Content-Type application/json.")
-    too_large = errors.TooLarge(f"The body is larger than {limits.body_bytes} bytes.")
+        raise APIError("The body must be JSON, and the Content-Type application/json.")
+    too_large = APIError(f"The body is larger than {limits.body_bytes} bytes.", status=413)
     if int(request.headers.get("content-length", "0")) > limits.body_bytes:
         raise too_large
     body = bytearray()
@@ -321,13 +345,13 @@ async def _json(request: Request, limits: Limits) -> Any:
                 if len(body) > limits.body_bytes:
                     raise too_large
     except TimeoutError as error:
-        raise errors.BadRequest("The body did not arrive in time.") from error
+        raise APIError("The body did not arrive in time.") from error
     except ClientDisconnect as error:
-        raise errors.BadRequest("The client has closed the connection.") from error
+        raise APIError("The client has closed the connection.") from error
     try:
         return await run_in_threadpool(_decode, bytes(body))
     except (ValueError, RecursionError) as error:
-        raise errors.BadRequest("The body is not JSON in UTF-8.") from error
+        raise APIError("The body is not JSON in UTF-8.") from error
 
 
 def _decode(body: bytes) -> Any:
@@ -340,21 +364,22 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-async def _whole(answer: _Answer, request: Request) -> str:
-    """All of an answer, unless the client goes away before."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of some work, which is given up if the client goes away before.
 
-    async def collect() -> str:
-        return "".join([piece async for piece in answer.pieces()])
+    Raises:
+        APIError: if it does.
+    """
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(collect()), asyncio.create_task(until_gone())]
+    tasks = [asyncio.create_task(work), asyncio.create_task(until_gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise errors.BadRequest("The client has closed the connection.")
+            raise APIError("The client has closed the connection.")
         return tasks[0].result()
     finally:
         for task in tasks:
@@ -388,7 +413,7 @@ async def _events(answer: _Answer, head: dict[str, Any], include_usage: bool) ->
         yield chunk({"role": "assistant", "content": ""})
         async for piece in answer.pieces():
             yield chunk({"content": piece})
-    except errors.APIError as error:  # the status has been sent
+    except APIError as error:  # the status has been sent
         yield _event(error.body())
         return
     yield chunk({}, answer.generation.finish_reason)
@@ -420,8 +445,11 @@ class _Guard:
 
         app: Any = self.app
         if scope["path"] != "/health" and not self._has_key(scope):
-            error = errors.Unauthorized(
-                "The API key is missing or wrong.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            error = APIError(
+                "The API key is missing or wrong.",
+                code="invalid_api_key",
+                status=401,
+                headers={"WWW-Authenticate": "Bearer"},
             )
             app = error.response()
         await app(scope, receive, counted)

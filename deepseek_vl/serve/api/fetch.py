@@ -9,15 +9,15 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpcore
 import httpx
 
-from deepseek_vl.serve.api.errors import BadRequest
+from deepseek_vl.engine.limits import RequestLimits
+from deepseek_vl.serve.api.errors import APIError
 
-MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -63,9 +63,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError("the name cannot be resolved") from error
         if not addresses or not all(is_public(address) for address in addresses):
-            raise BadRequest(
-                "The image URL's host is not a public address.", param="messages", code="image_url_refused"
-            )
+            raise APIError("The image URL's host is not a public address.", param="messages", code="image_url_refused")
         return await self._dialler.connect_tcp(addresses[0], port, *args, **kwargs)
 
 
@@ -76,15 +74,13 @@ class ImageFetcher:
     Args:
         allowed: whether URLs are fetched at all.
         domains: the only ones allowed, with their subdomains; empty for all.
-        max_bytes: of one picture.
-        seconds: for one picture, redirects included.
+        limits: of one picture; what begins with `fetch` counts here.
         resolve, dialler: see `CheckedBackend`.
     """
 
     allowed: bool = False
     domains: Sequence[str] = ()
-    max_bytes: int = 20 * 2**20
-    seconds: float = 10.0
+    limits: RequestLimits = field(default_factory=RequestLimits)
     resolve: Resolve = resolve
     dialler: httpcore.AsyncNetworkBackend | None = None
 
@@ -92,22 +88,25 @@ class ImageFetcher:
         """The body behind a URL.
 
         Raises:
-            BadRequest: if it is not allowed, not public, too large, too slow, or does not answer with status 200.
+            APIError: if it is not allowed, not public, too large, too slow, or does not answer with status 200.
         """
         if not self.allowed:
             raise _refused("Image URLs are not fetched by this server; send the image as a data URL.")
         backend = CheckedBackend(self.resolve, self.dialler or httpcore.AnyIOBackend())
         try:
-            async with asyncio.timeout(self.seconds), httpcore.AsyncConnectionPool(network_backend=backend) as pool:
-                for _ in range(MAX_REDIRECTS + 1):
+            async with (
+                asyncio.timeout(self.limits.fetch_seconds),
+                httpcore.AsyncConnectionPool(network_backend=backend) as pool,
+            ):
+                for _ in range(self.limits.fetch_redirects + 1):
                     target = self._check(url)
                     async with pool.stream("GET", target, headers=[(b"Host", _host_header(target))]) as response:
                         if response.status not in REDIRECTS:
                             return await self._body(response)
                         url = _location(url, response)
-                raise _refused(f"The image URL redirects more than {MAX_REDIRECTS} times.")
+                raise _refused(f"The image URL redirects more than {self.limits.fetch_redirects} times.")
         except TimeoutError as error:
-            raise _refused(f"The image URL did not answer within {self.seconds:g} seconds.") from error
+            raise _refused(f"The image URL did not answer within {self.limits.fetch_seconds:g} seconds.") from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             raise _refused("The image URL cannot be reached.") from error
 
@@ -136,8 +135,8 @@ class ImageFetcher:
         body = bytearray()
         async for chunk in response.aiter_stream():
             body += chunk
-            if len(body) > self.max_bytes:
-                raise _refused(f"The image is larger than {self.max_bytes} bytes.")
+            if len(body) > self.limits.fetch_bytes:
+                raise _refused(f"The image is larger than {self.limits.fetch_bytes} bytes.")
         return bytes(body)
 
 
@@ -158,5 +157,5 @@ def _host_header(url: httpcore.URL) -> bytes:
     return host if url.port is None else b"%b:%d" % (host, url.port)
 
 
-def _refused(message: str) -> BadRequest:
-    return BadRequest(message, param="messages", code="image_url_refused")
+def _refused(message: str) -> APIError:
+    return APIError(message, param="messages", code="image_url_refused")

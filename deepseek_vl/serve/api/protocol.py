@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.serve.api.errors import BadRequest
+from deepseek_vl.serve.api.errors import APIError
+from deepseek_vl.serve.arguments import SAMPLING
 
 MAX_STOP_WORDS = 4
+"""As in OpenAI's API."""
 
 
 class _Strict(BaseModel):
@@ -87,15 +89,12 @@ def _as_words(stop: Any) -> Any:
 
 
 class ChatCompletionRequest(_Strict):
-    """The body of `POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`, without the sampling parameters."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_words), Field(max_length=MAX_STOP_WORDS)
     ] = []
@@ -117,33 +116,38 @@ class ChatCompletionRequest(_Strict):
             stop_words: the conversation template's, beside the request's.
 
         Raises:
-            BadRequest: if both names of the token limit are given, and differ.
+            APIError: if both names of the token limit are given, and differ.
         """
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            raise BadRequest("max_tokens and max_completion_tokens differ; give one of them.", "max_completion_tokens")
+            raise APIError("max_tokens and max_completion_tokens differ; give one of them.", "max_completion_tokens")
 
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
 
         return GenerationSettings(
             max_new_tokens=given(next(iter(limits), None), defaults.max_new_tokens),
-            temperature=float(given(self.temperature, defaults.temperature)),
-            top_p=given(self.top_p, defaults.top_p),
-            repetition_penalty=given(self.repetition_penalty, defaults.repetition_penalty),
             stop=(*self.stop, *stop_words),
             seed=self.seed,
+            **{name: given(getattr(self, name), getattr(defaults, name)) for name in SAMPLING},
         )
+
+
+_SampledRequest = create_model(
+    "ChatCompletionRequest",
+    __base__=ChatCompletionRequest,
+    **{name: (Annotated[p.type, Field(**p.bounds)] | None, None) for name, p in SAMPLING.items()},
+)
 
 
 def parse(body: Any) -> ChatCompletionRequest:
     """A request from decoded JSON.
 
     Raises:
-        BadRequest: naming the first field that is wrong.
+        APIError: naming the first field that is wrong.
     """
     try:
-        return ChatCompletionRequest.model_validate(body)
+        return _SampledRequest.model_validate(body)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     # Behind an index stands the discriminator's tag ("user", "text"), which is no field of the request.
@@ -151,6 +155,6 @@ def parse(body: Any) -> ChatCompletionRequest:
     path = [str(item) for i, item in enumerate(loc) if i == 0 or isinstance(item, int) or isinstance(loc[i - 1], str)]
     field = ".".join(path) or None
     if problem["type"] == "extra_forbidden":
-        raise BadRequest(f"Unsupported parameter {field!r}.", field, "unsupported_parameter")
+        raise APIError(f"Unsupported parameter {field!r}.", field, "unsupported_parameter")
     where = f"{field!r}: " if field else "The request: "
-    raise BadRequest(f"{where}{problem['msg']}.", field, "invalid_value")
+    raise APIError(f"{where}{problem['msg']}.", field, "invalid_value")

@@ -1,5 +1,6 @@
 """The images that belong to a typed message: files and addresses named in it, and opening them."""
 
+import contextlib
 import os
 import re
 import string
@@ -13,7 +14,9 @@ from urllib.request import url2pathname
 import httpx
 from PIL import Image
 
+from deepseek_vl.engine.limits import TERMINAL_LIMITS
 from deepseek_vl.imaging.open import ImageLoadError, load_image
+from deepseek_vl.imaging.worker import PictureDecoder
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """What a file's name ends with if it is taken for an image where it stands in a message."""
@@ -21,9 +24,9 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif")
 LONGEST_PATH = 4096
 MOST_WORDS = 32
 """Of a path."""
-MAX_BYTES = 50 * 2**20
-TIMEOUT_SECONDS = 20.0
-"""Without a sign of life; a whole download has thrice as long."""
+
+SILENT_SECONDS = TERMINAL_LIMITS.fetch_seconds / 3
+"""A download may go so long without a sign of life."""
 
 _NAME_END = re.compile(rf"\.(?:{'|'.join(EXTENSIONS)})(?=$|[\s'\"`,;:.!?)\]}}>])", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s'\"<>`]+", re.IGNORECASE)
@@ -41,30 +44,36 @@ def open_image(source: str) -> Image.Image:
     """
     if source == "-":
         try:
-            return load_image(sys.stdin.buffer.read())
+            return _decoded(sys.stdin.buffer.read())
         except ImageLoadError as error:
             raise ImageLoadError(f"Standard input is no image: {_cause(error)}") from error
     if not _URL.fullmatch(source):
         return load_image(source)
     try:
-        return load_image(_download(source))
+        return _decoded(_download(source))
     except httpx.TimeoutException as error:
-        raise ImageLoadError(f"Cannot fetch {source}: no answer within {TIMEOUT_SECONDS:g} seconds.") from error
+        raise ImageLoadError(f"Cannot fetch {source}: no answer within {SILENT_SECONDS:g} seconds.") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageLoadError(f"Cannot fetch {source}: {error}.") from error
     except ImageLoadError as error:
         raise ImageLoadError(f"What {source} gives is no image: {_cause(error)}") from error
 
 
+def _decoded(data: bytes) -> Image.Image:
+    """A picture that somebody else may have made."""
+    with contextlib.closing(PictureDecoder(TERMINAL_LIMITS.pictures)) as decoder:
+        return decoder.decode(data)
+
+
 def _download(url: str) -> bytes:
-    body, deadline = bytearray(), time.monotonic() + 3 * TIMEOUT_SECONDS
-    with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as response:
+    body, deadline = bytearray(), time.monotonic() + TERMINAL_LIMITS.fetch_seconds
+    with httpx.stream("GET", url, follow_redirects=True, timeout=SILENT_SECONDS) as response:
         if response.status_code != 200:
             raise httpx.HTTPError(f"it answers with status {response.status_code}")
         for chunk in response.iter_bytes():
             body += chunk
-            if len(body) > MAX_BYTES:
-                raise httpx.HTTPError(f"it is larger than {MAX_BYTES} bytes")
+            if len(body) > TERMINAL_LIMITS.fetch_bytes:
+                raise httpx.HTTPError(f"it is larger than {TERMINAL_LIMITS.fetch_bytes} bytes")
             if time.monotonic() > deadline:
                 raise httpx.HTTPError("it takes too long")
     return bytes(body)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from deepseek_vl.command_line import one_line
 from deepseek_vl.data.rows import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class _Exit(Exception):
     """The user wants to leave."""
 
 
-class _Chat:
+class TerminalChat:
     """The interactive loop.
 
     Args:
@@ -62,7 +63,7 @@ class _Chat:
             except _Exit:
                 return
             except Exception as error:
-                self.screen.say(f"Error: {_one_line(error)}")
+                self.screen.say(f"Error: {one_line(error)}")
                 self.unsent = "" if text in ("undo", "retry") else text
 
     def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
@@ -167,7 +168,3 @@ def _path(command: str, rest: str) -> str | None:
         path = path.replace("\\ ", " ")
     is_path = command.lower() in ("save", "load") and (" " not in path or path.lower().endswith((".json", ".jsonl")))
     return path if is_path or not path else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,10 +13,14 @@ import gradio as gr
 from PIL import Image
 
 from deepseek_vl.engine.chat import ChatSession, with_image_tags
-from deepseek_vl.engine.limits import SAFE_FORMATS, SAFE_IMAGES, SAFE_PIXELS
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.limits import PAGE_LIMITS
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, load_image
-from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError
+from deepseek_vl.imaging.square import Square
+from deepseek_vl.imaging.worker import PictureClient, PictureDecoder
+from deepseek_vl.models import VLChatProcessor
+from deepseek_vl.serve.arguments import SAMPLING
 from deepseek_vl.serve.markdown import safe_markdown
 
 logger = logging.getLogger(__name__)
@@ -43,22 +47,8 @@ class Turn:
     error: str = ""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What there is to show while an answer comes.
-
-    Attributes:
-        turn: the newest turn, with the answer so far.
-        note: what the user should know; None for no change.
-    """
-
-    turn: Turn
-    note: str | None = None
-
-    @property
-    def status(self) -> Any:
-        """What the status line becomes."""
-        return gr.skip() if self.note is None else self.note
+Progress = tuple[Turn, Any]
+"""What there is to show while an answer comes: the newest turn with the answer so far, and what the status becomes."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +57,13 @@ class Run:
 
     Attributes:
         session: generates it.
+        client: has its pictures decoded.
         stopped: is set when it is to end.
         over: is set when nothing more of it will be shown.
     """
 
     session: ChatSession
+    client: PictureClient
     stopped: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -79,17 +71,19 @@ class Run:
         """End it within one token."""
         self.stopped.set()
         self.session.stop()
+        self.client.leave()
 
 
 class WebChat:
     """What the page's controls do. Each returns or yields what its outputs are to become.
 
     Args:
-        models: by the names that users choose from.
+        models: an engine and its processor, by the names that users choose from.
     """
 
-    def __init__(self, models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]):
+    def __init__(self, models: Mapping[str, tuple[Engine, VLChatProcessor]]):
         self.models = models
+        self.decoder = PictureDecoder(PAGE_LIMITS.pictures, PAGE_LIMITS.decoders)
         self._running: dict[str, Run] = {}
 
     def send(
@@ -106,9 +100,9 @@ class WebChat:
             if not progress:
                 yield gr.skip(), gr.skip(), BUSY if first else gr.skip(), gr.skip()
                 return
-            box = message if progress.turn.error else None if first else gr.skip()
-            now = [*kept, progress.turn]
-            yield now, _shown(now), progress.status, box
+            turn, status = progress
+            now = [*kept, turn]
+            yield now, _shown(now), status, message if turn.error else None if first else gr.skip()
             first = False
 
     def regenerate(self, request: gr.Request, turns: list[Turn] | None, *controls: Any) -> Iterator[tuple]:
@@ -122,9 +116,10 @@ class WebChat:
             if not progress:
                 yield gr.skip(), gr.skip(), BUSY if first else gr.skip()
                 return
-            fails = bool(progress.turn.error and last.answer)
-            now = [*before, last if fails else progress.turn]
-            yield now, _shown(now), progress.turn.error if fails else progress.status
+            turn, status = progress
+            fails = bool(turn.error and last.answer)
+            now = [*before, last if fails else turn]
+            yield now, _shown(now), turn.error if fails else status
             first = False
 
     def remove_last(self, request: gr.Request, turns: list[Turn] | None) -> tuple:
@@ -158,14 +153,14 @@ class WebChat:
         nothing.)
         """
         try:
-            run = Run(self._session(*controls))
+            run = Run(self._session(*controls), self.decoder.client())
         except ValueError as error:
-            yield Progress(replace(turn, error=str(error)), "")
+            yield replace(turn, error=str(error)), ""
             return
         if self._running.setdefault(tab, run) is not run:
             yield None
             return
-        last = Progress(turn, "")
+        last: Progress = turn, ""
         try:
             yield last
             shown_at = 0.0
@@ -184,7 +179,7 @@ class WebChat:
         """A turn with its answer so far, and at last with the whole answer or an error."""
         session = run.session
         try:
-            images = _open(turn.files)
+            images = _open(turn.files, run.client, session.processor.image_processor.square)
             session.messages = _messages(session.processor, [turn for turn in turns if not turn.error])
             before, answer = len(session.messages), ""
             with contextlib.closing(session.ask(turn.text, images)) as pieces:
@@ -192,58 +187,53 @@ class WebChat:
                     if run.stopped.is_set():  # perhaps before the session could take notice
                         session.stop()
                     answer += piece
-                    yield Progress(replace(turn, answer=answer.strip()))
+                    yield replace(turn, answer=answer.strip()), gr.skip()
             if len(session.messages) == before:
-                yield Progress(replace(turn, error="There was no answer."))
+                yield replace(turn, error="There was no answer."), gr.skip()
             else:
-                yield Progress(replace(turn, answer=session.messages[-1]["content"]), _note(session))
+                yield replace(turn, answer=session.messages[-1]["content"]), _note(session)
         except (OSError, ValueError) as error:
-            yield Progress(replace(turn, error=str(error)))
+            yield replace(turn, error=str(error)), gr.skip()
         except Exception:
             logger.exception("A generation failed.")
-            yield Progress(replace(turn, error="The model failed on this message; the server's log says why."))
+            yield replace(turn, error="The model failed on this message; the server's log says why."), gr.skip()
 
-    def _session(
-        self,
-        model_name: str,
-        top_p: float,
-        temperature: float,
-        repetition_penalty: float,
-        max_new_tokens: int,
-        max_history_tokens: int,
-    ) -> ChatSession:
+    def _session(self, model_name: str, *values: float) -> ChatSession:
         """A new session, as the page's controls want it."""
-        settings = GenerationSettings(int(max_new_tokens), temperature, top_p, repetition_penalty)
+        *sampling, max_new_tokens, max_history_tokens = values
+        named = dict(zip(SAMPLING, sampling, strict=True))
+        settings = GenerationSettings(max_new_tokens=int(max_new_tokens), **named)
         return ChatSession(*self.models[model_name], settings, int(max_history_tokens))
 
 
 def _messages(processor: VLChatProcessor, turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Turns as a session's messages. Their images are opened as far as there is room for the turns."""
-    user, assistant = processor.new_chat_template().roles
     messages: list[dict[str, Any]] = []
     for turn in turns:
         if not all(Path(file).is_file() for file in turn.files):
             raise ValueError("An image of this conversation is not kept any more; begin a new one.")
         content = with_image_tags(turn.text, len(turn.files), processor.image_tag)
-        messages.append({"role": user, "content": content, "images": list(turn.files)})
-        messages.append({"role": assistant, "content": turn.answer})
+        messages.append({"role": "User", "content": content, "images": list(turn.files)})
+        messages.append({"role": "Assistant", "content": turn.answer})
     return messages
 
 
-def _open(files: Sequence[str]) -> list[Image.Image]:
+def _open(files: Sequence[str], client: PictureClient, square: Square) -> list[Image.Image]:
     """The images that come with a message; errors name a file as the user knows it."""
-    if len(files) > SAFE_IMAGES:
-        raise ValueError(f"The message has {len(files)} images; at most {SAFE_IMAGES} are taken.")
+    limits = PAGE_LIMITS
+    if len(files) > limits.images:
+        raise ValueError(f"The message has {len(files)} images; at most {limits.images} are taken.")
     images = []
     for file in map(Path, files):
         try:
-            images.append(load_image(file.read_bytes(), SAFE_FORMATS, SAFE_PIXELS))
+            images.append(client.decode(file.read_bytes(), square))
         except ImageTooLargeError as error:
-            raise ValueError(f"{file.name} has more than {SAFE_PIXELS} pixels.") from error
-        except ImageLoadError as error:
             raise ValueError(
-                f"{file.name} cannot be read: it must be a whole {', '.join(SAFE_FORMATS)} picture."
+                f"{file.name} has more than {limits.pictures.pixels} pixels, or too long a side."
             ) from error
+        except ImageLoadError as error:
+            kinds = ", ".join(limits.pictures.formats)
+            raise ValueError(f"{file.name} cannot be read: it must be a whole {kinds} picture.") from error
     return images
 
 

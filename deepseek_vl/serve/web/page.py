@@ -6,7 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.limits import PAGE_ANSWERS, PAGE_LIMITS
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.models import VLChatProcessor
+from deepseek_vl.serve.arguments import SAMPLING
 from deepseek_vl.serve.web.chat import WebChat
 
 TITLE = "DeepSeek-VL"
@@ -23,8 +27,8 @@ LATEX = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
-MAX_AT_ONCE, MAX_WAITING = 64, 256
-MAX_UPLOAD = "32mb"
+DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
+"""Where the sliders stand at first, as the reference's do."""
 CSS = """
 #chat { height: clamp(20rem, calc(100dvh - 22rem), 60rem) !important; }
 #status { min-height: 0; }
@@ -39,7 +43,10 @@ CSS = """
 
 
 def _take_no_addresses(box: gr.MultimodalTextbox) -> None:
-    """Keep Gradio from downloading what a hand-made request names by its address."""
+    """Keep Gradio from downloading what a hand-made request names by its address.
+
+    Of this one box: a subclass, which would do as well, has Gradio write a stub file beside its module.
+    """
     take = box.async_move_resource_to_block_cache
 
     async def guarded(url_or_file_path: str | Path | None) -> str | None:
@@ -50,8 +57,15 @@ def _take_no_addresses(box: gr.MultimodalTextbox) -> None:
     box.async_move_resource_to_block_cache = guarded
 
 
-def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcessor]]) -> gr.Blocks:
-    """The page for some models."""
+def create_page(
+    models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings = DEFAULTS
+) -> gr.Blocks:
+    """The page for some models.
+
+    Args:
+        models: an engine and its processor, by the name that users choose it by.
+        settings: where the sliders stand at first.
+    """
     chat = WebChat(models)
     # Uploads are looked for every hour, and deleted after a day.
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
@@ -96,15 +110,13 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
             with gr.Column(scale=1, min_width=320), gr.Accordion("Settings", open=True):
                 controls = [
                     gr.Dropdown(list(models), value=next(iter(models)), label="Model"),
-                    gr.Slider(0, 1, 0.95, step=0.05, label="Top-p"),
-                    gr.Slider(0, 1, 0.1, step=0.1, label="Temperature"),
-                    gr.Slider(0, 2, 1.1, step=0.1, label="Repetition penalty"),
-                    gr.Slider(0, 4096, 2048, step=8, label="Max generation tokens"),
-                    gr.Slider(0, 4096, 4096, step=128, label="Max history tokens"),
+                    *(_slider(p.label, *p.slider, getattr(settings, name)) for name, p in SAMPLING.items()),
+                    _slider("Max generation tokens", 0, 4096, 8, settings.max_new_tokens),
+                    _slider("Max history tokens", 0, 4096, 128, 4096),
                 ]
         answering = {
             "concurrency_id": "answers",
-            "concurrency_limit": MAX_AT_ONCE,
+            "concurrency_limit": PAGE_ANSWERS,
             "trigger_mode": "multiple",  # so that a second message is told to wait
             "show_progress": "hidden",
             "api_visibility": "private",
@@ -128,7 +140,11 @@ def create_page(models: Mapping[str, tuple[MultiModalityCausalLM, VLChatProcesso
         )
         stop.click(chat.stop, **quick)
         page.unload(chat.stop)
-    return page.queue(max_size=MAX_WAITING)
+    return page.queue(max_size=PAGE_LIMITS.waiting)
+
+
+def _slider(label: str, least: float, most: float, step: float, value: float) -> gr.Slider:
+    return gr.Slider(least, max(most, value), value, step=step, label=label)
 
 
 def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = None, **options: Any) -> None:
@@ -144,8 +160,8 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None =
         server_name=host,
         server_port=port,
         auth=auth,
-        max_threads=MAX_AT_ONCE + 16,
-        max_file_size=MAX_UPLOAD,
+        max_threads=PAGE_ANSWERS + 16,
+        max_file_size=PAGE_LIMITS.body_bytes,
         # No fonts and no scripts from elsewhere: the page works without the internet.
         theme=gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

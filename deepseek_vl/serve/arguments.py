@@ -1,0 +1,99 @@
+"""What all doors share of their command lines: the model, and how it samples. Imports nothing heavy.
+
+A sampling parameter is a field of `GenerationSettings`, does something in `engine/sampling.py`, and is an entry of
+`SAMPLING` here, from which the command lines' arguments, the API's field and the page's slider are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deepseek_vl.command_line import add_loading, starting
+from deepseek_vl.engine.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from deepseek_vl.engine.engine import Engine
+    from deepseek_vl.engine.limits import EngineLimits
+    from deepseek_vl.models import VLChatProcessor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "deepseek-ai/deepseek-vl-7b-chat"
+
+
+class SamplingParameter(NamedTuple):
+    """A field of `GenerationSettings` as users meet it."""
+
+    help: str  # on the command line
+    label: str  # on the page
+    slider: tuple[float, float, float]  # minimum, maximum and step on the page
+    bounds: Mapping[str, float]  # of the API's field, as `pydantic.Field` takes them
+    type: type = float
+
+
+SAMPLING = {
+    "top_p": SamplingParameter("nucleus sampling", "Top-p", (0, 1, 0.05), {"gt": 0, "le": 1}),
+    "temperature": SamplingParameter("0 is greedy decoding", "Temperature", (0, 1, 0.1), {"ge": 0, "le": 2}),
+    "repetition_penalty": SamplingParameter(
+        "used when sampling", "Repetition penalty", (0, 2, 0.1), {"ge": 0.01, "le": 10}
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings, **model_path: Any) -> None:
+    """The arguments for `open_engine` and `settings_of`.
+
+    Args:
+        defaults: how answers are generated unless the arguments say otherwise.
+        model_path: further options of the argument of this name.
+    """
+    add = parser.add_argument
+    about = "checkpoint directory, id on the Hugging Face Hub, or tiny, which comes with the package"
+    add("--model_path", help=about, **model_path)
+    add_loading(parser)
+    add("--compile", action="store_true", help="compile the model first, in a minute or two: answers are faster then")
+    add("--max_gen_len", type=int, default=defaults.max_new_tokens, help="tokens per answer (default: %(default)s)")
+    for name, parameter in SAMPLING.items():
+        about = f"{parameter.help} (default: %(default)s)"
+        add(f"--{name}", type=parameter.type, default=getattr(defaults, name), help=about)
+
+
+def settings_of(args: argparse.Namespace) -> GenerationSettings:
+    """How answers are generated.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    return GenerationSettings(max_new_tokens=args.max_gen_len, **{name: getattr(args, name) for name in SAMPLING})
+
+
+def open_engine(
+    args: argparse.Namespace,
+    model_path: str,
+    limits: EngineLimits | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> tuple[Engine, VLChatProcessor]:
+    """Load a model as the arguments say, and make its engine; the model's processor comes along.
+
+    Args:
+        progress: gets a line of text whenever compiling something begins.
+
+    Raises:
+        OSError, ValueError: as `load_pretrained_model` and `Engine.compile` do.
+    """
+    with starting():
+        from deepseek_vl.engine.decode_step import check_compile
+        from deepseek_vl.engine.engine import Engine
+        from deepseek_vl.kernels.device import pick_device
+        from deepseek_vl.utils.io import load_pretrained_model
+
+        if args.compile:
+            check_compile(pick_device(args.device), args.quantize)
+        tokenizer, processor, model = load_pretrained_model(model_path, args.device, args.dtype, args.quantize)
+    engine = Engine(model, tokenizer, limits)
+    if args.compile:
+        engine.compile(processor, progress)
+    return engine, processor

@@ -1,0 +1,50 @@
+"""What the doors' command lines share: the model, and how it samples."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.serve import cli
+from deepseek_vl.serve.arguments import SAMPLING, add_arguments, open_engine, settings_of
+
+DEFAULTS = GenerationSettings(max_new_tokens=7, temperature=0.3, top_p=0.4, repetition_penalty=1.3)
+
+
+def parse(*arguments: str, defaults: GenerationSettings = DEFAULTS) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, defaults)
+    return parser.parse_args(arguments)
+
+
+def test_settings_are_the_doors_unless_an_argument_says_otherwise() -> None:
+    assert settings_of(parse()) == DEFAULTS
+    for name in SAMPLING:
+        assert settings_of(parse(f"--{name}", "0.5")) == dataclasses.replace(DEFAULTS, **{name: 0.5})
+    assert settings_of(parse("--max_gen_len", "9")) == dataclasses.replace(DEFAULTS, max_new_tokens=9)
+
+
+def test_the_terminals_settings_are_the_references() -> None:
+    settings = settings_of(cli.build_parser().parse_args([]))
+    assert settings == GenerationSettings(max_new_tokens=512, temperature=0.2, top_p=0.95, repetition_penalty=1.1)
+
+
+def test_a_request_samples_as_it_says_and_else_as_the_server_was_told() -> None:
+    protocol = pytest.importorskip("deepseek_vl.serve.api.protocol")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi."}]}
+    assert protocol.parse(body).settings(DEFAULTS, ()) == DEFAULTS
+    for name in SAMPLING:
+        settings = protocol.parse({**body, name: 0.5}).settings(DEFAULTS, ())
+        assert settings == dataclasses.replace(DEFAULTS, **{name: 0.5})
+
+
+def test_settings_have_names() -> None:
+    with pytest.raises(TypeError):
+        GenerationSettings(64)
+
+
+def test_an_engine_is_opened_as_the_arguments_say() -> None:
+    engine, processor = open_engine(parse("--device", "cpu", "--dtype", "float32"), "tiny")
+    assert (str(engine.model.device), str(engine.model.dtype)) == ("cpu", "torch.float32")
+    assert engine.tokenizer is processor.tokenizer

@@ -13,6 +13,7 @@ from PIL import Image
 
 from deepseek_vl.data.rows import TrainingRow, parse_row
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.train.evaluate import EvaluatedAnswer, Evaluation, Score, evaluate, main
@@ -237,7 +238,8 @@ def test_without_types_every_answer_counts(parrot: tuple[Any, Any]) -> None:
 
 
 def test_history_is_the_models_own_answer_or_the_files(parrot: tuple[Any, Any], colours: dict[str, Path]) -> None:
-    session = ChatSession(*parrot, GenerationSettings(40))
+    model, processor = parrot
+    session = ChatSession(Engine(model, processor.tokenizer), processor, GenerationSettings(max_new_tokens=40))
     list(session.ask(COLOUR, [load_image(colours["red"])]))
     assert session.messages[1]["content"] == "It is red."
     after_its_own = "".join(session.ask("Greet me.")).strip()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from deepseek_vl.data.rows import read_rows
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.train.__main__ import main
@@ -160,10 +161,11 @@ def trained(base, folder, tmp_path_factory) -> Path:
 
 def test_the_whole_architecture_learns_16_pictures_by_heart(trained, folder):
     assert log(trained, "loss")[-1] < 0.05
-    _, processor, model = load_pretrained_model(trained, device="cpu", dtype="float32")
+    tokenizer, processor, model = load_pretrained_model(trained, device="cpu", dtype="float32")
+    engine = Engine(model, tokenizer)
     for item in read_rows(folder / "squares.jsonl"):
         question, expected = item.messages
-        session = ChatSession(model, processor, GenerationSettings(max_new_tokens=40))
+        session = ChatSession(engine, processor, GenerationSettings(max_new_tokens=40))
         answer = "".join(session.ask(question["content"], [Image.open(path) for path in item.images]))
         assert answer.strip() == expected["content"]
 
@@ -530,7 +532,7 @@ def test_errors_of_the_check_are_one_line_too(siglip_checkpoint, folder, capsys,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["siglip", "hybrid"])
+@pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "hybrid"])
 def test_two_processes_with_sharded_weights_learn_what_one_does(request, start, folder, tmp_path, kind):
     """On CPUs, with the configuration for GPUs of `examples`; some batches have no images."""
     model_path = request.getfixturevalue(f"{kind}_checkpoint")

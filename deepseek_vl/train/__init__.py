@@ -1,1 +1,1 @@
-"""Training: data, labels, the paper's stages, LoRA, evaluation, and the recipe of a small model."""
+"""Training: the paper's stages, batches and labels, LoRA, evaluation, and the commands."""

@@ -15,12 +15,13 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from deepseek_vl.checkpoints.find import bundled_or_same, checkpoint_dtype
+from deepseek_vl.checkpoints.read import checkpoint_dtype
 from deepseek_vl.command_line import OneLineParser, positive, run_command
-from deepseek_vl.data.checks import ConversationDataset, check_data, load_data
+from deepseek_vl.data.checks import check_data, load_data
 from deepseek_vl.kernels.device import pick_device
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
+from deepseek_vl.train.memory import keeping_freed_memory
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
 from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
 from deepseek_vl.utils.io import load_pretrained_model
@@ -53,64 +54,48 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-bad", action="store_true", help="train without the bad rows")
     add("--eval_data", nargs="+", metavar="FILE", help="conversations whose loss is reported along the way")
 
-    what = parser.add_argument_group("what learns")
-    what.add_argument(
+    add = parser.add_argument_group("what learns").add_argument
+    add(
         "--stage",
         choices=STAGES,
         default="sft",
         help="the paper's stages: adaptor (projector), pretrain (projector and language model), sft (all but SAM) "
         "(default: %(default)s)",
     )
-    what.add_argument("--train", nargs="+", choices=PARTS, metavar="PART", help=f"other parts: {', '.join(PARTS)}")
-    what.add_argument("--learning_rate", type=_above_zero, help="(default: the stage's; 2e-4 with --lora)")
-    what.add_argument(
-        "--part_rate", nargs="+", type=_part_rate, default=[], metavar="PART=RATE", help="other rates for some parts"
-    )
-    what.add_argument(
+    add("--train", nargs="+", choices=PARTS, metavar="PART", help=f"other parts: {', '.join(PARTS)}")
+    add("--learning_rate", type=_above_zero, help="(default: the stage's; 2e-4 with --lora)")
+    add("--part_rate", nargs="+", type=_part_rate, default=[], metavar="PART=RATE", help="other rates for some parts")
+    add(
         "--lora",
         action="store_true",
         help="adapters learn instead of weights: the stage's projector and language model's, or those of --train",
     )
-    what.add_argument("--lora_rank", type=positive, default=16, help="(default: %(default)s)")
+    add("--lora_rank", type=positive, default=16, help="(default: %(default)s)")
 
-    how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=_above_zero, default=1.0, help="(default: %(default)s)")
-    how.add_argument("--max_steps", type=positive, help="optimizer steps, instead of --epochs")
-    how.add_argument("--batch_size", type=positive, default=4, help="conversations per device (default: %(default)s)")
-    how.add_argument(
-        "--gradient_accumulation", type=positive, default=1, help="batches per step (default: %(default)s)"
-    )
-    how.add_argument("--warmup_steps", type=int, help="(default: the stage's, at most a tenth of all)")
-    how.add_argument(
-        "--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: %(default)s)"
-    )
-    how.add_argument("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
-    how.add_argument("--max_length", type=int, help="most tokens per conversation (default: the model's positions)")
-    how.add_argument("--truncate", action="store_true", help="cut longer conversations instead of refusing them")
-    how.add_argument(
-        "--pack", action=argparse.BooleanOptionalAction, help="batches without padding (default: the stage's)"
-    )
-    how.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="to compute in (default: what the device is good at)"
-    )
-    how.add_argument(
+    add = parser.add_argument_group("how").add_argument
+    add("--epochs", type=_above_zero, default=1.0, help="(default: %(default)s)")
+    add("--max_steps", type=positive, help="optimizer steps, instead of --epochs")
+    add("--batch_size", type=positive, default=4, help="conversations per device (default: %(default)s)")
+    add("--gradient_accumulation", type=positive, default=1, help="batches per step (default: %(default)s)")
+    add("--warmup_steps", type=int, help="(default: the stage's, at most a tenth of all)")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: %(default)s)")
+    add("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
+    add("--max_length", type=int, help="most tokens per conversation (default: the model's positions)")
+    add("--truncate", action="store_true", help="cut longer conversations instead of refusing them")
+    add("--pack", action=argparse.BooleanOptionalAction, help="batches without padding (default: the stage's)")
+    add("--dtype", choices=DTYPES, default="auto", help="to compute in (default: what the device is good at)")
+    add(
         "--device",
         choices=("auto", "cpu"),
         default="auto",
         help="auto, or cpu to leave a GPU alone (default: %(default)s)",
     )
-    how.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third more time")
-    how.add_argument(
-        "--save_steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)"
-    )
-    how.add_argument(
-        "--eval_steps", type=positive, default=100, help="steps between evaluations (default: %(default)s)"
-    )
-    how.add_argument(
-        "--logging_steps", type=positive, help="steps between log lines (default: 10, fewer in a short run)"
-    )
-    how.add_argument("--workers", type=int, default=1, help="processes that prepare data (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--save_steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)")
+    add("--eval_steps", type=positive, default=100, help="steps between evaluations (default: %(default)s)")
+    add("--logging_steps", type=positive, help="steps between log lines (default: 10, fewer in a short run)")
+    add("--workers", type=int, default=1, help="processes that prepare data (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
 
 
@@ -162,16 +147,17 @@ def _run(args: argparse.Namespace) -> int | None:
     )
     model = _choose_what_learns(model, args)
     trainer = VLTrainer(
-        model,
-        _training_arguments(args, dtype, len(rows), evaluate=eval_rows is not None),
-        processor,
-        TrainingCollator(processor, max_length, _pick(args.pack, STAGES[args.stage].pack)),
-        ConversationDataset(rows),
-        ConversationDataset(eval_rows) if eval_rows else None,
-        dict(args.part_rate),
+        part_rates=dict(args.part_rate),
+        model=model,
+        args=_training_arguments(args, dtype, len(rows), evaluate=bool(eval_rows)),
+        processing_class=processor,
+        data_collator=TrainingCollator(processor, max_length, _pick(args.pack, STAGES[args.stage].pack)),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         callbacks=[_tensorboard(args.output)] if IS_FIRST else [],
     )
-    train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
+    with keeping_freed_memory(trainer.args.device):
+        train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
     if args.lora:
         logger.info("Merge: python -m deepseek_vl.train.lora --adapter %s --output DIR", args.output)
     else:
@@ -184,7 +170,7 @@ def _pick(value: Any, default: Any) -> Any:
 
 def _check(args: argparse.Namespace) -> int:
     processor = VLChatProcessor.from_pretrained(args.model_path)
-    max_length = _max_length(args, MultiModalityConfig.from_pretrained(bundled_or_same(args.model_path)))
+    max_length = _max_length(args, MultiModalityConfig.from_pretrained(args.model_path))
     report = check_data([*args.data, *(args.eval_data or ())], processor, max_length, args.truncate)
     for bad in report.bad:
         print(bad)

@@ -1,12 +1,12 @@
 """From conversations to what the model learns: tokens, pixels, and labels on the assistant's answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from deepseek_vl.data.checks import check_tokenizer, render
+from deepseek_vl.data.checks import check_tokenizer
 from deepseek_vl.data.rows import DataError, TrainingRow
 from deepseek_vl.models.processing_vlm import VLChatProcessor, VLChatProcessorOutput
 from deepseek_vl.utils.io import load_pil_images
@@ -28,17 +28,6 @@ class EncodedRow:
     labels: torch.LongTensor
 
 
-def answer_spans(row: TrainingRow, processor: VLChatProcessor) -> list[tuple[int, int]]:
-    """The [start, end) characters of each answer, with its end token, in `render(row, processor)`."""
-    spans = []
-    for i, message in enumerate(row.messages):
-        if message["role"] == "Assistant":
-            asked = replace(row, messages=[*row.messages[:i], {**message, "content": ""}])
-            answered = replace(row, messages=row.messages[: i + 1])
-            spans.append((len(render(asked, processor)), len(render(answered, processor))))
-    return spans
-
-
 def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | None = None) -> EncodedRow:
     """Tokens, pixels and labels of one conversation.
 
@@ -54,16 +43,14 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
         ValueError: if the images are not as many as their tags.
     """
     check_tokenizer(processor)
-    prompt, spans = render(row, processor), answer_spans(row, processor)
-    item = processor.process_one(prompt=prompt, images=load_pil_images(row.messages))
-    tokens = processor.tokenizer(prompt, return_offsets_mapping=True)
-    if processor.mask_prompt:
-        learnt = [any(start < last and end > first for first, last in spans) for start, end in tokens["offset_mapping"]]
-    else:
-        learnt = [end > start for start, end in tokens["offset_mapping"]]
+    prompt = processor.render(row.messages, row.system)
+    ids, offsets = processor.encode(prompt)
+    item = processor.process_one(prompt, images=load_pil_images(row.messages), ids=ids)
+    spans = prompt.learnt if processor.mask_prompt else [(0, len(prompt.text))]
+    learnt = [any(start < last and end > first for first, last in spans) for start, end in offsets]
 
-    is_tag = torch.tensor(tokens["input_ids"]) == processor.image_id
-    copies = torch.where(is_tag, processor.num_image_tokens + int(processor.add_special_token), 1)
+    is_tag = torch.tensor(ids) == processor.image_id
+    copies = torch.where(is_tag, processor.positions_per_image, 1)
     is_learnt = (torch.tensor(learnt) & ~is_tag).repeat_interleave(copies)
     labels = torch.where(is_learnt, item.input_ids, processor.ignore_id)
     encoded = EncodedRow(item, labels)
@@ -77,7 +64,7 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
 def _cut(encoded: EncodedRow, processor: VLChatProcessor, max_length: int) -> EncodedRow:
     """The first `max_length` tokens, or fewer if that would cut an image."""
     item = encoded.item
-    run = processor.num_image_tokens + int(processor.add_special_token)
+    run = processor.positions_per_image
     positions = (item.input_ids == processor.image_id).nonzero().flatten().tolist()
     starts = positions[::run]
     whole = [start for start in starts if start + run <= max_length]

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from deepseek_vl.command_line import OneLineParser, add_quantize, run_command
+from deepseek_vl.command_line import OneLineParser, add_loading, run_command
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.data.rows import TrainingRow, read_rows
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
@@ -266,18 +267,19 @@ def evaluate(
         ValueError: for a setting out of range, or if there are no rows. A question too long for the model is no error:
             its answer is wrong.
     """
-    settings = GenerationSettings(max_new_tokens)
+    settings = GenerationSettings(max_new_tokens=max_new_tokens)
     _check_choices(history, limit)
     if not rows:
         raise ValueError("There are no rows to evaluate on.")
     typed = any(name is not None for row in rows for name in row.types)
     types = [row.types if typed else (UNTYPED,) * len(row.types) for row in rows]
     chosen = [(row, names) for row, names in zip(rows, types, strict=True) if set(names) != {None}][:limit]
+    engine = Engine(model, processor.tokenizer)
     answers: list[EvaluatedAnswer] = []
     questions = sum(len(_asked(names, history)) for _, names in chosen)
     with tqdm(total=questions, unit="question", disable=not progress) as bar:
         for row, names in chosen:
-            for answer in _ask(model, processor, row, names, settings, history):
+            for answer in _ask(engine, processor, row, names, settings, history):
                 answers.append(answer)
                 bar.update()
     if failed := [answer for answer in answers if answer.error is not None]:
@@ -302,7 +304,7 @@ def _asked(types: Sequence[str | None], history: str) -> list[int]:
 
 
 def _ask(
-    model: MultiModalityCausalLM,
+    engine: Engine,
     processor: VLChatProcessor,
     row: TrainingRow,
     types: Sequence[str | None],
@@ -310,7 +312,7 @@ def _ask(
     history: str,
 ) -> Iterator[EvaluatedAnswer]:
     """The answers to one row's questions."""
-    session = ChatSession(model, processor, settings)
+    session = ChatSession(engine, processor, settings)
     if row.system is not None:
         session.system_prompt = row.system
     messages = [{**message, "images": load_pil_images([message])} for message in row.messages]
@@ -352,9 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what stands before later questions: the model's own answers or the file's (default: %(default)s)",
     )
     add("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)")
-    add_quantize(parser)
+    add_loading(parser)
     return parser
 
 
@@ -367,7 +367,7 @@ def _run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
     # What can be wrong with the arguments is found before the model is loaded.
-    GenerationSettings(args.max_gen_len)
+    GenerationSettings(max_new_tokens=args.max_gen_len)
     _check_choices(args.history, args.limit)
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-from deepseek_vl.checkpoints.find import checkpoint_dtype
+from deepseek_vl.checkpoints.read import checkpoint_dtype
 from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train.stages import PARTS, parts_of

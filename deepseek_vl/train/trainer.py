@@ -13,16 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from deepseek_vl.kernels.device import pick_dtype
-from deepseek_vl.kernels.native import keeping_freed_memory
 from deepseek_vl.kernels.policy import multiplies_fast
-from deepseek_vl.models.processing_vlm import VLChatProcessor
-from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -41,12 +36,12 @@ class Float32Attention(TorchFunctionMode):
             return func(*args, **kwargs or {})
         narrow = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
-            args, kwargs = tree_map_only(torch.Tensor, _to_float32, (args, kwargs or {}))
-            return func(*args, **kwargs).to(narrow)
+            wide = {name: _to_float32(value) for name, value in (kwargs or {}).items()}
+            return func(*map(_to_float32, args), **wide).to(narrow)
 
 
-def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class CheckpointRotation(TrainerCallback):
@@ -61,25 +56,12 @@ class CheckpointRotation(TrainerCallback):
                 shutil.rmtree(checkpoint)
 
 
-class OrderedTrainer(Trainer):
-    """`Trainer` that can take the data as they come, and keeps the last two checkpoints.
+class BaseTrainer(Trainer):
+    """`Trainer` that keeps the last two checkpoints, and attends in float32 on a CPU; its arguments are keywords."""
 
-    Args:
-        shuffle: whether they come in a random order, a new one in each epoch.
-        kwargs: `Trainer`'s.
-    """
-
-    def __init__(self, *, shuffle: bool = True, **kwargs: Any):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.shuffle = shuffle
         self.add_callback(CheckpointRotation())
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return (
-            super()._get_train_sampler(train_dataset)
-            if self.shuffle
-            else SequentialSampler(train_dataset or self.train_dataset)
-        )
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`Trainer`'s; on a CPU the attention is in float32, whose kernels there are faster both ways."""
@@ -88,36 +70,17 @@ class OrderedTrainer(Trainer):
             return super().training_step(model, *args, **kwargs)
 
 
-class VLTrainer(OrderedTrainer):
+class VLTrainer(BaseTrainer):
     """The trainer for `MultiModalityCausalLM`, or one wrapped by peft.
 
     Args:
-        processor: saved beside every checkpoint, so that each can be opened by the chat.
-        collator: makes the batches.
         part_rates: learning rates that differ from `args.learning_rate`, by part.
-        kwargs: `OrderedTrainer`'s.
+        kwargs: `Trainer`'s. The processor as `processing_class` is saved beside every checkpoint, so that each can be
+            opened by the chat.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        args: TrainingArguments,
-        processor: VLChatProcessor,
-        collator: TrainingCollator,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        part_rates: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            **kwargs,
-        )
+    def __init__(self, *, part_rates: Mapping[str, float] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
         self.part_rates = part_rates or {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -155,8 +118,8 @@ def training_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
 
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [(int(match[1]), path) for path in output.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in output.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -179,9 +142,6 @@ def last_checkpoint(output: Path) -> Path | None:
     return None
 
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
 def plot_loss(history: list[dict[str, float]], path: Path) -> None:
     """Draw the training and evaluation loss and the learning rate over the steps.
 
@@ -194,16 +154,12 @@ def plot_loss(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     rate_axes = axes.twinx()
-    for key, label, where in (
-        ("loss", "training", axes),
-        ("eval_loss", "evaluation", axes),
-        ("learning_rate", "learning rate", rate_axes),
+    for key, label, where, style in (
+        ("loss", "training", axes, {}),
+        ("eval_loss", "evaluation", axes, {"marker": "."}),
+        ("learning_rate", "learning rate", rate_axes, {"color": "lightgrey", "zorder": 0}),
     ):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            style = (
-                {"color": "lightgrey", "zorder": 0} if where is rate_axes else {"marker": "." if key[0] == "e" else ""}
-            )
+        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
             where.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
@@ -231,10 +187,10 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
     if checkpoint is None and exported:
         raise FileExistsError(f"{str(output)!r} holds a finished run without checkpoints; choose another directory.")
     if checkpoint is None:
-        _take_steps(trainer)
+        trainer.train()
     elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
         logger.warning("Going on from %s.", checkpoint)
-        _take_steps(trainer, str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
     elif exported:
         logger.warning("The run in %s is finished; there is nothing to do.", output)
         return
@@ -250,11 +206,6 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
         # Last, as it says that all is there.
         (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-
-
-def _take_steps(trainer: Trainer, checkpoint: str | None = None) -> None:
-    with keeping_freed_memory() if trainer.args.device.type == "cpu" else nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:

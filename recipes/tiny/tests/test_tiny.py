@@ -1,5 +1,7 @@
 """The recipe of the small model: its tokenizer, its size, and that its three stages learn, go on and can be opened."""
 
+import copy
+import functools
 import os
 import shutil
 import signal
@@ -11,11 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from timm.optim import muon
+from torch import nn
+from transformers import TrainingArguments, set_seed
 
+from deepseek_vl.kernels.policy import multiplies_fast
 from deepseek_vl.utils.io import load_pretrained_model
-from recipes.tiny.__main__ import IMAGE_TOKENS, main, make_model, make_processor
+from recipes.tiny.__main__ import main
+from recipes.tiny.model import IMAGE_TOKENS, make_model, make_processor
+from recipes.tiny.optimizer import Float32Muon
 from recipes.tiny.world import Captions
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(TrainingArguments, "train_sampling_strategy"), reason="the recipe needs transformers 5.2 or newer"
+)
+ROOT = Path(__file__).parents[3]
+"""The checkout, from which the recipe is run."""
 
 STEPS = ["--batch_size", "2", "--maps", "2", "--captions", "5", "--conversations", "1", "--hard_conversations", "1"]
 
@@ -36,6 +49,11 @@ def test_the_tokenizer_keeps_text_and_spells_what_is_quoted(run: Path) -> None:
     assert len(tokenizer.tokenize("What colour is the star?")) == 6
     assert len(tokenizer.tokenize(processor.system_prompt)) < 60
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+
+
+def test_the_tokenizer_is_the_bundled_model_s(run: Path) -> None:
+    bundled = ROOT / "deepseek_vl/bundled/tiny/tokenizer.json"
+    assert (run / "tokenizer/tokenizer.json").read_bytes() == bundled.read_bytes()
 
 
 def test_the_result_is_small_and_can_be_opened(run: Path) -> None:
@@ -82,19 +100,23 @@ def test_all_stages_leave_their_log_and_plot(run: Path) -> None:
         assert (run / stage / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("checkpoint", ["captions/checkpoint-3", "tiny/checkpoint-1"])
+@pytest.mark.parametrize(
+    "checkpoint", ["captions/checkpoint-3", pytest.param("tiny/checkpoint-1", marks=pytest.mark.long)]
+)
 def test_killed_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path: Path, checkpoint: str) -> None:
     command = [sys.executable, "-m", "recipes.tiny", "--output", str(tmp_path / "out"), *STEPS]
     checkpoint = tmp_path / "out" / checkpoint
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--save_steps", "1"], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, "--save_steps", "1"], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
         while not (checkpoint / "trainer_state.json").exists():
             assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not (checkpoint.parent / "model.safetensors").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert f"Going on from {checkpoint.parent}" in done.stderr
     for stage in ("maps", "captions", "tiny"):
         whole, again = (load_file(directory / stage / "model.safetensors") for directory in (run, tmp_path / "out"))
@@ -102,6 +124,7 @@ def test_killed_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path:
         assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.skipif(multiplies_fast(torch.bfloat16), reason="layers are compiled only where training is in float32")
 def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "recipes.tiny", "--output", str(tmp_path / "out"), *STEPS],
@@ -109,6 +132,7 @@ def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: 
         capture_output=True,
         text=True,
         check=True,
+        cwd=ROOT,
     )
     said = [line for line in done.stderr.splitlines() if "cannot be compiled here" in line]
     assert len(said) == 2  # of the stages that train a language model
@@ -119,6 +143,32 @@ def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: 
     for name, weight in begun.items():
         moved, moved_plainly = (stage[f"language_model.{name}"] - weight for stage in (compiled, plain))
         assert (moved - moved_plainly).norm() < 0.05 * moved.norm(), name
+
+
+def test_muon_in_float32_is_timm_s_with_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 20 steps, between which it is saved and loaded."""
+    learnt = []
+    for kind in (Float32Muon, muon.Muon):
+        if kind is muon.Muon:
+            in_float32 = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+            monkeypatch.setattr(muon, "zeropower_via_newtonschulz", in_float32)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 96), nn.Tanh(), nn.Linear(96, 32))
+        frozen = nn.Parameter(torch.ones(4, 4))
+        matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+        groups = [
+            {"params": [*matrices, frozen], "lr": 1e-2, "weight_decay": 0.02},
+            {"params": vectors, "lr": 5e-3, "use_fallback": True},
+        ]
+        optimizer = kind(groups, lr=1e-2, nesterov=True, betas=(0.9, 0.98))
+        for _ in range(20):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.zero_grad()
+            (model(torch.randn(64, 48)) - 1).square().mean().backward()
+            optimizer.step()
+        assert torch.equal(frozen, torch.ones(4, 4))
+        learnt.append(list(model.parameters()))
+    assert all(torch.equal(ours, timms) for ours, timms in zip(*learnt, strict=True))
 
 
 def test_what_a_stage_learnt_is_where_the_next_begins(run: Path) -> None:

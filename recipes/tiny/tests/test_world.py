@@ -1,8 +1,12 @@
 """The synthetic world: pictures, questions and answers that agree with each other, the same for the same seed."""
 
+import hashlib
+import json
 import random
 import re
+import runpy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +15,21 @@ from PIL import Image
 
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.models import VLChatProcessor
-from recipes.tiny.world import COLOURS, SHAPES, HardQuestions, SyntheticWorld, draw, sample_picture
+from recipes.tiny.world import (
+    COLOURS,
+    SHAPES,
+    Captions,
+    Conversations,
+    HardQuestions,
+    SyntheticWorld,
+    draw,
+    sample_picture,
+)
 from recipes.tiny.world.__main__ import main
 from recipes.tiny.world.draw import FONTS, _font
 from recipes.tiny.world.questions import count_phrase, place
 
-KINDS = ("shapes", "words", "chart", "mixed")
+ROOT = Path(__file__).parents[3]
 
 
 def pixels(row) -> list[bytes]:
@@ -32,6 +45,46 @@ def test_a_conversation_depends_on_seed_and_index_only() -> None:
         assert pixels(again) == pixels(forwards[i])
     assert pixels(SyntheticWorld(30, seed=4)[0]) != pixels(forwards[0])
     assert len({b"".join(pixels(row)) for row in forwards if row.images}) == sum(bool(row.images) for row in forwards)
+
+
+RECORDED = {
+    (SyntheticWorld, 0): "070c318966ae774f",
+    (SyntheticWorld, 1): "bf74ab4c58b8b201",
+    (SyntheticWorld, 2): "8a4307ac18e02739",
+    (HardQuestions, 0): "eadad2e6485955d6",
+    (HardQuestions, 1): "4b8c81a14069dc43",
+    (HardQuestions, 2): "c798bedde12aa2d4",
+    (Captions, 0): "2ea8c3f1d2cfdaf9",
+    (Captions, 1): "952f30fd9126c53e",
+    (Captions, 2): "241283b812561f33",
+}
+"""The first 16 digits of the SHA-256 of 200 conversations, with their pictures (drawn by Pillow 12.3 or newer)."""
+
+
+@pytest.mark.parametrize(("world", "seed"), RECORDED)
+def test_the_world_stays_what_it_was(world: type[Conversations], seed: int) -> None:
+    """Otherwise a model would be trained, and evaluated, on other data than before."""
+    found = hashlib.sha256()
+    for row in world(200, seed):
+        said = [[message["role"], message["content"]] for message in row.messages]
+        found.update(json.dumps([*said, row.system, row.types, row.origin]).encode())
+        for image in row.images:
+            found.update(f"{image.size}".encode() + image.tobytes())
+    assert found.hexdigest()[:16] == RECORDED[world, seed]
+
+
+def test_a_world_of_ones_own_has_its_shape_and_its_questions() -> None:
+    """The example's sampler: one shape of each picture is a hexagon, and every question is about it."""
+    sample_hexagon = runpy.run_path(str(ROOT / "examples/hexagons.py"))["sample_hexagon"]
+    for row in Conversations(sample_hexagon, 20, seed=1, turns=2):
+        assert 1 <= len(row.types) <= 2
+        for asked, answered in zip(row.messages[::2], row.messages[1::2], strict=True):
+            assert "hexagon" in asked["content"] + answered["content"]
+    (picture,), _ = sample_hexagon(random.Random(0), 1)
+    (hexagon,) = (shape for shape in picture.shapes if shape.outline)
+    alone = replace(picture, shapes=(hexagon,), pattern="plain")
+    inside = (np.abs(np.asarray(draw(alone)).astype(int) - hexagon.tone).max(axis=-1) == 0).sum()
+    assert inside == pytest.approx(1.5 * 3**0.5 * hexagon.radius**2, rel=0.05)
 
 
 def test_it_has_an_end_as_iteration_wants() -> None:

@@ -1,26 +1,38 @@
 """A synthetic world without end: pictures of shapes, words and bar charts, with questions and their right answers.
 
 Every conversation is a function of (seed, index) alone, so a data set needs no files and can be resumed anywhere.
+
+For a world of your own give `Conversations` a sampler: a function that returns pictures and questions. It can use
+`sample_picture`, the `ask_` functions of `recipes.tiny.world.questions` and, for a new shape, `Shape.outline`;
+`examples/hexagons.py` does so.
 """
 
-from recipes.tiny.world.dataset import ByLength, Captions, HardQuestions, SyntheticWorld, write_world
+from recipes.tiny.world.dataset import (
+    Captions,
+    Conversations,
+    HardQuestions,
+    LengthGrouped,
+    SyntheticWorld,
+    write_conversations,
+)
 from recipes.tiny.world.draw import draw
-from recipes.tiny.world.maps import Maps
+from recipes.tiny.world.maps import SegmentationMaps
 from recipes.tiny.world.scene import COLOURS, SHAPES, Chart, Picture, Shape, Word, sample_picture
 
 __all__ = [
     "COLOURS",
     "SHAPES",
-    "ByLength",
     "Captions",
     "Chart",
+    "Conversations",
     "HardQuestions",
-    "Maps",
+    "LengthGrouped",
     "Picture",
+    "SegmentationMaps",
     "Shape",
     "SyntheticWorld",
     "Word",
     "draw",
     "sample_picture",
-    "write_world",
+    "write_conversations",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek_vl.command_line import OneLineParser, run_command
-from recipes.tiny.world.dataset import SyntheticWorld, write_world
+from recipes.tiny.world.dataset import SyntheticWorld, write_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     def run(args: argparse.Namespace) -> None:
-        logger.info("Wrote %s", write_world(SyntheticWorld(args.rows, args.seed, args.turns), args.output))
+        logger.info("Wrote %s", write_conversations(SyntheticWorld(args.rows, args.seed, args.turns), args.output))
 
     return run_command(parser, run, arguments)
 

@@ -1,9 +1,10 @@
 """Conversations about the synthetic world, as a data set and as files."""
 
+import functools
 import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,29 +33,29 @@ KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2
 """How often a conversation is about what, in percent."""
 
 
-class SyntheticWorld(Dataset):
-    """`length` conversations; number `index` depends on `seed` and `index` only.
+ConversationSampler = Callable[[random.Random, int], tuple[list[Picture], list[Turn]]]
+"""(source of randomness, most questions) -> the pictures and the questions of one conversation."""
+
+
+class Conversations(Dataset):
+    """`length` conversations from a sampler; number `index` depends on `seed` and `index` only.
 
     Args:
+        sample: makes one conversation.
         length: how many.
-        seed: another seed is another world of the same kind.
+        seed: another seed gives others of the same kind.
         turns: most questions in a conversation; with 1, there is one question, or one and its follow-up.
-
-    Attributes:
-        kinds: how often a conversation is about what, in percent.
-        more, more_of_two: who asks about one picture, or about two, beside those who always do.
-        alike: which part of the pairs of pictures is made to share a shape.
+        system: replaces the processor's system prompt; None for the processor's own, empty for none.
     """
 
-    kinds: Mapping[str, float] = KINDS
-    more: Askers = ()
-    more_of_two: Askers = ()
-    alike: float = 0
-
-    def __init__(self, length: int, seed: int = 0, turns: int = 6):
+    def __init__(
+        self, sample: ConversationSampler, length: int, seed: int = 0, turns: int = 6, system: str | None = None
+    ):
+        self.sample = sample
         self.length = length
         self.seed = seed
         self.turns = turns
+        self.system = system
 
     def __len__(self) -> int:
         return self.length
@@ -66,8 +67,8 @@ class SyntheticWorld(Dataset):
         """
         if not 0 <= index < self.length:
             raise IndexError(f"There is no conversation {index} in a world of {self.length}.")
-        rng = random.Random(f"{self.seed}/{index}")
-        pictures, turns = self._sample(rng)
+        rng = self._rng(index)
+        pictures, turns = self.sample(rng, self.turns)
         messages: list[dict[str, Any]] = []
         for i, turn in enumerate(turns):
             content, images = turn.question, []
@@ -77,95 +78,124 @@ class SyntheticWorld(Dataset):
             messages.append({"role": "User", "content": content, "images": images})
             messages.append({"role": "Assistant", "content": turn.answer})
         types = tuple(turn.type for turn in turns)
-        return TrainingRow(messages=messages, types=types, origin=f"world {self.seed}:{index}")
+        return TrainingRow(messages, self.system, types, origin=f"world {self.seed}:{index}")
 
     def turns_of(self, index: int) -> list[Turn]:
         """What is said in a conversation, without drawing its pictures."""
-        return self._sample(random.Random(f"{self.seed}/{index}"))[1]
+        return self.sample(self._rng(index), self.turns)[1]
 
     def length_of(self, index: int) -> int:
         """About how long a conversation is, in characters; a picture counts as many as have its number of tokens."""
-        pictures, turns = self._sample(random.Random(f"{self.seed}/{index}"))
+        pictures, turns = self.sample(self._rng(index), self.turns)
         return 250 * len(pictures) + sum(len(turn.question) + len(turn.answer) + 20 for turn in turns)
 
-    def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
-        """The pictures and the questions of a conversation."""
-        kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
-        if kind == "talk":
-            return [], [small_talk(rng) for _ in range(min(self.turns, rng.randint(1, 3)))]
-        if kind == "two":
-            kinds = [
-                rng.choice(("shapes", "shapes", "mixed")),
-                rng.choice(("shapes", "shapes", "mixed", "words", "chart")),
-            ]
-            rng.shuffle(kinds)
-            pictures = [sample_picture(rng, kind) for kind in kinds]
-            if self.alike and rng.random() < self.alike:
-                pictures = share_shape(pictures, rng)
-            questions = ask_two(pictures, rng, self.more_of_two)
-        else:
-            pictures = [sample_picture(rng, kind)]
-            questions = ask(pictures[0], kind, rng, self.more)
-        turns: list[Turn] = []
-        for new in itertools.islice(questions, 30):
-            # What was said already would be copied rather than seen.
-            if not {turn.answer for turn in new} & {turn.answer for turn in turns}:
-                turns += new
-            if len(turns) >= self.turns:
-                break
-        return pictures, turns
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"{self.seed}/{index}")
 
 
-class HardQuestions(SyntheticWorld):
+def sample_conversation(
+    rng: random.Random,
+    turns: int,
+    kinds: Mapping[str, float] = KINDS,
+    more: Askers = (),
+    more_of_two: Askers = (),
+    alike: float = 0,
+) -> tuple[list[Picture], list[Turn]]:
+    """The pictures and the questions of a conversation of the synthetic world.
+
+    Args:
+        rng, turns: see `ConversationSampler`.
+        kinds: how often a conversation is about what, in percent.
+        more, more_of_two: what asks about one picture, or about two, beside the usual ones.
+        alike: which part of the pairs of pictures is made to share a shape.
+    """
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    if kind == "talk":
+        return [], [small_talk(rng) for _ in range(min(turns, rng.randint(1, 3)))]
+    if kind == "two":
+        pair = [
+            rng.choice(("shapes", "shapes", "mixed")),
+            rng.choice(("shapes", "shapes", "mixed", "words", "chart")),
+        ]
+        rng.shuffle(pair)
+        pictures = [sample_picture(rng, kind) for kind in pair]
+        if alike and rng.random() < alike:
+            pictures = share_shape(pictures, rng)
+        questions = ask_two(pictures, rng, more_of_two)
+    else:
+        pictures = [sample_picture(rng, kind)]
+        questions = ask(pictures[0], kind, rng, more)
+    asked: list[Turn] = []
+    for new in itertools.islice(questions, 30):
+        # What was said already would be copied rather than seen.
+        if not {turn.answer for turn in new} & {turn.answer for turn in asked}:
+            asked += new
+        if len(asked) >= turns:
+            break
+    return pictures, asked
+
+
+class SyntheticWorld(Conversations):
+    """Conversations about everything that the world has; the arguments are those of `Conversations`."""
+
+    def __init__(self, length: int, seed: int = 0, turns: int = 6):
+        super().__init__(sample_conversation, length, seed, turns)
+
+
+class HardQuestions(Conversations):
     """The same world, asked more often what is learnt last: how many, where, whether there is one, which picture it is.
 
-    What is rare by chance is asked for: several of a kind, and shapes that two pictures share.
+    What is rare by chance is asked for: several of a kind, and shapes that two pictures share. The arguments are those
+    of `Conversations`.
     """
 
-    kinds = {"shapes": 39, "words": 25, "chart": 3, "mixed": 8, "two": 23, "talk": 2}
-    more = ((ask_place, 1), (ask_absent, 1), (ask_count, 1.5), (ask_repeated, 2.5))
-    more_of_two = ((ask_shared, 2.5),)
-    alike = 0.4
+    def __init__(self, length: int, seed: int = 0, turns: int = 6):
+        sample = functools.partial(
+            sample_conversation,
+            kinds={"shapes": 39, "words": 25, "chart": 3, "mixed": 8, "two": 23, "talk": 2},
+            more=((ask_place, 1), (ask_absent, 1), (ask_count, 1.5), (ask_repeated, 2.5)),
+            more_of_two=((ask_shared, 2.5),),
+            alike=0.4,
+        )
+        super().__init__(sample, length, seed, turns)
 
 
-class Captions(SyntheticWorld):
+def sample_caption(rng: random.Random, turns: int = 1) -> tuple[list[Picture], list[Turn]]:
+    """A picture and its description, as the answer to an empty question."""
+    picture = sample_picture(rng, rng.choices(("shapes", "words", "chart"), (50, 40, 10))[0])
+    return [picture], [replace(describe(picture, rng), question="")]
+
+
+class Captions(Conversations):
     """Pictures with their descriptions, and nothing else in the prompt.
 
-    A description names everything, so that a model without eyes learns to see from it sooner than from questions.
+    A description names everything, so that a model without eyes learns to see from it sooner than from questions. The
+    arguments are those of `Conversations`.
     """
 
-    kinds = {"shapes": 50, "words": 40, "chart": 10}
-
     def __init__(self, length: int, seed: int = 0):
-        super().__init__(length, seed, turns=1)
-
-    def _sample(self, rng: random.Random) -> tuple[list[Picture], list[Turn]]:
-        picture = sample_picture(rng, rng.choices(list(self.kinds), list(self.kinds.values()))[0])
-        return [picture], [replace(describe(picture, rng), question="")]
-
-    def __getitem__(self, index: int) -> TrainingRow:
-        return replace(super().__getitem__(index), system="")
+        super().__init__(sample_caption, length, seed, system="")
 
 
-class ByLength(Dataset):
-    """A world in an order in which the conversations of a batch are about equally long, so that little is padding.
+class LengthGrouped(Dataset):
+    """Conversations in an order in which those of a batch are about equally long, so that little is padding.
 
     Within every `WINDOW` batches they are sorted by length; the batches then come in a random order.
 
     Args:
-        world: the conversations.
+        conversations: what is put in order.
         batch_size: how many follow each other.
     """
 
     WINDOW = 16
 
-    def __init__(self, world: SyntheticWorld, batch_size: int):
-        self.world = world
+    def __init__(self, conversations: Conversations, batch_size: int):
+        self.conversations = conversations
         self.batch_size = batch_size
         self._start, self._order = -1, []
 
     def __len__(self) -> int:
-        return len(self.world)
+        return len(self.conversations)
 
     def __getitem__(self, index: int) -> TrainingRow:
         """
@@ -177,11 +207,11 @@ class ByLength(Dataset):
         window = self.WINDOW * self.batch_size
         start = index - index % window
         if start != self._start:
-            indices = sorted(range(start, min(start + window, len(self))), key=self.world.length_of)
+            indices = sorted(range(start, min(start + window, len(self))), key=self.conversations.length_of)
             batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-            random.Random(f"order {self.world.seed}/{start}").shuffle(batches)
+            random.Random(f"order {self.conversations.seed}/{start}").shuffle(batches)
             self._start, self._order = start, list(itertools.chain.from_iterable(batches))
-        return self.world[self._order[index - start]]
+        return self.conversations[self._order[index - start]]
 
 
 def _with_tags(question: str, images: int, rng: random.Random) -> str:
@@ -192,13 +222,13 @@ def _with_tags(question: str, images: int, rng: random.Random) -> str:
     )
 
 
-def write_world(world: Dataset, directory: Path) -> Path:
+def write_conversations(conversations: Dataset, directory: Path) -> Path:
     """Write conversations as `data.jsonl` with PNG files beside it; returns the JSON Lines file."""
     (directory / "images").mkdir(parents=True, exist_ok=True)
     path = directory / "data.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for index in range(len(world)):
-            row = world[index]
+        for index in range(len(conversations)):
+            row = conversations[index]
             messages = []
             for message in row.messages:
                 names = []

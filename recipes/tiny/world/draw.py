@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +71,7 @@ def _draw_background(picture: Picture) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _polygon(shape: Shape, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _polygon(shape: Shape, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points in the unit circle (y down) -> turned, scaled and moved to the picture."""
     angle = math.radians(shape.angle)
     cos, sin = math.cos(angle) * shape.radius, math.sin(angle) * shape.radius
@@ -112,7 +112,7 @@ def draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape, tone: RGB) -> None:
     elif shape.kind == "ring":
         canvas.ellipse((x - r, y - r, x + r, y + r), outline=tone, width=max(2, round(r * 0.36)))
     else:
-        canvas.polygon(_polygon(shape, OUTLINES[shape.kind]), fill=tone)
+        canvas.polygon(_polygon(shape, shape.outline or OUTLINES[shape.kind]), fill=tone)
 
 
 def bars(chart: Chart) -> Iterator[tuple[float, float, float, float]]:

@@ -1,4 +1,4 @@
-"""Maps of pictures: what is drawn where, for a vision tower that learns to see before it is spoken to."""
+"""SegmentationMaps of pictures: what is drawn where, for a vision tower that learns to see before it is spoken to."""
 
 import random
 import string
@@ -65,7 +65,7 @@ def sample_grid(image: Image.Image, side: int) -> torch.Tensor:
     return torch.from_numpy(grid)
 
 
-class Maps(Dataset):
+class SegmentationMaps(Dataset):
     """`length` pairs of a picture and its map; number `index` depends on `seed` and `index` only."""
 
     def __init__(self, length: int, seed: int = 0):

@@ -367,7 +367,7 @@ def follow_up(picture: Picture, turn: Turn, rng: random.Random) -> Turn | None:
 
 
 Askers = Sequence[tuple[Callable[..., Turn | None], float]]
-"""Who asks, and how often."""
+"""(what asks a question about a picture, or None if it cannot; how often it is chosen)."""
 
 ASKERS: dict[str, Askers] = {
     "shapes": (
@@ -388,7 +388,7 @@ def ask(picture: Picture, kind: str, rng: random.Random, more: Askers = ()) -> I
     """Questions about one picture without end: each alone, or with a follow-up.
 
     Args:
-        more: who asks beside `ASKERS`.
+        more: what asks beside `ASKERS`.
     """
     askers, weights = zip(*ASKERS[kind], *more, strict=True)
     while True:
@@ -406,7 +406,7 @@ def ask_two(pictures: Sequence[Picture], rng: random.Random, more: Askers = ()) 
     """Questions without end about one of two pictures, or which of them it is.
 
     Args:
-        more: who asks beside `ask_which` and `ask_one_of`.
+        more: what asks beside `ask_which` and `ask_one_of`.
     """
     askers, weights = zip((ask_which, 6), (ask_one_of, 4), *more, strict=True)
     while True:

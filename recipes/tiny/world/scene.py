@@ -38,7 +38,13 @@ WORDS = (  # noqa: SIM905  as a list it would be a page long
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape. Lengths are pixels; `x`, `y` is the centre, `radius` that of the circle around it."""
+    """One coloured shape. Lengths are pixels, angles degrees; `x`, `y` is the centre.
+
+    Attributes:
+        kind: its name: of `SHAPES`, or another one's with an `outline`.
+        radius: of the circle around it.
+        outline: corners in the unit circle (y down) of a shape that is not among `SHAPES`.
+    """
 
     kind: str
     colour: str
@@ -47,6 +53,7 @@ class Shape:
     y: float
     radius: float
     angle: float
+    outline: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)

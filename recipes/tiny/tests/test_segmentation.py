@@ -1,4 +1,4 @@
-"""Seeing before speaking: maps that say what their pictures show, and a tower that learns from them."""
+"""Segmentation maps that say what their pictures show, and a tower that learns from them."""
 
 import string
 
@@ -9,8 +9,8 @@ from PIL import Image
 
 from deepseek_vl.models import VLMImageProcessor
 from deepseek_vl.models.siglip_vit import create_siglip_vit
-from recipes.tiny.sight import MapCollator, PatchReader
-from recipes.tiny.world import COLOURS, Maps
+from recipes.tiny.segmentation import SegmentationCollator, SegmentationModel
+from recipes.tiny.world import COLOURS, SegmentationMaps
 from recipes.tiny.world.draw import draw
 from recipes.tiny.world.maps import CHANNELS, COLOUR_NAMES, THINGS, draw_map, sample_grid
 from recipes.tiny.world.scene import Chart, Picture, Shape, Word
@@ -53,7 +53,7 @@ def test_a_chart_s_map_numbers_the_bars_and_names_the_extremes() -> None:
 )
 def test_the_grid_follows_the_processor_s_padding(size: tuple[int, int], where: tuple[slice, slice]) -> None:
     """A picture that is all shape fills exactly the cells that the processor's own pixels fill."""
-    collator = MapCollator(VLMImageProcessor(144, image_mean=(0.5,) * 3, image_std=(0.5,) * 3), 18)
+    collator = SegmentationCollator(VLMImageProcessor(144, image_mean=(0.5,) * 3, image_std=(0.5,) * 3), 18)
     batch = collator([(Image.new("RGB", size, WHITE), Image.new("RGB", size, (1, 2, 3)))])
     assert batch["images"].shape == (1, 3, 144, 144)
     assert batch["cells"].shape == (1, 18, 18, 3)
@@ -65,11 +65,11 @@ def test_the_grid_follows_the_processor_s_padding(size: tuple[int, int], where: 
 
 
 def test_maps_depend_on_seed_and_index_only_and_cover_everything() -> None:
-    maps = Maps(150, seed=2)
+    maps = SegmentationMaps(150, seed=2)
     for i in (0, 149):
-        again = Maps(1000, seed=2)[i]
+        again = SegmentationMaps(1000, seed=2)[i]
         assert [image.tobytes() for image in maps[i]] == [image.tobytes() for image in again]
-    assert Maps(1, seed=3)[0][0].tobytes() != maps[0][0].tobytes()
+    assert SegmentationMaps(1, seed=3)[0][0].tobytes() != maps[0][0].tobytes()
     with pytest.raises(IndexError, match="no map 150 among 150"):
         maps[150]
     grids = torch.stack([sample_grid(image, 18) for _, image in maps])
@@ -78,16 +78,16 @@ def test_maps_depend_on_seed_and_index_only_and_cover_everything() -> None:
 
 
 @pytest.fixture
-def reader() -> PatchReader:
+def segmenter() -> SegmentationModel:
     torch.manual_seed(0)
     tower = create_siglip_vit("siglip_large_patch16_384", image_size=48, select_layer=-1, width=64, layers=2, heads=2)
-    return PatchReader(tower)
+    return SegmentationModel(tower)
 
 
-def test_the_loss_is_the_mean_over_cells_by_hand(reader: PatchReader) -> None:
+def test_the_loss_is_the_mean_over_cells_by_hand(segmenter: SegmentationModel) -> None:
     cells = torch.zeros(2, 6, 6, 3, dtype=torch.int64)
     cells[0, 1, 2] = torch.tensor([3, 2, 1])
-    result = reader(torch.randn(2, 3, 48, 48), cells)
+    result = segmenter(torch.randn(2, 3, 48, 48), cells)
     logits = result["logits"]
     assert logits.shape == (2, 6, 6, sum(CHANNELS))
     things = logits[..., : CHANNELS[0]].log_softmax(-1)
@@ -97,32 +97,32 @@ def test_the_loss_is_the_mean_over_cells_by_hand(reader: PatchReader) -> None:
     rest = logits[0, 1, 2, CHANNELS[0] :].split(CHANNELS[1:])
     expected = thing - (rest[0].log_softmax(-1)[2] + rest[1].log_softmax(-1)[1]) / 2
     torch.testing.assert_close(result["loss"], expected)
-    nothing = reader(torch.randn(1, 3, 48, 48), torch.zeros(1, 6, 6, 3, dtype=torch.int64))
+    nothing = segmenter(torch.randn(1, 3, 48, 48), torch.zeros(1, 6, 6, 3, dtype=torch.int64))
     assert nothing["loss"].isfinite()
 
 
-def test_each_cell_is_answered_by_the_patch_it_lies_in(reader: PatchReader) -> None:
+def test_each_cell_is_answered_by_the_patch_it_lies_in(segmenter: SegmentationModel) -> None:
     images = torch.randn(1, 3, 48, 48)
-    features = reader.tower(images)
-    head = reader.head(features)[0]
-    logits = reader(images)["logits"][0]
+    features = segmenter.tower(images)
+    head = segmenter.head(features)[0]
+    logits = segmenter(images)["logits"][0]
     for row in range(6):
         for column in range(6):
             own = head[(row // 2) * 3 + column // 2].view(2, 2, -1)[row % 2, column % 2]
             torch.testing.assert_close(logits[row, column], own)
 
 
-def test_a_tower_learns_a_handful_of_maps(reader: PatchReader) -> None:
-    collator = MapCollator(VLMImageProcessor(48, image_mean=(0.5,) * 3, image_std=(0.5,) * 3), reader.side)
-    maps = Maps(8, seed=1)
+def test_a_tower_learns_a_handful_of_maps(segmenter: SegmentationModel) -> None:
+    collator = SegmentationCollator(VLMImageProcessor(48, image_mean=(0.5,) * 3, image_std=(0.5,) * 3), segmenter.side)
+    maps = SegmentationMaps(8, seed=1)
     batch = collator([maps[i] for i in range(8)])
-    optimizer = torch.optim.AdamW([p for p in reader.parameters() if p.requires_grad], 2e-3)
+    optimizer = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad], 2e-3)
     for _ in range(150):
-        loss = reader(**batch)["loss"]
+        loss = segmenter(**batch)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.1
-    predicted = reader(batch["images"])["logits"][..., : CHANNELS[0]].argmax(-1)
+    predicted = segmenter(batch["images"])["logits"][..., : CHANNELS[0]].argmax(-1)
     assert (predicted == batch["cells"][..., 0]).float().mean() > 0.97
-    assert all(parameter.grad is None for parameter in reader.tower.attn_pool.parameters())
+    assert all(parameter.grad is None for parameter in segmenter.tower.attn_pool.parameters())

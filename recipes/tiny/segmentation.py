@@ -1,7 +1,7 @@
-"""Seeing before speaking: a vision tower learns from nothing to say what each part of a picture shows.
+"""Pretraining of the vision tower by segmentation: it learns from nothing to say what each part of a picture shows.
 
 The published models start from towers that others trained on millions of pictures. A small one cannot be had, and
-questions and answers alone teach letters very slowly; a map of the picture tells it about every patch.
+questions and answers alone teach letters very slowly; a segmentation map teaches something about every patch.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ BACKGROUND_WEIGHT = 0.2
 """Of the cells that show nothing, which are most of them."""
 
 
-class PatchReader(nn.Module):
+class SegmentationModel(nn.Module):
     """A vision tower with a linear layer that names thing, colour and number in every cell of a map.
 
     Args:
@@ -67,8 +67,8 @@ class PatchReader(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-class MapCollator:
-    """Pictures with their maps -> a batch for `PatchReader`.
+class SegmentationCollator:
+    """Pictures with their maps -> a batch for `SegmentationModel`.
 
     Args:
         image_processor: makes the pixel values.

@@ -32,6 +32,7 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("deepseek_vl.models")  # registers the classes
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 

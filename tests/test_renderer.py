@@ -271,7 +271,7 @@ def by_api(parrot: Loaded, row: TrainingRow) -> None:
     messages = [{"role": message["role"].lower(), "content": message["content"]} for message in row.messages[:-1]]
     request = parse({"model": "parrot", "messages": [*system, *messages]})
     service = Service("parrot", Engine(parrot[1], parrot[0]), parrot[2], GenerationSettings())
-    service.generation(request, service.prompt_of(request), [], print)
+    service.generation(request, *service.prompt_of(request), [], print)
 
 
 def by_stream(parrot: Loaded, row: TrainingRow) -> None:

@@ -192,8 +192,8 @@ class ChatSession:
         self._stopped.clear()
         question = {**question, "role": "User"}
         answer = {"role": "Assistant", "content": ""}
-        messages = self._fit([*history, question, answer])
-        inputs = self.processor(prompt=self._render(messages), images=load_pil_images(messages))
+        messages, prompt, ids = self._fit([*history, question, answer])
+        inputs = self.processor(prompt=prompt, ids=ids, images=load_pil_images(messages))
         inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
         pieces: list[str] = []
         failed = True
@@ -214,18 +214,25 @@ class ChatSession:
             if content and not failed:
                 self.messages = [*history, question, {**answer, "content": content}]
 
-    def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Drop the oldest turns, but neither a system message nor the newest, until there is room for an answer."""
-        positions = self.engine.model.config.language_config.max_position_embeddings
+    def _fit(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Rendered, list[int]]:
+        """Drop the oldest turns, but neither a system message nor the newest, until there is room for an answer.
+
+        Returns:
+            The messages that are left, the prompt for them, and its ids.
+        """
+        positions = self.engine.positions
         room = positions - min(self.settings.max_new_tokens, positions // 2)
         if self.max_history_tokens is not None:
             room = min(room, self.max_history_tokens)
         self.dropped_turns = 0
         first = int(messages[0]["role"].lower() == "system")
-        while len(messages) > first + 2 and self.count_tokens(messages) > room:
+        while True:
+            prompt = self._render(messages)
+            ids, _ = self.processor.encode(prompt)
+            if len(messages) <= first + 2 or self.processor.count_tokens(prompt, ids) <= room:
+                return messages, prompt, ids
             messages = messages[:first] + messages[first + 2 :]
             self.dropped_turns += 1
-        return messages
 
     def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """The length of the prompt for `messages`, image features included."""

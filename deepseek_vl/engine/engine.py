@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl.engine.decode_step import Step, compile_step
-from deepseek_vl.engine.generation import Generation
+from deepseek_vl.engine.generation import Generation, PromptTooLongError
 from deepseek_vl.engine.kv_cache import RowCache
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.prefix_cache import Caches
@@ -81,6 +81,15 @@ class Engine:
     def positions(self) -> int:
         """How many tokens the model takes, prompt and answer together."""
         return self.model.config.language_config.max_position_embeddings
+
+    def check_prompt(self, tokens: int) -> None:
+        """Check that a prompt of so many tokens leaves room for an answer.
+
+        Raises:
+            PromptTooLongError: if it does not.
+        """
+        if tokens >= self.positions:
+            raise PromptTooLongError(tokens, self.positions)
 
     @property
     def waiting(self) -> int:

@@ -72,9 +72,7 @@ class Generation:
         rows, self.prompt_tokens = inputs["input_ids"].shape
         if rows != 1:
             raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
-        positions = self.model.config.language_config.max_position_embeddings
-        if self.prompt_tokens >= positions:
-            raise PromptTooLongError(self.prompt_tokens, positions)
+        engine.check_prompt(self.prompt_tokens)
         self.inputs = inputs
         self.cached_tokens = 0
         self.cancelled = threading.Event()
@@ -84,7 +82,7 @@ class Generation:
         self._sink = sink
         self._detokenizer = Detokenizer(engine.tokenizer, settings.stop)
         self._end_token = engine.tokenizer.eos_token_id
-        self._max_new_tokens = min(settings.max_new_tokens, positions - self.prompt_tokens)
+        self._max_new_tokens = min(settings.max_new_tokens, engine.positions - self.prompt_tokens)
         self._generator: torch.Generator | None = None
         if settings.seed is not None and not settings.greedy:
             self._generator = torch.Generator(self.model.device).manual_seed(settings.seed)

@@ -220,9 +220,9 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
         rendered = Rendered(prompt) if isinstance(prompt, str) else prompt
         return encode(self.tokenizer, rendered.text, rendered.literal, self.image_tag)
 
-    def count_tokens(self, prompt: str | Rendered) -> int:
-        """The length of a prompt, image features included."""
-        ids, _ = self.encode(prompt)
+    def count_tokens(self, prompt: str | Rendered, ids: Sequence[int] | None = None) -> int:
+        """The length of a prompt, image features included; `ids` as in `process_one`."""
+        ids = self.encode(prompt)[0] if ids is None else ids
         return len(ids) + ids.count(self.image_id) * (self.positions_per_image - 1)
 
     def process_one(

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deepseek_vl.engine.engine import Engine
-from deepseek_vl.engine.generation import END, Generation
+from deepseek_vl.engine.generation import END, Generation, PromptTooLongError
 from deepseek_vl.engine.limits import RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
 from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, data_url_bytes
@@ -125,24 +125,31 @@ class Service:
             )
             raise APIError(message, "messages", "invalid_image") from error
 
-    def prompt_of(self, request: ChatCompletionRequest) -> Rendered:
-        """A request's prompt; what clients wrote stays text.
+    def prompt_of(self, request: ChatCompletionRequest) -> tuple[Rendered, list[int]]:
+        """A request's prompt and its ids; what clients wrote stays text.
 
         Raises:
             APIError: for messages that are no conversation, or too long.
         """
         prompt = self.processor.render(_messages(request), untrusted=True)
-        tokens, positions = self.processor.count_tokens(prompt), self.engine.positions
-        if tokens >= positions:  # known before any picture is decoded
-            message = f"The prompt has {tokens} tokens; it and the answer share {positions} positions."
-            raise APIError(message, "messages", "context_length_exceeded")
-        return prompt
+        ids, _ = self.processor.encode(prompt)
+        try:
+            self.engine.check_prompt(self.processor.count_tokens(prompt, ids))  # before any picture is decoded
+        except PromptTooLongError as error:
+            message = f"The prompt has {error.tokens} tokens; it and the answer share {error.positions} positions."
+            raise APIError(message, "messages", "context_length_exceeded") from error
+        return prompt, ids
 
     def generation(
-        self, request: ChatCompletionRequest, prompt: Rendered, images: Sequence[Image.Image], sink: Any
+        self,
+        request: ChatCompletionRequest,
+        prompt: Rendered,
+        ids: list[int],
+        images: Sequence[Image.Image],
+        sink: Any,
     ) -> Generation:
         """What a request asks of the engine."""
-        inputs = self.processor(prompt=prompt, images=images)
+        inputs = self.processor(prompt=prompt, ids=ids, images=images)
         inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
         stop_words = as_stop_words(self.processor.new_chat_template().stop_str)
         return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)
@@ -153,9 +160,9 @@ class Service:
         Raises:
             APIError: for messages that are no conversation or too long, or pictures that cannot be had.
         """
-        prompt = await run_in_threadpool(self.prompt_of, request)
+        prompt, ids = await run_in_threadpool(self.prompt_of, request)
         images = await self.images_of(request)
-        answer.begin(await run_in_threadpool(self.generation, request, prompt, images, answer.sink))
+        answer.begin(await run_in_threadpool(self.generation, request, prompt, ids, images, answer.sink))
 
 
 def _messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:

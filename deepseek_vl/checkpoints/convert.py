@@ -19,14 +19,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from deepseek_vl.checkpoints import layout_configs as configs
-from deepseek_vl.checkpoints.find import bundled_or_same
+from deepseek_vl.checkpoints.find import bundled_or_same, read_json
 from deepseek_vl.checkpoints.names import (
-    LAYOUTS,
     PLACES,
     REFERENCE,
     TRANSFORMERS,
     UNUSED,
     layout_of,
+    other_layout,
     rename,
     unused_weights,
 )
@@ -82,7 +82,7 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
         raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"'{destination}' is inside the checkpoint itself; choose a place outside.")
-    config = _read(source / CONFIG)
+    config = read_json(source / CONFIG)
     if not config:
         raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
     if configs.is_transformers(config) == (layout == TRANSFORMERS):
@@ -113,7 +113,7 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         OSError: if there are none.
     """
-    index = _read(directory / INDEX)
+    index = read_json(directory / INDEX)
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     files = [directory / name for name in names]
     for file in files:
@@ -175,17 +175,13 @@ def _settings(source: Path, layout: str, architecture: Architecture) -> dict[str
     """
     here, kept = _texts(source), _texts(source / KEPT)
     # What was kept is what this was made from, unless someone has changed it since.
-    is_kept = bool(kept) and _rewritten(kept, _other(layout), source, architecture) == here
+    is_kept = bool(kept) and _rewritten(kept, other_layout(layout), source, architecture) == here
     return kept if is_kept else _rewritten(here, layout, source, architecture)
 
 
 def _texts(directory: Path) -> dict[str, str]:
     """Those of `REWRITTEN` that a directory has."""
     return {name: (directory / name).read_bytes().decode() for name in REWRITTEN if (directory / name).is_file()}
-
-
-def _other(layout: str) -> str:
-    return next(other for other in LAYOUTS if other != layout)
 
 
 def _rewritten(texts: Mapping[str, str], layout: str, source: Path, architecture: Architecture) -> dict[str, str]:
@@ -267,11 +263,6 @@ def _hash(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(bytes_of(tensor))
     return digest.hexdigest()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import threading
@@ -62,6 +63,11 @@ def given_name(name_or_path: str | os.PathLike) -> str:
     """The path as it was given, or of a bundled model's directory the name, which is the same on every machine."""
     path = Path(name_or_path)
     return path.name if path.parent == BUNDLED else os.fspath(name_or_path)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint; empty if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

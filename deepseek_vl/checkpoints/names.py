@@ -103,6 +103,11 @@ def layout_of(names: Iterable[str]) -> str:
     return REFERENCE if is_reference else TRANSFORMERS
 
 
+def other_layout(layout: str) -> str:
+    """The layout that is not this one."""
+    return next(other for other in LAYOUTS if other != layout)
+
+
 def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice], list[str]]:
     """A checkpoint's tensors, which are in the other layout, as `layout` has them, without reading any.
 
@@ -120,7 +125,7 @@ def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice],
     used: set[str] = set()
     for row in NAMES.items():
         source, target = row if layout == TRANSFORMERS else row[::-1]
-        parts, pattern = _parts(source), _pattern(source, PLACES[_other(layout)])
+        parts, pattern = _parts(source), _pattern(source, PLACES[other_layout(layout)])
         found: dict[tuple[str, str], dict[str, str]] = {}  # layer, weight or bias -> the parts' names
         for match in filter(None, map(pattern.fullmatch, tensors)):
             layer, kind, part = (match.groupdict().get(name, "") for name in ("layer", "kind", "part"))
@@ -190,7 +195,3 @@ def _pattern(name: str, places: Mapping[str, tuple[str, ...]]) -> re.Pattern[str
         return f"(?:{'|'.join(map(re.escape, places[match[0]]))})" if match[0] in places else re.escape(match[0])
 
     return re.compile(re.sub(r"^[A-Z]+|\[.+\]|[*@]|[^*@[]+", of, name))
-
-
-def _other(layout: str) -> str:
-    return next(other for other in LAYOUTS if other != layout)

@@ -1,10 +1,11 @@
 """Which tokens begin, end and pad a text, as a checkpoint's files say."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
+
+from deepseek_vl.checkpoints.find import read_json
 
 _NAMES = ("bos_token", "eos_token", "pad_token")
 
@@ -20,7 +21,9 @@ def checkpoint_special_tokens(directory: str | Path, config: LlamaConfig) -> dic
     Those of `generation_config.json`, except where it only repeats the config; else the tokenizer's; else the config's,
     which in the published checkpoints are Llama's by oversight.
     """
-    declared, generation = (_read(directory, name) for name in ("tokenizer_config.json", "generation_config.json"))
+    declared, generation = (
+        read_json(Path(directory, name)) for name in ("tokenizer_config.json", "generation_config.json")
+    )
     added, from_config = _added_tokens(directory), config_special_tokens(config)
     ids = {}
     for name in _NAMES:
@@ -53,10 +56,6 @@ def token_id_of(token: str, directory: str | Path) -> int:
 
 
 def _added_tokens(directory: str | Path) -> dict[str, int]:
-    return {token["content"]: token["id"] for token in _read(directory, "tokenizer.json").get("added_tokens", [])}
-
-
-def _read(directory: str | Path, name: str) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
-    file = Path(directory, name)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        token["content"]: token["id"] for token in read_json(Path(directory, "tokenizer.json")).get("added_tokens", [])
+    }

@@ -1,4 +1,4 @@
-"""What may be asked, and what may be kept: every bound of the engine and its doors. Imports nothing heavy."""
+"""What may be asked, and what may be kept: every bound of the engine and its doors. Of libraries it imports Pillow."""
 
 from dataclasses import dataclass, replace
 

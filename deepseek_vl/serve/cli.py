@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_vl.command_line import OneLineParser, one_line, starting
-from deepseek_vl.data.rows import IMAGE_TAG
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
 from deepseek_vl.serve.terminal.chat import HELP, TerminalChat
+from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:
     from PIL import Image

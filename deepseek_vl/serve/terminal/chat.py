@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deepseek_vl.command_line import one_line
-from deepseek_vl.data.rows import IMAGE_TAG
+from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import functools
+import io
 import json
 import os
 import signal
@@ -337,6 +338,20 @@ def png_that_declares(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 1000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """A picture as a file's content."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def slow_jpeg() -> bytes:
+    """A small progressive JPEG whose last scan is repeated until decoding takes minutes."""
+    data = saved(Image.new("RGB", (4000, 4000), "teal"), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * 20_000 + data[-2:]
 
 
 @pytest.fixture

@@ -5,14 +5,16 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
-from conftest import PARROT_ANSWERS, ROOT, answers_at, wait_until
+from conftest import PARROT_ANSWERS, ROOT, answers_at, slow_jpeg, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -22,6 +24,7 @@ from deepseek_vl.engine.settings import GenerationSettings  # noqa: E402
 from deepseek_vl.models import VLChatProcessor  # noqa: E402
 from deepseek_vl.serve.app_deepseek import main  # noqa: E402
 from deepseek_vl.serve.inference import load_model  # noqa: E402
+from deepseek_vl.serve.web.chat import WebChat  # noqa: E402
 from deepseek_vl.serve.web.page import create_page, launch  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
@@ -207,6 +210,17 @@ def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Serv
     sync_api.expect(tab.questions).to_have_count(0)
     tab.send("Greet me.")
     tab.sees(PARROT_ANSWERS["Greet me."])
+
+
+def test_stop_while_a_picture_is_decoded_is_no_fault_of_the_picture(parrot: Served, tmp_path: Path) -> None:
+    (tmp_path / "slow.jpg").write_bytes(slow_jpeg())
+    chat, tab = WebChat({"parrot": parrot}), SimpleNamespace(session_hash="tab")
+    message = {"text": "Colour?", "files": [str(tmp_path / "slow.jpg")]}
+    threading.Timer(1, chat.stop, [tab]).start()
+    begun = time.monotonic()
+    *_, (turns, *_) = chat.send(tab, message, [], "parrot", 1, 0, 1.1, 64, 4096)
+    assert turns[-1].error == "There was no answer."
+    assert time.monotonic() - begun < 8
 
 
 def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Served) -> None:

@@ -1,7 +1,6 @@
 """Pictures of strangers: checked by their header, decoded in a process of their own, shrunk with the same pixels."""
 
 import base64
-import io
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import psutil
 import pytest
-from conftest import png_that_declares
+from conftest import png_that_declares, saved, slow_jpeg
 from PIL import Image
 
 from deepseek_vl.engine.limits import PICTURES
@@ -36,19 +35,6 @@ def decoder() -> Iterator[PictureDecoder]:
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
-
-
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def slow_jpeg() -> bytes:
-    """A small progressive JPEG whose last scan is repeated until decoding takes minutes."""
-    data = saved(Image.new("RGB", (4000, 4000), "teal"), "JPEG", progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last * 20_000 + data[-2:]
 
 
 FILES = {

@@ -193,7 +193,8 @@ class WebChat:
             else:
                 yield replace(turn, answer=session.messages[-1]["content"]), _note(session)
         except (OSError, ValueError) as error:
-            yield replace(turn, error=str(error)), gr.skip()
+            # Who stops while a picture is decoded has left it, which is the decoder's error and not the picture's.
+            yield replace(turn, error="There was no answer." if run.stopped.is_set() else str(error)), gr.skip()
         except Exception:
             logger.exception("A generation failed.")
             yield replace(turn, error="The model failed on this message; the server's log says why."), gr.skip()

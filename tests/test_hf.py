@@ -226,12 +226,45 @@ def test_the_loss_of_a_part_of_a_batch_is_its_share_of_the_whole(exported: Path,
 
 
 def test_weights_that_the_layout_has_no_place_for_are_not_lost(exported: Path, tmp_path: Path) -> None:
+    """peft puts the adapter in: transformers 5.24's own `add_adapter` asks for a version of peft yet to come."""
     peft = pytest.importorskip("peft")
 
     model = DeepseekVLForConditionalGeneration.from_pretrained(exported)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     with pytest.raises(ValueError, match=r"no place for .*; merge adapters first"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_two_names(exported: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    model = DeepseekVLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32)
+    ids = torch.arange(5, 15)[None]
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, 6:]
+        for part in (model, model.model):
+            past = part(input_ids=ids[:, :6], use_cache=True)["past_key_values"]
+            output = part(input_ids=ids[:, 6:], **{name: past})[0]
+            logits = output if part is model else model.lm_head(output)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    prepared = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), **{name: past})
+    assert past in prepared.values()
+    first = model.generate(input_ids=ids, max_new_tokens=3, **options)
+    longer = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
+    plain = model.generate(input_ids=longer, max_new_tokens=5, **options).sequences
+    again = model.generate(input_ids=longer, max_new_tokens=5, **options, **{name: first["past_key_values"]})
+    assert again.sequences.tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(input_ids=ids, cache=past, past_key_values=past)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_pixels_are_on_the_device_that_is_asked_for(exported: Path, picture: Path) -> None:
+    """`meta` stands for a device that a CPU-only machine does not have."""
+    processor = DeepseekVLImageProcessorFast.from_pretrained(exported)
+    tensor = torch.tensor(np.asarray(Image.open(picture).convert("RGB")))
+    assert all(pixels.device.type == "cpu" for pixels in processor(tensor).values())
+    assert all(pixels.device.type == "meta" for pixels in processor(tensor, device="meta").values())
 
 
 def test_everything_learns_until_it_is_frozen(exported: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import GOLDEN, Batch, embedded, small_config
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -335,6 +336,72 @@ def test_continuing_from_past_key_values_equals_the_whole(model, batch, tokens_a
         pieces.append(output.logits)
     real = batch.attention_mask.bool()
     torch.testing.assert_close(torch.cat(pieces, dim=1)[real], whole[real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_a_cache_has_two_names(siglip_checkpoint: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Before transformers 5.24 it was `past_key_values`; the other one is its name from then on."""
+    model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint, dtype=torch.float32).eval()
+    ids = torch.arange(5, 15)[None]
+    past = model(input_ids=ids[:, :6], use_cache=True)["past_key_values"]
+    both = {"cache": past, "past_key_values": past}
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(input_ids=ids[:, 6:], **both)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model.generate(input_ids=ids, **both)
+    prepared = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), **{name: past})
+    assert any(prepared.get(other) is past for other in both)
+    logits = model(input_ids=ids[:, 6:], **{name: past}).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits[:, 6:], rtol=0, atol=1e-4)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generation_goes_on_from_the_cache_of_another(siglip_checkpoint: Path, name: str) -> None:
+    model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint, dtype=torch.float32).eval()
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(input_ids=torch.arange(5, 15)[None], max_new_tokens=3, **options)
+    longer = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
+    expected = model.generate(input_ids=longer, max_new_tokens=5, **options).sequences
+    again = model.generate(input_ids=longer, max_new_tokens=5, **options, **{name: first["past_key_values"]})
+    assert again.sequences.tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_base_model_is_the_body_without_the_head(model, batch) -> None:
+    names = list(model.state_dict())
+    body = model.base_model
+    assert list(model.state_dict()) == names
+    assert not [name for name in body.state_dict() if "lm_head" in name]
+    assert {id(p) for p in body.parameters()} == {id(p) for n, p in model.named_parameters() if "lm_head" not in n}
+    assert body.base_model is body
+    assert body.get_decoder() is model.get_decoder() is model.language_model.model
+    assert body.training == model.training
+    hidden = body(**batch).last_hidden_state
+    assert torch.equal(model.language_model.lm_head(hidden), model(**batch).logits)
+
+
+def test_the_base_model_of_what_the_auto_classes_open(siglip_checkpoint: Path) -> None:
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
+        auto = getattr(transformers, name, None)
+        if auto is not None:  # the last is not in all versions
+            model = auto.from_pretrained(siglip_checkpoint)
+            assert type(model) is MultiModalityCausalLM
+            body = model.base_model.requires_grad_(False)
+            assert body is not model
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == {"language_model.lm_head.weight"}
+
+
+def test_tied_weights_can_be_asked_of_the_class(siglip_checkpoint: Path) -> None:
+    """Programs that patch remote code look there first. What a model itself has is not the class's."""
+    assert MultiModalityCausalLM.all_tied_weights_keys == {}
+    config = MultiModalityCausalLM.from_pretrained(siglip_checkpoint).config
+    config.language_config.tie_word_embeddings = True
+    with torch.device("meta"):
+        tied = MultiModalityCausalLM(config)
+    assert list(tied.all_tied_weights_keys) == ["language_model.lm_head.weight"]
+    assert MultiModalityCausalLM.all_tied_weights_keys == {}
 
 
 @torch.no_grad()

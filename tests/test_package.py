@@ -175,9 +175,19 @@ PRIVATE = {
     "torch.ops.onednn.qlinear_pointwise": "as above",
     "torch.nn.Module._compiled_call_impl": "a public way back from torch.nn.Module.compile; there is none",
     "transformers.PretrainedConfig._attn_implementation": "a public name of the implementation; there is none",
+    "transformers.PreTrainedModel._init_weights": "a public hook for parameters outside of layers; there is none",
+    "transformers.PreTrainedModel._no_split_modules": "a public list of the modules that stay whole; there is none",
+    "transformers.PreTrainedModel._skip_keys_device_placement": "a public list of what is not moved; there is none",
+    "transformers.PreTrainedModel._supports_sdpa": "a public way to say which attention a model takes; there is none",
+    "transformers.PreTrainedModel._supports_flash_attn": "as above",
+    "transformers.PreTrainedModel._supports_flex_attn": "as above",
+    "transformers.PreTrainedModel._supports_attention_backend": "as above",
+    "transformers.PreTrainedModel._tied_weights_keys": "a public table of tied weights; there is none",
+    "transformers.ProcessorMixin._get_arguments_from_pretrained": "from_pretrained, once it opens the tokenizer right",
+    "transformers.ProcessorMixin._merge_kwargs": "a public way to divide a call's arguments; there is none",
     "transformers.Trainer._load_from_checkpoint": "a public way to load a checkpoint's weights without training",
 }
-"""Names of PyTorch and transformers that kernels and trainer use without a promise that they stay."""
+"""Names of PyTorch and transformers that the package uses without a promise that they stay."""
 
 
 @pytest.mark.parametrize("name", PRIVATE)

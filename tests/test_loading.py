@@ -1,10 +1,15 @@
 """Loading and saving `MultiModalityCausalLM`: all weights come from real files, or there is a clear error."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
+from deepseek_vl import DeepseekVLForConditionalGeneration
+from deepseek_vl.convert import convert
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.utils.io import load_pretrained_model
 
 needs_safe_torch_load = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
@@ -274,6 +284,113 @@ def test_the_auto_class_is_as_strict(edit_weights):
         AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 
+# --- special tokens ---
+
+
+@pytest.mark.parametrize("layout", ["reference", "transformers"])
+def test_special_tokens_of_the_published_tokenizer_are_read(published_tokenizer_dir, tmp_path, layout):
+    directory = write_checkpoint("siglip", published_tokenizer_dir, tmp_path / "reference")
+    (directory / "generation_config.json").unlink()  # the published checkpoints have none
+    if layout == "transformers":
+        convert(directory, directory := tmp_path / "exported", "transformers")
+    for model in (
+        load_pretrained_model(directory, device="cpu")[2],
+        MultiModalityCausalLM.from_pretrained(directory),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "reference"),
+        DeepseekVLForConditionalGeneration.from_pretrained(directory),
+    ):
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                found = module.generation_config
+                assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (100000, 100001, 100001)
+
+
+def test_special_tokens_are_not_guessed_from_the_size_of_the_vocabulary(editable):
+    config = json.loads((editable / "config.json").read_text(encoding="utf-8"))
+    config["language_config"]["vocab_size"] = 102400
+    (editable / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        (editable / file).unlink()
+    weights = weights_of(editable)
+    for name in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+        weights[name] = torch.zeros(102400, 64)
+    save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
+    found = MultiModalityCausalLM.from_pretrained(editable).generation_config
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 2)
+
+
+def test_a_generation_config_goes_before_the_tokenizer_unless_it_repeats_the_config(editable):
+    tokenizer = VLChatProcessor.from_pretrained(editable).tokenizer
+    for given, expected in (([5, 6], [5, 6]), (2, tokenizer.eos_token_id)):
+        generation = {"bos_token_id": 1, "eos_token_id": given}
+        (editable / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+        found = MultiModalityCausalLM.from_pretrained(editable).generation_config
+        assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_token_id, expected)
+
+
+# --- the program that loads ---
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_loads_at_the_same_time_change_no_thread_counts_and_no_default_dtype(siglip_checkpoint):
+    """Later threads had one OpenMP thread each, when two loads had noted and set the process's number in turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = set()
+        with ThreadPoolExecutor(4) as pool:
+            options = {"device": "cpu", "dtype": "bfloat16"}
+            loads = [pool.submit(load_pretrained_model, siglip_checkpoint, **options) for _ in range(8)]
+            while not all(load.done() for load in loads):
+                seen |= {threads_of_a_new_thread(), torch.get_num_threads()}
+        for load in loads:
+            load.result()
+        assert seen | {threads_of_a_new_thread()} == {3}
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_num_threads(before)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_loading_leaves_no_threads_behind(siglip_checkpoint, tmp_path):
+    """Threads of OpenMP that are left would slow down whatever computes next in another thread."""
+    config = small_config("siglip", 40_000)  # large enough for PyTorch to divide a copy
+    model = MultiModalityCausalLM(config).half()
+    shutil.copytree(siglip_checkpoint, tmp_path, dirs_exist_ok=True)
+    model.save_pretrained(tmp_path)
+    code = f"""
+import os, time, torch
+from deepseek_vl.utils.io import load_pretrained_model
+torch.set_num_threads(3)
+def load():
+    load_pretrained_model({str(siglip_checkpoint)!r}, device="cpu")
+def threads():
+    return len(os.listdir("/proc/self/task"))
+load()  # some libraries keep a thread
+time.sleep(1)  # and others end
+before = threads()
+load_pretrained_model({str(tmp_path)!r}, device="cpu", dtype="bfloat16")
+deadline = time.monotonic() + 10
+while threads() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(threads() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
+def test_transformers_still_has_the_private_step_through_which_weights_are_read():
+    step = inspect.signature(PreTrainedModel._load_pretrained_model)
+    assert list(step.parameters)[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
+    assert {"device_map", "hf_quantizer"} <= {field.name for field in dataclasses.fields(LoadStateDictConfig)}
+    assert hasattr(LoadStateDictConfig, "is_quantized")
+
+
 # --- a CLIP tower from transformers as the vision model ---
 
 
@@ -333,13 +450,3 @@ def test_a_half_precision_clip_checkpoint_makes_a_float32_model(tmp_path):
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).shape == (1, 4, 64)
     model.vision_model.bfloat16()  # parts may also be given dtypes of their own
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).dtype == torch.float32
-
-
-def test_the_published_tokenizer_says_which_tokens_begin_and_end_a_text(
-    published_tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    """The published configs carry Llama's 1 and 2 by oversight."""
-    model = MultiModalityCausalLM.from_pretrained(write_checkpoint("siglip", published_tokenizer_dir, tmp_path))
-    assert (model.config.language_config.bos_token_id, model.config.language_config.eos_token_id) == (1, 2)
-    for generation_config in (model.generation_config, model.language_model.generation_config):
-        assert (generation_config.bos_token_id, generation_config.eos_token_id) == (100000, 100001)

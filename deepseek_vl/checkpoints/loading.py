@@ -1,5 +1,6 @@
 """A model's weights and special tokens from a checkpoint: the one way in."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from deepseek_vl.checkpoints.find import find_checkpoint, given_name, take_hub_a
 from deepseek_vl.checkpoints.names import as_reference
 from deepseek_vl.checkpoints.read import unread_weights
 from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
+
+_loading = threading.RLock()
+"""One model is built at a time: meanwhile transformers changes PyTorch's default dtype for the whole process, and two
+that do so at once leave it changed."""
 
 
 class CheckpointModel(PreTrainedModel):
@@ -32,13 +37,14 @@ class CheckpointModel(PreTrainedModel):
             path = find_checkpoint(given, take_hub_arguments(kwargs))
         return_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **kwargs,
-        )
+        with _loading:
+            model, info = super().from_pretrained(
+                path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                **kwargs,
+            )
         checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
         problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
         if any(problems.values()):

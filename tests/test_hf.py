@@ -247,8 +247,6 @@ def test_a_cache_has_two_names(exported: Path, name: str, recwarn: pytest.Warnin
             output = part(input_ids=ids[:, 6:], **{name: past})[0]
             logits = output if part is model else model.lm_head(output)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    prepared = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), **{name: past})
-    assert past in prepared.values()
     first = model.generate(input_ids=ids, max_new_tokens=3, **options)
     longer = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
     plain = model.generate(input_ids=longer, max_new_tokens=5, **options).sequences

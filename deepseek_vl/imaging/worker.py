@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -259,13 +261,16 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def _peak_memory() -> int:
-    """The most memory that this process has ever taken, in bytes."""
+    """The most memory that this process has ever taken, in bytes; 0 where the system does not say.
+
+    `getrusage` would count what the process that started it had taken by then.
+    """
     try:
-        import resource
-    except ImportError:  # on Windows
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else 0
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def main() -> None:
         set_trainable(model, STAGES[args.stage].parts)
     model.train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # from transformers 5.24 on
+        enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, {}, 0.0))
     collator = TrainingCollator(processor, pack=args.pack)
     world = SyntheticWorld((args.steps + 1) * args.batch_size, seed=1, turns=args.turns)

@@ -25,6 +25,7 @@ from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.sampling import sample
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
+from deepseek_vl.models.modeling_vlm import CACHE
 from deepseek_vl.serve.inference import load_model, stream_answer
 
 
@@ -344,7 +345,7 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     errors = []
     with torch.inference_mode():
         for (run, _), cache in zip(ways, caches, strict=True):
-            run(input_ids=ids, past_key_values=cache, use_cache=True)
+            run(input_ids=ids, use_cache=True, **{CACHE: cache})
         for token_id in range(2 * STEP):
             exact, plain, compiled = (
                 step(run, [token_id], cache).float() for (run, step), cache in zip(ways, caches, strict=True)

@@ -181,6 +181,7 @@ def test_device_map_auto(siglip_checkpoint: Path, picture: Path) -> None:
     assert answer_ids(spread, inputs, processor.tokenizer).tolist() == expected.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.* is deprecated")
 def test_parts_can_be_moved_hooked_and_traced(checkpoint: Path, picture: Path) -> None:
     processor, model = load(checkpoint)
     model.vision_model.to("cpu")

@@ -1,6 +1,7 @@
 """The command `python -m deepseek_vl.train`: fine-tune a model on conversations about images."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -233,6 +234,13 @@ def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) 
     return model
 
 
+def _checkpointing(is_on: bool) -> dict[str, Any]:
+    """Two of `TrainingArguments`, whose names began with `gradient` before transformers 5.24."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: is_on, f"{name}_kwargs": {"use_reentrant": False} if is_on else None}
+
+
 def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int, evaluate: bool) -> TrainingArguments:
     stage = STAGES[args.stage]
     per_step = args.batch_size * args.gradient_accumulation * PROCESSES
@@ -254,8 +262,7 @@ def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=pick_device(args.device).type == "cpu",
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+        **_checkpointing(args.gradient_checkpointing),
         save_steps=args.save_steps,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=args.eval_steps,

@@ -1,6 +1,7 @@
 """The engine's batch: answers that come and go together, each the same as alone."""
 
 import copy
+import itertools
 import queue
 import threading
 import weakref
@@ -15,6 +16,7 @@ from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
+from deepseek_vl.engine import engine as engine_module
 from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine import kv_cache
 from deepseek_vl.engine.decode_step import Step
@@ -78,11 +80,14 @@ class LentStep(Step):
     def __init__(self) -> None:
         self._buffers: SharedBuffers | None = None
 
-    def __call__(self, language_model: PreTrainedModel, token_ids: Sequence[int], cache: RowCache) -> torch.Tensor:
-        if self._buffers is None or not self._buffers.has_room(cache):
-            self._buffers = SharedBuffers(cache)
-        self._buffers.lend(cache)
-        return super().__call__(language_model, token_ids, cache)
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        if len(caches) == 1:
+            if self._buffers is None or not self._buffers.has_room(caches[0]):
+                self._buffers = SharedBuffers(caches[0])
+            self._buffers.lend(caches[0])
+        return super().__call__(language_model, token_ids, caches)
 
 
 @pytest.fixture(scope="module")
@@ -162,37 +167,113 @@ def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
     )
 
 
-@pytest.mark.parametrize("broken", ["append", "keep"])
-def test_when_memory_runs_out_between_tokens_later_answers_are_right(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    """`append` is needed when an answer joins, `keep` when it leaves."""
-    whole, failed = getattr(RowCache, broken), []
+class FailingStep(Step):
+    """Fails once for several rows, and as often as it is asked to for one: out of memory, halfway through."""
 
-    def fail_once(cache: RowCache, *arguments: Any) -> None:
-        if not failed:
-            failed.append(broken)
+    def __init__(self, failures_alone: int):
+        self.left = [1, failures_alone]
+
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        is_alone = len(caches) == 1
+        if self.left[is_alone] and (not is_alone or not self.left[False]):
+            self.left[is_alone] -= 1
+            layer = caches[0].layers[0]
+            layer.update(layer.keys[:, :, :1], layer.values[:, :, :1])
             raise torch.OutOfMemoryError("There is no memory left.")
-        whole(cache, *arguments)
+        return super().__call__(language_model, token_ids, caches)
 
-    monkeypatch.setattr(RowCache, broken, fail_once)
+
+@pytest.mark.parametrize("failures_alone", [0, 1])
+def test_when_memory_runs_out_in_a_step_one_answer_ends_at_most(loaded: Loaded, failures_alone: int) -> None:
     engine = engine_for(loaded)
-    first, second, *later = (
-        generation_of(engine, loaded, messages_of("Hello."), length) for length in (900, 3, 20, 30)
-    )
+    engine.use(FailingStep(failures_alone))
+    asked = [(f"Hello {i}.", length) for i, length in enumerate((90, 40, 20, 30))]
+    generations = [generation_of(engine, loaded, messages_of(text), length) for text, length in asked]
+    for generation in generations:
+        engine.submit(generation)
+    failed = 0
+    for generation, (text, length) in zip(generations, asked, strict=True):
+        assert generation.done.wait(60)
+        errors = [item for item in iter(generation.pieces.get, END) if not isinstance(item, str)]
+        assert {type(error) for error in errors} <= {torch.OutOfMemoryError}, errors
+        failed += len(errors)
+        if not errors:
+            assert generation.token_ids == alone(loaded, messages_of(text), length)
+    assert failed == failures_alone
+
+
+def test_a_reader_that_fails_ends_its_own_answer(loaded: Loaded) -> None:
+    engine = engine_for(loaded)
+    good, bad = (generation_of(engine, loaded, messages_of("Hello."), 60) for _ in range(2))
+
+    def fail(item: Any) -> None:
+        raise OSError("The reader has gone.")
+
+    bad._sink = fail
+    for generation in (bad, good):
+        engine.submit(generation)
+    assert good.done.wait(60)
+    assert bad.done.wait(60)
+    assert good.token_ids == alone(loaded, messages_of("Hello."), 60)
+    assert bad.finish_reason is None
+    wait_until(lambda: engine.running == 0, 5)
+
+
+def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PIECE", 16)
+    _, model, _ = loaded
+    engine = Engine(model, loaded[0], EngineLimits(prefill_seconds=0))
+    runs: list[int] = []  # how long each piece was; 0 for a step
+
+    def note_length(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        runs.append(kwargs["inputs_embeds"].shape[1] if "inputs_embeds" in kwargs else 0)
+
+    hook = model.language_model.register_forward_pre_hook(note_length, with_kwargs=True)
+    image = load_image(picture)
+    long = messages_of("<image_placeholder>Many words. " * 3 + "more words " * 60, *[image.rotate(i) for i in range(3)])
+    first, second = generation_of(engine, loaded, messages_of("Hello."), 300), generation_of(engine, loaded, long, 5)
     engine.submit(first)
-    first.pieces.get()
     engine.submit(second)
     assert first.done.wait(60)
     assert second.done.wait(60)
-    errors = [item for item in iter(first.pieces.get, END) if isinstance(item, torch.OutOfMemoryError)]
-    assert len(errors) == 1
-    assert second.finish_reason == ("length" if broken == "keep" else None)
-    for generation in later:
-        engine.submit(generation)
-    for generation, length in zip(later, (20, 30), strict=True):
-        assert generation.done.wait(60)
-        assert generation.token_ids == alone(loaded, messages_of("Hello."), length)
+    hook.remove()
+    assert max(runs) == 16
+    pieces = runs[runs.index(0) :]  # of the second, as the first has begun
+    assert sum(pieces) > 100
+    assert all(0 in pair for pair in itertools.pairwise(pieces))
+    assert first.token_ids == alone(loaded, messages_of("Hello."), 300)
+    assert second.token_ids == alone(loaded, long, 5)
+
+
+def test_stop_is_obeyed_within_a_piece_of_a_prompt(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has run by then is kept for the next prompt that begins so."""
+    monkeypatch.setattr(engine_module, "PIECE", 16)
+    _, model, _ = loaded
+    engine = Engine(model, loaded[0], EngineLimits(prefill_seconds=0))
+    messages = messages_of("many words " * 100)
+    stopped, again = (generation_of(engine, loaded, messages, 5) for _ in range(2))
+    runs: list[int] = []
+
+    def stop_after_two(*_: Any) -> None:
+        runs.append(1)
+        if len(runs) == 2:
+            stopped.cancelled.set()
+
+    hook = model.language_model.register_forward_hook(stop_after_two)
+    engine.submit(stopped)
+    assert stopped.done.wait(30)
+    hook.remove()
+    assert (len(runs), stopped.finish_reason, stopped.token_ids) == (2, "cancelled", [])
+    engine.submit(again)
+    assert again.done.wait(30)
+    assert again.cached_tokens == 32
+    assert again.token_ids == alone(loaded, messages, 5)
 
 
 def test_without_another_thread_an_answer_is_refused_and_forgotten(
@@ -317,9 +398,10 @@ def test_who_streams_an_answer_may_let_go_of_the_model(siglip_checkpoint: Path) 
     wait_until(lambda: gone() is None, 5)
 
 
-def test_a_row_cache_holds_what_transformers_cache_holds() -> None:
+@pytest.mark.parametrize("room", [0, 50])
+def test_a_row_cache_holds_what_transformers_cache_holds(room: int) -> None:
     torch.manual_seed(0)
-    cache, plain = RowCache([5]), DynamicCache()
+    cache, plain = RowCache(room), DynamicCache()
     for length in (5, *[1] * (STEP + 3), 7):
         for layer in range(2):
             states = torch.randn(2, 1, 3, length, 4)
@@ -341,19 +423,19 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     exact_model = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")[1].language_model
     ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(0))
     ways = [(exact_model, Step()), (language_model, Step()), (language_model, engine.step)]
-    caches = [RowCache([100]) for _ in ways]
+    caches = [RowCache() for _ in ways]
     errors = []
     with torch.inference_mode():
         for (run, _), cache in zip(ways, caches, strict=True):
             run(input_ids=ids, use_cache=True, **{CACHE: cache})
         for token_id in range(2 * STEP):
             exact, plain, compiled = (
-                step(run, [token_id], cache).float() for (run, step), cache in zip(ways, caches, strict=True)
+                step(run, [token_id], [cache]).float() for (run, step), cache in zip(ways, caches, strict=True)
             )
             errors.append([float((found - exact).norm() / exact.norm()) for found in (plain, compiled)])
     of_plain, of_compiled = torch.tensor(errors).mean(0)
     assert of_compiled < (1e-5 if dtype == "float32" else 1.2 * of_plain)
-    assert caches[2].lengths == [100 + 2 * STEP]
+    assert caches[2].get_seq_length() == 100 + 2 * STEP
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -388,73 +470,49 @@ def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, pictu
     assert generation.cached_tokens == generation.prompt_tokens - 1
 
 
-def cache_of(rows: int, length: int) -> RowCache:
-    cache = RowCache([length] * rows)
-    cache.update(*torch.randn(2, rows, 3, length, 4), 0)
+def cache_of(length: int) -> RowCache:
+    cache = RowCache()
+    cache.update(*torch.randn(2, 1, 3, length, 4), 0)
     return cache
 
 
 def test_a_cache_lies_where_others_of_its_size_lay() -> None:
     torch.manual_seed(0)
-    first, second = cache_of(rows=2, length=5), cache_of(rows=2, length=SHARED_POSITIONS - 1)
-    longer, more = cache_of(rows=2, length=SHARED_POSITIONS), cache_of(rows=3, length=5)
+    first, second, longer = cache_of(5), cache_of(SHARED_POSITIONS - 1), cache_of(SHARED_POSITIONS)
     expected = [cache.layers[0].keys.clone() for cache in (first, second)]
     buffers = SharedBuffers(first)
     (lent,) = buffers.lend(first)
-    assert lent[0].shape == (2, 3, SHARED_POSITIONS, 4)
+    assert lent[0].shape == (1, 3, SHARED_POSITIONS, 4)
     assert buffers.lend(first)[0][0].is_set_to(lent[0])
     assert first.is_borrowed
     assert torch.equal(first.layers[0].keys, expected[0])
-    first.keep([1])
-    assert not first.is_borrowed
+    kept = first.prefix(5)
+    assert not kept.is_borrowed
     assert buffers.lend(second)[0][0].is_set_to(lent[0])
-    assert torch.equal(first.layers[0].keys, expected[0][1:])
+    assert torch.equal(kept.layers[0].keys, expected[0])
     assert torch.equal(second.layers[0].keys, expected[1])
     assert not buffers.has_room(longer)
-    assert not buffers.has_room(more)
 
 
 def test_a_cache_is_the_same_in_larger_buffers() -> None:
     torch.manual_seed(0)
-    cache = cache_of(rows=2, length=5)
+    cache = cache_of(5)
     expected = cache.layers[0].keys.clone()
     for _ in range(2):
-        (lent,) = SharedBuffers(cache_of(rows=4, length=5)).lend(cache)
-        assert lent[0].shape == (2, 3, SHARED_POSITIONS, 4)
+        (lent,) = SharedBuffers(cache_of(5 * SHARED_POSITIONS)).lend(cache)
+        assert lent[0].shape == (1, 3, SHARED_POSITIONS, 4)
         assert torch.equal(cache.layers[0].keys, expected)
 
 
 def test_shared_buffers_forget_what_was_there() -> None:
     """What is masked is multiplied with 0, which leaves 0 of finite numbers only."""
-    spoilt, cache = cache_of(rows=1, length=9), cache_of(rows=1, length=5)
+    spoilt, cache = cache_of(9), cache_of(5)
     spoilt.layers[0].values.fill_(torch.nan)
     buffers = SharedBuffers(spoilt)
     buffers.lend(spoilt)
     ((keys, values),) = buffers.lend(cache)
     assert keys.isfinite().all()
     assert values.isfinite().all()
-
-
-def test_rows_are_kept_and_joined_with_their_padding_in_front() -> None:
-    def filled(length: int, value: float) -> RowCache:
-        cache = RowCache([length])
-        cache.update(*torch.full((2, 1, 1, length, 2), value), 0)
-        return cache
-
-    cache = filled(3, 1.0)
-    cache.append(filled(5, 2.0))
-    cache.append(filled(2, 3.0))
-    assert cache.lengths == [3, 5, 2]
-    assert cache.layers[0].keys[..., 0].squeeze(1).tolist() == [[0, 0, 1, 1, 1], [2] * 5, [0, 0, 0, 3, 3]]
-    arguments = cache.step_arguments("cpu")
-    assert arguments["position_ids"].tolist() == [[3], [5], [2]]
-    assert arguments["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]
-    cache.update(*torch.full((2, 3, 1, 1, 2), 9.0), 0)
-    cache.keep([2, 0])
-    assert cache.lengths == [3, 4]
-    assert cache.layers[0].values[..., 0].squeeze(1).tolist() == [[0, 3, 3, 9], [1, 1, 1, 9]]
-    cache.keep([1])
-    assert cache.step_arguments("cpu") == {"attention_mask": None, "position_ids": None}
 
 
 def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

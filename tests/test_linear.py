@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.imaging.open import load_image
-from deepseek_vl.kernels.attention import ATTENTION, attend_in_float32
+from deepseek_vl.kernels.attention import ATTENTION, attend
 from deepseek_vl.kernels.device import check_quantization, pick_dtype
 from deepseek_vl.kernels.int8 import Int8Linear, quantize_int8
 from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, replace_linear
@@ -272,12 +272,12 @@ def test_without_onednn_nothing_of_it_is_used(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("kind", "dtype", "layers", "attention"),
     [
-        ("EPYC, AVX-512 bf16", torch.float32, OneDNNLinear, "sdpa"),
-        ("EPYC, AVX-512 bf16", torch.bfloat16, nn.Linear, "sdpa_float32_few"),
-        ("EPYC, AVX2", torch.bfloat16, WideningLinear, "sdpa_float32"),
-        ("Xeon, AVX-512", torch.bfloat16, WideningLinear, "sdpa_float32_many"),
-        ("Xeon, AMX", torch.bfloat16, nn.Linear, "sdpa"),
-        ("Xeon, AMX", torch.float16, WideningLinear, "sdpa_float32_many"),
+        ("EPYC, AVX-512 bf16", torch.float32, OneDNNLinear, "sdpa_rows"),
+        ("EPYC, AVX-512 bf16", torch.bfloat16, nn.Linear, "sdpa_rows_float32_few"),
+        ("EPYC, AVX2", torch.bfloat16, WideningLinear, "sdpa_rows_float32"),
+        ("Xeon, AVX-512", torch.bfloat16, WideningLinear, "sdpa_rows_float32_many"),
+        ("Xeon, AMX", torch.bfloat16, nn.Linear, "sdpa_rows"),
+        ("Xeon, AMX", torch.float16, WideningLinear, "sdpa_rows_float32_many"),
     ],
 )
 def test_loading_takes_what_is_the_fastest_on_the_processor(
@@ -317,14 +317,14 @@ def test_other_kernels_can_be_asked_for(by: str, fake: Fake, monkeypatch: pytest
             set_kernels(**{"linear": "widening"} | ({"attention_few": "widening"} if by == "function" else {}))
         _, _, model = load_pretrained_model("tiny", device="cpu", dtype="bfloat16")
         assert type(model.language_model.lm_head) is WideningLinear
-        assert model.language_model.config._attn_implementation == "sdpa_float32_few"
+        assert model.language_model.config._attn_implementation == "sdpa_rows_float32_few"
         assert multiplies_fast(torch.bfloat16), "what is trained in does not depend on it"
     finally:
         set_kernels()
     monkeypatch.delenv("DEEPSEEK_VL_KERNELS", raising=False)
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype="bfloat16")
     assert type(model.language_model.lm_head) is nn.Linear
-    assert model.language_model.config._attn_implementation == "sdpa"
+    assert model.language_model.config._attn_implementation == "sdpa_rows"
 
 
 @pytest.mark.parametrize("wrong", ["fast", "linear", "linear=fast", "matmul=plain", "attention_few=onednn"])
@@ -385,7 +385,7 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, m
         mask[..., 0] = True
     exact, _ = sdpa_attention_forward(layer, query.float(), key.float(), value.float(), mask)
     plain, _ = sdpa_attention_forward(layer, query, key, value, mask)
-    output, _ = attend_in_float32(layer, query, key, value, mask)
+    output, _ = attend(layer, query, key, value, mask)
     assert (output.dtype, output.shape) == (dtype, exact.shape)
     assert error(output, exact) <= 1.01 * error(plain, exact)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from deepseek_vl.engine.kv_cache import Buffers, RowCache, SharedBuffers
+from deepseek_vl.engine.kv_cache import Buffers, RowCache, RowsCache, SharedBuffers
 from deepseek_vl.kernels.attention import ATTENTION
 from deepseek_vl.kernels.compiling import CompilationError, compiling
 from deepseek_vl.kernels.int8 import Int8Linear
@@ -31,19 +31,25 @@ TYPICAL_POSITIONS = 1024
 class Step:
     """One more token for every row."""
 
-    def __call__(self, language_model: PreTrainedModel, token_ids: Sequence[int], cache: RowCache) -> torch.Tensor:
-        """Run each row's last token, which `cache` does not hold yet, and add it to the cache.
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        """Run each row's last token, which its cache does not hold yet, and add it to the cache.
+
+        The products are the rows' together; each row attends to what it holds alone. A model that attends in a way of
+        which `deepseek_vl.kernels.attention` knows nothing runs row by row.
 
         Returns:
             logits [rows, vocabulary] of the next ones; to be read before the next call.
         """
+        if len(caches) > 1 and language_model.config._attn_implementation not in ATTENTION.values():
+            pairs = zip(token_ids, caches, strict=True)
+            return torch.cat([self(language_model, [token_id], [cache]) for token_id, cache in pairs])
         device = language_model.get_input_embeddings().weight.device
-        output = language_model(
-            input_ids=torch.tensor(token_ids, device=device)[:, None],
-            **{CACHE: cache},
-            use_cache=True,
-            **cache.step_arguments(device),
-        )
+        numbers = [[token_id, cache.get_seq_length()] for token_id, cache in zip(token_ids, caches, strict=True)]
+        ids, positions = torch.tensor(numbers, device=device)[:, :, None].unbind(1)  # each [rows, 1]
+        cache = caches[0] if len(caches) == 1 else RowsCache(caches)
+        output = language_model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache})
         return output.logits[:, -1]
 
     def forget(self) -> None:
@@ -51,10 +57,10 @@ class Step:
 
 
 class CompiledStep(Step):
-    """One more token for every row of one language model, compiled.
+    """One more token for every row of one language model, compiled if there is one row.
 
-    One row's step is compiled, for any number of positions. Several rows' is not, because each number of rows would
-    have to be compiled anew; on GPUs it too is replayed as a graph. Answers are those of `Step` up to rounding.
+    It is compiled for any number of positions, and on GPUs replayed as a graph. Several rows run plainly: each number
+    of them would have to be compiled anew. Answers are those of `Step` up to rounding.
 
     Args:
         language_model: on one device, a CPU or a CUDA GPU. Other models run plainly.
@@ -64,37 +70,31 @@ class CompiledStep(Step):
         self._language_model = language_model
         self._compiled = torch.compile(self._run)
         is_graphed = language_model.device.type == "cuda"
-        self._graphs = _Graphs(self._run_fastest, language_model.device) if is_graphed else None
+        self._graphs = _Graphs(self._run_compiled, language_model.device) if is_graphed else None
 
-    def __call__(self, language_model: PreTrainedModel, token_ids: Sequence[int], cache: RowCache) -> torch.Tensor:
-        rows = len(token_ids)
-        if language_model is not self._language_model or (rows > 1 and self._graphs is None):
-            return super().__call__(language_model, token_ids, cache)
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        if language_model is not self._language_model or len(caches) > 1:
+            return super().__call__(language_model, token_ids, caches)
+        (token_id,), (cache,) = token_ids, caches
         place = cache.get_seq_length()
-        numbers = torch.tensor(
-            [
-                [token_id, position, place - position, place]
-                for token_id, position in zip(token_ids, cache.lengths, strict=True)
-            ]
-        )
+        numbers = torch.tensor([[token_id, place]])
         if self._graphs is None:
-            logits = self._run_fastest(numbers, [layer.reserve(place + 1) for layer in cache.layers])
+            logits = self._run_compiled(numbers, [layer.reserve(place + 1) for layer in cache.layers])
         else:
             logits = self._graphs.replay(numbers, cache)
             if logits is None:
-                return super().__call__(language_model, token_ids, cache)
+                return super().__call__(language_model, token_ids, caches)
         for layer in cache.layers:
             layer.show(place + 1)
-        cache.count()
         return logits
 
     def forget(self) -> None:
         if self._graphs is not None:
             self._graphs.clear()
 
-    def _run_fastest(self, numbers: torch.Tensor, buffers: Sequence[Buffers]) -> torch.Tensor:
-        if len(numbers) > 1:
-            return self._run(numbers, buffers)
+    def _run_compiled(self, numbers: torch.Tensor, buffers: Sequence[Buffers]) -> torch.Tensor:
         for buffer in (buffer for pair in buffers for buffer in pair):
             torch._dynamo.mark_dynamic(buffer, 2)  # their capacity
         return self._compiled(numbers, buffers)
@@ -103,19 +103,18 @@ class CompiledStep(Step):
         """What is compiled: nothing in it depends on Python's numbers.
 
         Args:
-            numbers: int64 [rows, 4]: a row's token, its position, how much padding is in front of the row, and where in
-                the buffers the token belongs, which is the same in every row.
+            numbers: int64 [1, 2]: the row's token, and its position, which is also its place in the buffers.
             buffers: each layer's.
 
         Returns:
-            logits [rows, vocabulary].
+            logits [1, vocabulary].
         """
-        token_ids, positions, padding, places = numbers[:, :, None].unbind(1)  # each [rows, 1]
+        token_ids, places = numbers[:, :, None].unbind(1)  # each [1, 1]
         columns = torch.arange(buffers[0][0].shape[2], device=numbers.device)
-        is_seen = (columns >= padding) & (columns <= places)  # [rows, capacity]
+        is_seen = columns <= places  # [1, capacity]
         output = self._language_model(
             input_ids=token_ids,
-            position_ids=positions,
+            position_ids=places,
             attention_mask=is_seen[:, None, None],
             **{CACHE: Cache(layers=[_PlacedLayer(*pair, places[0]) for pair in buffers])},
             use_cache=True,
@@ -134,7 +133,7 @@ class _PlacedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [rows, heads, 1, head_dim]; returns the whole buffers."""
+        """Write [1, heads, 1, head_dim]; returns the whole buffers."""
         self.keys.index_copy_(2, self._place, key_states)
         self.values.index_copy_(2, self._place, value_states)
         return self.keys, self.values
@@ -168,7 +167,7 @@ class _Captured:
 
 
 class _Graphs:
-    """CUDA graphs of a step, one for each number of rows and each capacity.
+    """CUDA graphs of one row's step, one for each capacity.
 
     Args:
         run: numbers on the device, and each layer's buffers -> logits.
@@ -191,9 +190,9 @@ class _Graphs:
         """Run a step on a cache, which then is in the graphs' memory.
 
         Returns:
-            logits [rows, vocabulary]; None if there is not enough memory.
+            logits [1, vocabulary]; None if there is not enough memory.
         """
-        positions = len(numbers) * (cache.get_seq_length() + 1)
+        positions = cache.get_seq_length() + 1
         if positions >= self._too_large:
             return None
         try:
@@ -253,7 +252,7 @@ def compile_step(
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("A model that is spread over several devices cannot be compiled.")
     attention = model.language_model.config._attn_implementation
-    if attention not in ATTENTION.values():
+    if attention not in ("sdpa", *ATTENTION.values()):
         raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
     # On CPUs a tower's products take all the time.
     encoders = (model.vision_model, model.aligner) if model.device.type == "cuda" else ()
@@ -280,9 +279,9 @@ def _encode_blanks(model: MultiModalityCausalLM, processor: VLChatProcessor) -> 
 
 @torch.inference_mode()
 def _answer_nothing(model: MultiModalityCausalLM, step: CompiledStep) -> None:
-    cache = RowCache([1])
+    cache = RowCache()
     first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.language_model(input_ids=first, use_cache=True, **{CACHE: cache})
     for layer in cache.layers:
         layer.reserve(TYPICAL_POSITIONS)
-    step(model.language_model, [0], cache)
+    step(model.language_model, [0], [cache])

@@ -1,7 +1,8 @@
 """The engine: answers for many at once. Every door's text comes from here.
 
-An `Engine` has one thread and one batch. A new request's prompt is run alone, its keys and values then join the
-batch, and each step of the batch gives every answer one more token. An answer ends, fails or is stopped on its own.
+An `Engine` has one thread. Each answer has a row with keys and values of its own. A new row's prompt is run piece by
+piece, and between the pieces a step gives every answer that has begun one more token. An answer ends, fails or is
+stopped on its own, within a piece or a step.
 
 What was computed for an answer is kept for a while: a later prompt runs only what follows its longest common beginning
 with a conversation that was here, and no image is encoded twice. In float32 greedy answers are the same as from
@@ -14,8 +15,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,13 +34,36 @@ from deepseek_vl.models.modeling_vlm import CACHE
 logger = logging.getLogger(__name__)
 
 
+PIECE = 256
+"""A prompt is run so many tokens at a time at least: fewer would take hardly less time, as every piece reads all
+weights."""
+
+LARGEST_PIECE = 4096
+
+IMAGES_AT_A_TIME = 4
+"""Images are encoded so many at a time on GPUs, and one by one on CPUs, which gain nothing by more."""
+
+
 @dataclass
 class _Row:
-    """A place in the batch."""
+    """An answer's place.
+
+    Attributes:
+        prompt, cache: None until the prompt's turn comes; the cache holds as much of it and of the answer as has run.
+        features: encoded images of the prompt, by their keys; None as soon as all of the prompt has run.
+        caches: which it began with; weak, so that what is forgotten is free at once.
+    """
 
     generation: Generation
-    content: np.ndarray | None = None  # of its prompt, see `Prompt.content`
-    caches: weakref.ref[Caches] | None = None  # which it began with; weak, so that what is forgotten is free at once
+    prompt: Prompt | None = None
+    cache: RowCache | None = None
+    features: dict[bytes, torch.Tensor] | None = field(default_factory=dict)
+    caches: weakref.ref[Caches] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the prompt has run, and the answer has a token."""
+        return self.features is None
 
 
 class Engine:
@@ -67,7 +91,7 @@ class Engine:
         self._caches: Caches | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
         self._rows: list[_Row] = []
-        self._batch = RowCache()
+        self._piece = PIECE if model.device.type == "cpu" else LARGEST_PIECE
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         _engines.add(self)
@@ -144,7 +168,7 @@ class Engine:
                     raise
 
     def cancel(self) -> None:
-        """End everything within one token."""
+        """End everything within one token, or one piece of a prompt."""
         with self._lock:
             for generation in (*self._waiting, *(row.generation for row in self._rows)):
                 generation.cancelled.set()
@@ -183,93 +207,109 @@ class Engine:
         while True:
             try:
                 self._admit()
-                self._release([row.generation.cancelled.is_set() for row in self._rows])
-                if self._rows:
-                    self._step()
-                    continue
+                self._drop_cancelled()
+                self._run_prompts()
+                self._step()
             except BaseException as error:  # raised again in every reader
-                self._fail(error)
+                for row in list(self._rows):
+                    self._end(row, error)
             with self._lock:
-                if not self._waiting:
+                if not self._waiting and not self._rows:
                     self._thread = None
                     return
 
     def _admit(self) -> None:
-        """Give waiting generations a row while there is room, and run their prompts."""
-        deadline = time.monotonic() + self.limits.prefill_seconds
-        while self._waiting and len(self._rows) < self.limits.max_rows and time.monotonic() < deadline:
+        """Give waiting generations a row while there are any."""
+        while self._waiting and len(self._rows) < self.limits.max_rows:
             with self._lock:  # `close` must find it in one place or the other
-                row = _Row(self._waiting.popleft())
-                self._rows.append(row)
-            cache = None
-            try:
-                cache = self._prefill(row)
-            except BaseException as error:  # raised again in the reader
-                row.generation.end(error)
-                if isinstance(error, torch.OutOfMemoryError):
-                    self.forget()
-            if cache is None:  # it has ended
-                self._rows.pop()
-            elif len(self._rows) == 1:
-                self._batch = cache
-            else:
-                self._batch.append(cache)
+                self._rows.append(_Row(self._waiting.popleft()))
 
-    def _prefill(self, row: _Row) -> RowCache | None:
-        """Run a prompt and choose the answer's first token; None if that is already the end."""
-        generation, model = row.generation, self.model
-        if generation.cancelled.is_set():
-            generation.end()
-            return None
-        caches = self._current_caches()
-        prompt = Prompt.of(generation.inputs)
-        row.content, row.caches = prompt.content, weakref.ref(caches)
-        cache = caches.prefixes.continued(prompt.content[:-1])  # the last token's logits are wanted
-        generation.cached_tokens = cache.get_seq_length()
-        rest = prompt.after(generation.cached_tokens)
-        inputs_embeds = model.prepare_inputs_embeds(
-            **rest.arguments(), image_features=caches.images.encode(model, rest.images) if rest.images else None
+    def _drop_cancelled(self) -> None:
+        for row in list(self._rows):
+            if row.generation.cancelled.is_set():
+                self._end(row)
+
+    def _run_prompts(self) -> None:
+        """Run prompts in the order of their coming, piece by piece, until it is the answers' turn."""
+        begun = time.monotonic()
+        while row := next((row for row in self._rows if not row.has_begun), None):
+            try:
+                self._run_piece(row)
+            except BaseException as error:  # raised again in the reader
+                self._end(row, error)
+            self._drop_cancelled()
+            if time.monotonic() - begun >= self.limits.prefill_seconds:
+                return
+
+    def _run_piece(self, row: _Row) -> None:
+        """Encode a few images of a prompt's next piece, or run it; behind the last one choose the first token."""
+        if row.prompt is None:
+            caches = self._current_caches()
+            row.prompt, row.caches = Prompt.of(row.generation.inputs), weakref.ref(caches)
+            row.cache = caches.prefixes.continued(row.prompt.content[:-1])  # the last token's logits are wanted
+            row.generation.cached_tokens = row.cache.get_seq_length()
+        model, start = self.model, row.cache.get_seq_length()
+        end = min(start + self._piece, len(row.prompt))
+        piece = row.prompt.part(start, end)
+        if missing := [image for image in piece.images if image.key not in row.features]:
+            count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
+            row.features |= self._current_caches().images.encode(model, missing[:count])
+            return
+        begun = time.monotonic()
+        features = torch.stack([row.features[image.key] for image in piece.images]) if piece.images else None
+        inputs_embeds = model.prepare_inputs_embeds(**piece.arguments(), image_features=features)
+        output = model.language_model(
+            inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1, **{CACHE: row.cache}
         )
-        if generation.cancelled.is_set():  # while the images were encoded
-            generation.end()
-            return None
-        output = model.language_model(inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        cache.lengths = [len(prompt)]
-        if generation.advance(output.logits[0, -1].float()):
-            return cache
-        self._remember(row, cache)
-        return None
+        if end == len(row.prompt):
+            row.features = None
+            self._advance([row], output.logits[:, -1].float())
+        elif end - start == self._piece:  # the next ones take about as long as they may
+            is_fast = time.monotonic() - begun < self.limits.prefill_seconds / 2
+            self._piece = min(2 * self._piece, LARGEST_PIECE) if is_fast else max(self._piece // 2, PIECE)
 
     def _step(self) -> None:
-        """One more token for every row."""
-        generations = [row.generation for row in self._rows]
-        token_ids = [generation.token_ids[-1] for generation in generations]
-        logits = self.step(self.model.language_model, token_ids, self._batch).float()
-        self._release([not generation.advance(row) for generation, row in zip(generations, logits, strict=True)])
-
-    def _release(self, has_ended: list[bool]) -> None:
-        """Let go of the rows that have ended, and remember what they leave."""
-        if not any(has_ended):
+        """One more token for every answer that has begun."""
+        rows = [row for row in self._rows if row.has_begun]
+        if not rows:
             return
-        for index, (row, is_over) in enumerate(zip(self._rows, has_ended, strict=True)):
-            if is_over:
-                if not row.generation.done.is_set():
-                    row.generation.end()
-                self._remember(row, self._batch, index)
-        kept = [index for index, is_over in enumerate(has_ended) if not is_over]
-        self._rows = [self._rows[index] for index in kept]
-        if kept:
-            self._batch.keep(kept)
+        lengths = [row.cache.get_seq_length() for row in rows]
+        try:
+            logits = self._logits(rows)
+        except Exception:
+            logger.warning("A step of %d answers failed: each goes on alone.", len(rows), exc_info=True)
+            self.forget()  # memory may be what it wanted
+            for row, length in zip(rows, lengths, strict=True):
+                row.cache.truncate(length)
+                try:
+                    self._advance([row], self._logits([row]))
+                except Exception as error:  # raised again in the reader
+                    self._end(row, error)
         else:
-            self._batch = RowCache()
+            self._advance(rows, logits)
 
-    def _fail(self, error: BaseException) -> None:
-        """End all rows with an error, after which their keys and values may be of any state."""
-        for row in self._rows:
+    def _logits(self, rows: Sequence[_Row]) -> torch.Tensor:
+        """float32 [rows, vocabulary] of the rows' next tokens."""
+        token_ids = [row.generation.token_ids[-1] for row in rows]
+        return self.step(self.model.language_model, token_ids, [row.cache for row in rows]).float()
+
+    def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+        """Choose each row's next token."""
+        for row, scores in zip(rows, logits, strict=True):
+            if not row.generation.advance(scores):
+                self._end(row)
+
+    def _end(self, row: _Row, error: BaseException | None = None) -> None:
+        """Let go of a row, and keep what it leaves for later prompts."""
+        try:
             if not row.generation.done.is_set():
                 row.generation.end(error)
-        self._rows, self._batch = [], RowCache()
-        self.forget()
+            if isinstance(error, torch.OutOfMemoryError):
+                self.forget()
+            elif row.cache is not None:
+                self._remember(row)
+        finally:
+            self._rows.remove(row)
 
     def _current_caches(self) -> Caches:
         """What is kept of the model as it is now."""
@@ -279,19 +319,17 @@ class Engine:
             self._caches = caches = Caches(self.model, self.limits)
         return caches
 
-    def _remember(self, row: _Row, cache: RowCache, index: int = 0) -> None:
-        """Keep what a generation that has ended leaves in a row of a cache, unless the weights have changed since.
-
-        If it is the cache's only row, then the cache is given away.
-        """
-        caches, generation = row.caches(), row.generation
+    def _remember(self, row: _Row) -> None:
+        """Keep what a row leaves, unless it failed or the weights have changed since."""
+        caches, generation, cache = row.caches(), row.generation, row.cache
         if generation.finish_reason is None or caches is None or not caches.hold_for(self.model):
             return
-        length = cache.lengths[index]  # without the last token, which never ran
-        content = np.concatenate([row.content, np.array(generation.token_ids, dtype=np.int64)])[:length]
-        is_given = len(cache.lengths) == 1 and not cache.is_borrowed
+        length = cache.get_seq_length()  # without the last token, which never ran
+        if not length:
+            return
+        content = np.concatenate([row.prompt.content, np.array(generation.token_ids, dtype=np.int64)])[:length]
         try:
-            caches.prefixes.keep(content, cache if is_given else cache.prefix(index, length))
+            caches.prefixes.keep(content, cache.prefix(length) if cache.is_borrowed else cache)
         except RuntimeError:  # no memory left
             logger.warning("What was kept of earlier answers is dropped.", exc_info=True)
             self.forget()

@@ -1,5 +1,6 @@
 """One answer in the making, and its text as a stream."""
 
+import logging
 import queue
 import threading
 import weakref
@@ -16,6 +17,8 @@ from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
 if TYPE_CHECKING:
     from deepseek_vl.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 END = object()
 """The last that a generation's sink gets."""
@@ -45,8 +48,8 @@ class Generation:
         engine: which is to generate it.
         inputs: the processor's output for one conversation, on the model's device.
         settings: see `GenerationSettings`.
-        sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; must
-            not raise.
+        sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; if it
+            raises, the answer ends.
 
     Attributes:
         model: the engine's, which is kept as long as the answer is wanted.
@@ -123,16 +126,21 @@ class Generation:
         if error is None:
             try:
                 rest = self._detokenizer.flush()
-            except Exception as failure:  # raised again in the reader
-                error = failure
-            else:
                 self.finish_reason = self.finish_reason or "cancelled"
                 if rest:
                     self._sink(rest)
+            except Exception as failure:  # raised again in the reader
+                error, self.finish_reason = failure, None
         if error is not None:
-            self._sink(error)
+            self._tell(error)
         self.done.set()
-        self._sink(END)
+        self._tell(END)
+
+    def _tell(self, end: Any) -> None:
+        try:
+            self._sink(end)
+        except Exception:
+            logger.exception("An answer has ended, and nobody can be told.")
 
 
 class AnswerStream(Iterator[str]):

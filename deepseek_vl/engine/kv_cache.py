@@ -1,5 +1,9 @@
-"""The key/value cache of a batch whose rows come and go."""
+"""Each row's own keys and values, and those of several rows as one step sees them.
 
+A row comes, grows and leaves without a byte of another's being touched, and none is padded to another's length.
+"""
+
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +17,7 @@ SHARED_POSITIONS = 1024
 """Shared buffers have room for so many positions of a row, or twice as many, or four times, and so on."""
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
-"""Room for a layer's keys and values, [rows, heads, capacity, head_dim] each."""
+"""Room for a layer's keys and values of one row, [1, heads, capacity, head_dim] each."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -21,22 +25,27 @@ class GrowingLayer(DynamicLayer):
 
     transformers' own layer copies everything for each new token.
 
+    Args:
+        room: for how many positions there is to be room from the beginning.
+
     Attributes:
         is_borrowed: whether the buffers are someone else's, who will write other rows to them.
     """
 
     is_borrowed = False
 
+    def __init__(self, room: int = 0):
+        super().__init__()
+        self._room = room
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [rows, heads, T, head_dim]; returns all that is held."""
+        """Append [1, heads, T, head_dim]; returns all that is held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [
-                states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)
-            ]
-            self.keys, self.values = self._buffers
+            self._own([states[:, :, :0] for states in (key_states, value_states)], 0)
+            self.reserve(self._room)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         for buffer, states in zip(self.reserve(end), (key_states, value_states), strict=True):
@@ -81,10 +90,6 @@ class GrowingLayer(DynamicLayer):
         """How much memory it takes."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
-    def replace(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Hold so many positions of these instead; what is behind is finite."""
-        self._own([keys, values], length)
-
     def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
         self._buffers, self.is_borrowed = list(buffers), False
         self.show(length)
@@ -99,15 +104,14 @@ def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class RowCache(Cache):
-    """Keys and values of several conversations of different lengths, padded on the left.
+    """Keys and values of one conversation.
 
-    Attributes:
-        lengths: how many positions each row has; those in front of them are padding.
+    Args:
+        room: for how many positions there is to be room from the beginning.
     """
 
-    def __init__(self, lengths: Sequence[int] = ()):
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-        self.lengths = list(lengths)
+    def __init__(self, room: int = 0):
+        super().__init__(layer_class_to_replicate=functools.partial(GrowingLayer, room))
 
     @property
     def nbytes(self) -> int:
@@ -124,60 +128,51 @@ class RowCache(Cache):
         """Whether its keys and values are in someone else's buffers."""
         return any(layer.is_borrowed for layer in self.layers)
 
-    def prefix(self, row: int, length: int, room: int = 0) -> "RowCache":
-        """The first `length` positions of a row, copied to a cache of their own with room for so many more."""
-        start = self.get_seq_length() - self.lengths[row]
-        span = (slice(row, row + 1), slice(None), slice(start, start + length))
-        copied = RowCache([length])
-        copied.layers += [GrowingLayer.of(layer.keys[span], layer.values[span], room) for layer in self.layers]
+    def prefix(self, length: int, room: int = 0) -> "RowCache":
+        """The first `length` positions, copied to a cache of their own with room for so many more."""
+        copied = RowCache()
+        copied.layers += [
+            GrowingLayer.of(layer.keys[:, :, :length], layer.values[:, :, :length], room) for layer in self.layers
+        ]
         return copied
 
-    def count(self) -> None:
-        """Note that every row has got one more position."""
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def step_arguments(self, device: torch.device | str) -> dict[str, torch.Tensor | None]:
-        """`attention_mask` and `position_ids` for one more token in every row, which this also counts.
-
-        Both are None where no row is padded.
-        """
-        longest = self.get_seq_length() + 1
-        positions = self.lengths
-        self.count()
-        if min(self.lengths) == longest:
-            return {"attention_mask": None, "position_ids": None}
-        padding = torch.tensor([[longest - length] for length in self.lengths], device=device)
-        return {
-            "attention_mask": (torch.arange(longest, device=device) >= padding).long(),
-            "position_ids": torch.tensor(positions, device=device)[:, None],
-        }
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows and forget the others, and the padding that they alone needed."""
-        index = torch.tensor(rows, dtype=torch.long)
-        self.lengths = [self.lengths[row] for row in rows]
-        length = max(self.lengths, default=0)
-        padding = self.get_seq_length() - length
+    def truncate(self, length: int) -> None:
+        """Forget what is behind so many positions. (transformers' `crop` counts otherwise from version to version.)"""
         for layer in self.layers:
-            kept = (held[:, :, padding:].index_select(0, index.to(held.device)) for held in (layer.keys, layer.values))
-            layer.replace(*kept, length)
-
-    def append(self, other: "RowCache") -> None:
-        """Add the rows of another cache, which may be longer or shorter."""
-        length = max(self.get_seq_length(), other.get_seq_length())
-        for layer, added in zip(self.layers, other.layers, strict=True):
-            pairs = ((layer.keys, added.keys), (layer.values, added.values))
-            layer.replace(*(_stacked(held, new, length) for held, new in pairs), length)
-        self.lengths += other.lengths
+            layer.show(length)
 
 
-def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor:
-    """Two blocks of rows aligned at their ends, with room for more positions behind; the padding is zero."""
-    rows = len(first) + len(second)
-    both = first.new_zeros(rows, first.shape[1], length + STEP, first.shape[3])
-    both[: len(first), :, length - first.shape[2] : length] = first
-    both[len(first) :, :, length - second.shape[2] : length] = second
-    return both
+class RowsCache(Cache):
+    """Several rows' caches as one batch, for one more token in each.
+
+    Its layers give the attention two lists, each row's keys and each row's values, which is what the implementations in
+    `deepseek_vl.kernels.attention` take beside tensors.
+    """
+
+    def __init__(self, caches: Sequence[RowCache]):
+        rows = (cache.layers for cache in caches)
+        super().__init__(layers=[_RowsLayer(layers) for layers in zip(*rows, strict=True)])
+
+
+class _RowsLayer(DynamicLayer):
+    """One layer of several rows."""
+
+    def __init__(self, rows: Sequence[GrowingLayer]):
+        super().__init__()
+        self._rows = rows
+        self.is_initialized = True
+
+    def get_seq_length(self, *args: object) -> int:
+        """The longest row's."""
+        return max(row.get_seq_length() for row in self._rows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Append [rows, heads, 1, head_dim]; returns each row's keys, and values, [1, heads, length, head_dim]."""
+        rows = zip(self._rows, key_states.split(1), value_states.split(1), strict=True)
+        keys, values = zip(*(row.update(key, value) for row, key, value in rows), strict=True)
+        return list(keys), list(values)
 
 
 class SharedBuffers:

@@ -21,8 +21,7 @@ class EngineLimits:
 
     Attributes:
         max_rows: how many answers make up a batch.
-        prefill_seconds: prompts are run for so long at most (but one at least) before running answers get their next
-            token.
+        prefill_seconds: about so long prompts are run, piece by piece, before running answers get their next token.
         conversation_bytes: memory for keys and values of conversations that have ended, on the model's device; 0 to
             keep none, None for a share of the weights' size (see `room_for_conversations`).
         image_bytes: memory for encoded images: 50 of the 1.3B model's in bfloat16, or 25 of the 7B model's.

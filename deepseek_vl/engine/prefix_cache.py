@@ -72,8 +72,8 @@ class LRUCache(Generic[Value]):
 class ImageFeatures(LRUCache[torch.Tensor]):
     """Encoded images [N, D], by the hash of their pixels."""
 
-    def encode(self, model: MultiModalityCausalLM, images: Sequence[PromptImage]) -> torch.Tensor:
-        """One or more images -> [n, N, D]. Only those that are not known run through the vision tower."""
+    def encode(self, model: MultiModalityCausalLM, images: Sequence[PromptImage]) -> dict[bytes, torch.Tensor]:
+        """Each image's features, by its key. Only those that are not known run through the vision tower, together."""
         features = {image.key: self.use(image.key) for image in images if image.key in self}
         missing = {image.key: image.pixels for image in images if image.key not in features}
         if missing:
@@ -81,34 +81,34 @@ class ImageFeatures(LRUCache[torch.Tensor]):
             for key, feature in zip(missing, encoded, strict=True):
                 features[key] = feature.clone()  # so that it can be freed alone
                 self.put(key, features[key])
-        return torch.stack([features[image.key] for image in images])
+        return features
 
 
 class PrefixCache(LRUCache[RowCache]):
     """Keys and values of conversations, by their content (see `Prompt.content`): what a later prompt begins with."""
 
     def continued(self, content: np.ndarray) -> RowCache:
-        """A cache of one row that begins with as much of this content as any conversation here does.
+        """A cache that begins with as much of this content as any conversation here does.
 
         It is the caller's own, and has room for the rest.
         """
         longest, shared = max(((_shared(_content(key), content), key) for key in self), default=(0, b""))
         if not longest:
-            return RowCache()
-        return self.use(shared).prefix(0, longest, room=len(content) - longest + STEP)
+            return RowCache(len(content) + STEP)
+        return self.use(shared).prefix(longest, room=len(content) - longest + STEP)
 
     def keep(self, content: np.ndarray, cache: RowCache) -> None:
-        """Keep a conversation whose keys and values are a cache's only row, or as much of it as there is room for.
+        """Keep a conversation's keys and values, or as much of them as there is room for.
 
         The cache is then no longer the caller's.
         """
         if cache.spare_bytes > cache.nbytes // 10:
-            cache = cache.prefix(0, len(content))
+            cache = cache.prefix(len(content))
         if cache.nbytes > self.max_bytes:
-            length = min(len(content), self.max_bytes // cache.prefix(0, 1).nbytes)
+            length = min(len(content), self.max_bytes // cache.prefix(1).nbytes)
             if length <= 0:
                 return
-            content, cache = content[:length], cache.prefix(0, length)
+            content, cache = content[:length], cache.prefix(length)
         key = content.tobytes()
         for other in list(self):
             if other.startswith(key):

@@ -71,9 +71,10 @@ class Prompt:
         """The number of tokens."""
         return len(self.input_ids)
 
-    def after(self, start: int) -> "Prompt":
-        """What follows the first `start` positions, without the images that end before."""
-        return self._where(torch.arange(len(self), device=self.input_ids.device) >= start)
+    def part(self, start: int, end: int) -> "Prompt":
+        """The positions from `start` to `end`, with the images that have features there."""
+        positions = torch.arange(len(self), device=self.input_ids.device)
+        return self._where((positions >= start) & (positions < end))
 
     def _where(self, wanted: torch.BoolTensor) -> "Prompt":
         """The positions that are wanted, bool [T]."""

@@ -1,4 +1,4 @@
-"""Attention for inference on CPUs: keys and values narrow to be kept, and float32 to be multiplied."""
+"""Attention for inference: over each row's own keys and values, and on CPUs in float32 over narrow ones."""
 
 import functools
 import itertools
@@ -13,10 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for
 
 ATTENTION = {
-    ("plain", "plain"): "sdpa",
-    ("widening", "plain"): "sdpa_float32_few",
-    ("plain", "widening"): "sdpa_float32_many",
-    ("widening", "widening"): "sdpa_float32",
+    ("plain", "plain"): "sdpa_rows",
+    ("widening", "plain"): "sdpa_rows_float32_few",
+    ("plain", "widening"): "sdpa_rows_float32_many",
+    ("widening", "widening"): "sdpa_rows_float32",
 }
 """Names among transformers' implementations, by the kernels of few and of many rows of queries."""
 
@@ -24,25 +24,26 @@ CACHED_ELEMENTS = 2**20
 """So many elements of the keys, and of the values, are widened at a time: 8 MB of both, which stay in the cache."""
 
 
-def attend_in_float32(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | list[torch.Tensor],
+    value: torch.Tensor | list[torch.Tensor],
     attention_mask: torch.Tensor | None,
     *,
     few: bool = True,
     many: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`, of a narrow dtype in float32, as many heads at a time as fit in the cache.
+    """transformers' `sdpa`; of a narrow dtype perhaps in float32, as many heads at a time as fit in the cache.
 
-    Where gradients are on, and on other devices, it is plain `sdpa`.
+    Where gradients are on, and on GPUs, it is in its own dtype.
 
     Args:
         module: the attention layer.
         query: [B, heads, T, head_dim].
-        key, value: [B, kv_heads, past + T, head_dim].
+        key, value: [B, kv_heads, past + T, head_dim]; or B of [1, kv_heads, past + T, head_dim] with a past of each
+            row's own, for T = 1 and without a mask.
         attention_mask: [B, 1, T, past + T], or None.
         few, many: whether it is to be so for few queries, and for `MANY_ROWS` or more.
         kwargs: see `sdpa_attention_forward`.
@@ -50,6 +51,10 @@ def attend_in_float32(
     Returns:
         [B, T, heads, head_dim] in the query's dtype, and no weights.
     """
+    if isinstance(key, list):
+        rows = zip(query.split(1), key, value, strict=True)
+        attended = [attend(module, *row, None, few=few, many=many, **kwargs)[0] for row in rows]
+        return torch.cat(attended), None
     is_to_widen = many if query.shape[2] >= MANY_ROWS else few
     if not is_to_widen or query.dtype not in NARROW or query.device.type != "cpu" or torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -73,14 +78,13 @@ def attend_in_float32(
 
 
 for (_few, _many), _name in ATTENTION.items():
-    if _name != "sdpa":
-        _attend = functools.partial(attend_in_float32, few=_few == "widening", many=_many == "widening")
-        AttentionInterface.register(_name, _attend)
-        AttentionMaskInterface.register(_name, sdpa_mask)
+    _attend = functools.partial(attend, few=_few == "widening", many=_many == "widening")
+    AttentionInterface.register(_name, _attend)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 def use_fastest_attention(model: PreTrainedModel) -> None:
-    """Let a model that attends with `sdpa` do so with the kernels of this processor for its dtype, in place."""
+    """Let a model that attends with `sdpa` do so by rows, and with this processor's kernels for its dtype, in place."""
     if model.config._attn_implementation == "sdpa":  # no public name tells
         few, many = (kernel_for(f"attention_{rows}", model.dtype) for rows in ("few", "many"))
         model.set_attn_implementation(ATTENTION[few, many])

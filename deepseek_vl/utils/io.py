@@ -102,8 +102,10 @@ def load_pretrained_model(
         model.config.name_or_path = os.path.expanduser(name)  # noqa: PTH111  Path's raises for unknown users
 
     # Make it fast for this device.
+    from deepseek_vl.kernels.attention import use_fastest_attention
+
+    use_fastest_attention(model.language_model)
     if device.type == "cpu":
-        from deepseek_vl.kernels.attention import use_fastest_attention
         from deepseek_vl.kernels.int8 import quantize_int8
         from deepseek_vl.kernels.linear import fastest_linear, replace_linear
 
@@ -111,7 +113,6 @@ def load_pretrained_model(
             replace_linear(model, fastest_linear(kwargs["dtype"]))
         else:
             quantize_int8(model)
-        use_fastest_attention(model.language_model)
     elif quantize is not None:
         from deepseek_vl.kernels.weight_only import quantize_weights
 

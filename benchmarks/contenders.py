@@ -86,7 +86,7 @@ class Ours:
         from deepseek_vl.utils.io import load_pretrained_model
 
         tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
-        self.engine = Engine(self.model, tokenizer, EngineLimits(conversation_bytes=None if remembers else 0))
+        self.engine = Engine(self.model, tokenizer, EngineLimits(keeps=remembers))
         self.compiled = compiled
         if compiled:
             self.engine.compile(self.processor)

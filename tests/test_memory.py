@@ -16,9 +16,10 @@ from PIL import Image
 from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine, engine_of
-from deepseek_vl.engine.generation import Generation
-from deepseek_vl.engine.limits import EngineLimits
-from deepseek_vl.engine.prefix_cache import ImageFeatures
+from deepseek_vl.engine.generation import Generation, MemoryBudgetError
+from deepseek_vl.engine.kv_cache import STEP
+from deepseek_vl.engine.limits import EngineLimits, default_memory
+from deepseek_vl.engine.prefix_cache import ImageFeatures, weight_bytes
 from deepseek_vl.engine.prompt import Prompt, PromptImage
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
@@ -86,10 +87,10 @@ def work(loaded: Loaded) -> Iterator[Work]:
     work.stop()
 
 
-def engine_for(loaded: Loaded, conversation_bytes: int | None = None) -> Engine:
+def engine_for(loaded: Loaded, **limits: Any) -> Engine:
     """A new engine."""
     tokenizer, model, _ = loaded
-    return Engine(model, tokenizer, EngineLimits(conversation_bytes=conversation_bytes))
+    return Engine(model, tokenizer, EngineLimits(**limits))
 
 
 def begin(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: int = 20, **settings: Any) -> Any:
@@ -242,8 +243,7 @@ def test_many_continue_one_conversation_at_once(loaded: Loaded, picture: Path, s
     answer = ask(engine, loaded, messages)
     branches = [next_turn(loaded, messages, answer, f"{'word ' * i}{i}?") for i in range(5)]
     expected = [
-        ask(engine_for(loaded, conversation_bytes=0), loaded, branch, 20 + i, **settings)
-        for i, branch in enumerate(branches)
+        ask(engine_for(loaded, keeps=False), loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)
     ]
     work = Work(loaded[1])
     running = [begin(engine, loaded, branch, 20 + i, **settings) for i, branch in enumerate(branches)]
@@ -379,44 +379,104 @@ def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, p
     assert ask(engine, loaded, messages) == expected
 
 
+POSITION = 2 * 2 * 64 * 4
+"""Bytes of a position: keys and values x layers x width x bytes of a number."""
+
+
+def needed(loaded: Loaded, messages: list[dict[str, Any]], length: int) -> int:
+    """Bytes that are set aside for an answer."""
+    inputs = inputs_of(loaded, messages)
+    return (inputs.input_ids.shape[1] + length + STEP) * POSITION + inputs.pixel_values.nbytes
+
+
 def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work) -> None:
     questions = [messages_of(f"{i} " * 100) for i in range(6)]
     unbounded = engine_for(loaded)
     ask(unbounded, loaded, questions[0])
     one = unbounded.memory_used
-    engine = engine_for(loaded, conversation_bytes=int(2.9 * one))
+    engine = engine_for(loaded, memory_bytes=2 * one + needed(loaded, questions[0], 30))
     for messages in questions:
         ask(engine, loaded, messages)
-        assert engine.memory_used <= engine.limits.conversation_bytes
+        assert engine.memory_used <= engine.memory_bytes
     work.of()
     for messages in reversed(questions):
         ask(engine, loaded, messages)
     positions = work.of()[0]
     assert positions[:2] == [1, 1]
-    assert min(positions[2:]) > 100
+    assert min(positions[4:]) > 100
+
+
+def test_what_is_kept_gives_way_to_what_runs(loaded: Loaded) -> None:
+    messages, long = messages_of("Hello."), messages_of("word " * 150)
+    engine = engine_for(loaded, memory_bytes=needed(loaded, long, 20) + 10 * POSITION)
+    ask(engine, loaded, messages)
+    assert engine.memory_used > 10 * POSITION
+    running = begin(engine, loaded, long)
+    wait_until(lambda: engine.running or running.done.is_set(), 10)
+    assert engine.memory_used <= engine.memory_bytes
+    assert running.done.wait(60)
+    assert running.token_ids == from_nothing(loaded, long)
+    assert ask(engine, loaded, messages) == from_nothing(loaded, messages)
+
+
+def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> None:
+    messages = messages_of("Hello.")
+    engine = engine_for(loaded, memory_bytes=int(2.5 * needed(loaded, messages, 300)))
+    used, running = [], []
+
+    def look(*_: Any) -> None:  # in the engine's thread, where the numbers fit together
+        used.append(engine.memory_used)
+        running.append(engine.running)
+
+    hook = loaded[1].language_model.register_forward_hook(look)
+    generations = [begin(engine, loaded, messages, 300) for _ in range(5)]
+    ended: list[int] = []
+    while len(ended) < len(generations):
+        ended += [i for i, generation in enumerate(generations) if generation.done.is_set() and i not in ended]
+    hook.remove()
+    assert max(used) <= engine.memory_bytes
+    assert max(running) == 2
+    assert ended == sorted(ended)
+    assert {tuple(generation.token_ids) for generation in generations} == {tuple(from_nothing(loaded, messages, 300))}
+
+
+def test_who_leaves_the_line_is_gone_at_once(loaded: Loaded) -> None:
+    engine = engine_for(loaded, max_rows=1)
+    running, waiting = (begin(engine, loaded, messages_of("Hello."), 900) for _ in range(2))
+    waiting.cancelled.set()
+    assert waiting.done.wait(10)
+    assert not running.done.is_set()
+    running.cancelled.set()
+    assert running.done.wait(10)
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers(loaded: Loaded) -> None:
+    engine = engine_for(loaded, memory_bytes=1 << 20)
+    with pytest.raises(MemoryBudgetError, match=r"answer of up to 933 may take 1\.\d MiB .* 1\.0 for all"):
+        begin(engine, loaded, messages_of("Hello."), 2000)
+    assert ask(engine, loaded, messages_of("Hello."), 5) == from_nothing(loaded, messages_of("Hello."), 5)
+
+
+def test_the_budget_follows_the_weights_and_what_is_free(siglip_checkpoint: Path) -> None:
+    assert default_memory(4 << 30, 100 << 30) == 4 << 30
+    assert default_memory(4 << 30, 6 << 30) == 3 << 30
+    assert default_memory(1 << 20, 100 << 30) == 1 << 30
+    plain, quantised = (
+        weight_bytes(load_model(str(siglip_checkpoint), device="cpu", dtype="float32", quantize=kind)[1])
+        for kind in (None, "int8")
+    )
+    assert plain // 5 < quantised < plain // 2
 
 
 def test_a_short_conversation_takes_no_room_for_more(loaded: Loaded) -> None:
     messages = messages_of("Hello.")
     engine = engine_for(loaded)
     positions = length_of(loaded, messages) + len(ask(engine, loaded, messages, 5)) - 1
-    assert engine.memory_used == positions * 2 * 2 * 64 * 4  # keys and values x layers x width x bytes
-
-
-def test_a_conversation_that_is_too_long_is_kept_as_far_as_there_is_room(loaded: Loaded, work: Work) -> None:
-    messages = messages_of("word " * 150)
-    whole = length_of(loaded, messages)
-    engine = engine_for(
-        loaded, conversation_bytes=100 * 2 * 2 * 64 * 4
-    )  # positions x keys and values x layers x width x bytes
-    expected = ask(engine, loaded, messages)
-    assert 0 < engine.memory_used <= engine.limits.conversation_bytes
-    assert ask(engine, loaded, messages) == expected
-    assert work.of()[0] == [whole, whole - 100]
+    assert engine.memory_used == positions * POSITION
 
 
 def test_no_memory_is_no_memory(loaded: Loaded, work: Work) -> None:
-    engine = engine_for(loaded, conversation_bytes=0)
+    engine = engine_for(loaded, keeps=False)
     assert ask(engine, loaded, messages_of("Hello.")) == ask(engine, loaded, messages_of("Hello."))
     first, second = work.of()[0]
     assert first == second

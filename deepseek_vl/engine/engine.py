@@ -23,11 +23,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl.engine.decode_step import Step, compile_step
-from deepseek_vl.engine.generation import Generation, PromptTooLongError
-from deepseek_vl.engine.kv_cache import RowCache
-from deepseek_vl.engine.limits import EngineLimits
-from deepseek_vl.engine.prefix_cache import Caches
+from deepseek_vl.engine.generation import Generation, MemoryBudgetError, PromptTooLongError
+from deepseek_vl.engine.kv_cache import STEP, RowCache
+from deepseek_vl.engine.limits import EngineLimits, default_memory
+from deepseek_vl.engine.prefix_cache import Caches, weight_bytes
 from deepseek_vl.engine.prompt import Prompt
+from deepseek_vl.kernels.device import free_memory
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.modeling_vlm import CACHE
 
@@ -49,12 +50,14 @@ class _Row:
     """An answer's place.
 
     Attributes:
+        reserved_bytes: set aside for its keys and values, and pixels.
         prompt, cache: None until the prompt's turn comes; the cache holds as much of it and of the answer as has run.
         features: encoded images of the prompt, by their keys; None as soon as all of the prompt has run.
         caches: which it began with; weak, so that what is forgotten is free at once.
     """
 
     generation: Generation
+    reserved_bytes: int
     prompt: Prompt | None = None
     cache: RowCache | None = None
     features: dict[bytes, torch.Tensor] | None = field(default_factory=dict)
@@ -91,6 +94,7 @@ class Engine:
         self._caches: Caches | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
         self._rows: list[_Row] = []
+        self._memory_bytes = self.limits.memory_bytes
         self._piece = PIECE if model.device.type == "cpu" else LARGEST_PIECE
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -116,6 +120,34 @@ class Engine:
             raise PromptTooLongError(tokens, self.positions)
 
     @property
+    def memory_bytes(self) -> int:
+        """The budget for everything that grows, see `EngineLimits.memory_bytes`."""
+        if self._memory_bytes is None:
+            self._memory_bytes = default_memory(weight_bytes(self.model), free_memory(self.model.device))
+        return self._memory_bytes
+
+    def check_memory(self, generation: Generation) -> None:
+        """Check that a generation fits into the budget when it is alone.
+
+        Raises:
+            MemoryBudgetError: if it does not.
+        """
+        needed = self._needed_bytes(generation)
+        if needed > self.memory_bytes:
+            answer = generation.max_tokens - generation.prompt_tokens
+            raise MemoryBudgetError(
+                f"The prompt of {generation.prompt_tokens} tokens and an answer of up to {answer} may take "
+                f"{needed / 2**20:.1f} MiB of memory, and there are {self.memory_bytes / 2**20:.1f} for all; shorten "
+                "the prompt, ask for fewer tokens, or raise the limit (--memory_mb)."
+            )
+
+    def _needed_bytes(self, generation: Generation) -> int:
+        config, pixels = self.model.config.language_config, generation.inputs["pixel_values"]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
+        return (generation.max_tokens + STEP) * per_token + (0 if pixels is None else pixels.nbytes)
+
+    @property
     def waiting(self) -> int:
         """How many answers have not begun."""
         return len(self._waiting)
@@ -127,9 +159,9 @@ class Engine:
 
     @property
     def memory_used(self) -> int:
-        """How many bytes are kept of answers that have ended: keys and values, and encoded images."""
+        """How many bytes of the budget are in use: set aside for running answers, or kept of those that have ended."""
         caches = self._caches
-        return 0 if caches is None else caches.nbytes
+        return sum(row.reserved_bytes for row in list(self._rows)) + (0 if caches is None else caches.nbytes)
 
     def compile(self, processor: VLChatProcessor, progress: Callable[[str], None] = logger.info) -> None:
         """Compile what the model runs for each token of an answer, and on GPUs its vision tower, by `torch.compile`.
@@ -219,15 +251,35 @@ class Engine:
                     return
 
     def _admit(self) -> None:
-        """Give waiting generations a row while there are any."""
-        while self._waiting and len(self._rows) < self.limits.max_rows:
+        """Give waiting generations a row, in order, while there are any and memory for what they may need."""
+        while len(self._rows) < self.limits.max_rows:
             with self._lock:  # `close` must find it in one place or the other
-                self._rows.append(_Row(self._waiting.popleft()))
+                if not self._waiting:
+                    return
+                needed = self._needed_bytes(self._waiting[0])
+                if self._rows and needed > self._unreserved():
+                    return
+                self._make_room(needed)
+                self._rows.append(_Row(self._waiting.popleft(), needed))
+
+    def _unreserved(self) -> int:
+        return self.memory_bytes - sum(row.reserved_bytes for row in self._rows)
+
+    def _make_room(self, needed: int = 0) -> None:
+        """Let what is kept take what is not set aside for rows, less what is needed for one more."""
+        if (caches := self._caches) is not None:  # another thread may forget them
+            caches.limit(self._unreserved() - needed)
 
     def _drop_cancelled(self) -> None:
         for row in list(self._rows):
             if row.generation.cancelled.is_set():
                 self._end(row)
+        with self._lock:
+            left = [generation for generation in self._waiting if generation.cancelled.is_set()]
+            for generation in left:
+                self._waiting.remove(generation)
+        for generation in left:
+            generation.end()
 
     def _run_prompts(self) -> None:
         """Run prompts in the order of their coming, piece by piece, until it is the answers' turn."""
@@ -301,6 +353,8 @@ class Engine:
 
     def _end(self, row: _Row, error: BaseException | None = None) -> None:
         """Let go of a row, and keep what it leaves for later prompts."""
+        row.reserved_bytes = 0  # what it leaves counts among what is kept
+        self._make_room()
         try:
             if not row.generation.done.is_set():
                 row.generation.end(error)
@@ -317,6 +371,7 @@ class Engine:
         if caches is None or not caches.hold_for(self.model):
             self.step.forget()
             self._caches = caches = Caches(self.model, self.limits)
+            self._make_room()
         return caches
 
     def _remember(self, row: _Row) -> None:

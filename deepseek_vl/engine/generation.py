@@ -41,6 +41,10 @@ class PromptTooLongError(ValueError):
         self.positions = positions
 
 
+class MemoryBudgetError(ValueError):
+    """A prompt and its answer take more memory than there is for all answers."""
+
+
 class Generation:
     """One answer in the making, for `Engine.submit`.
 
@@ -54,6 +58,7 @@ class Generation:
     Attributes:
         model: the engine's, which is kept as long as the answer is wanted.
         prompt_tokens: length of the prompt.
+        max_tokens: of prompt and answer together.
         cached_tokens: how many of them an earlier answer had left, so that they did not run again.
         cancelled: set it to end the answer within one token.
         done: is set when the engine has let go of it.
@@ -62,6 +67,7 @@ class Generation:
     Raises:
         ValueError: if `inputs` has several rows.
         PromptTooLongError: if its prompt leaves no room for an answer.
+        MemoryBudgetError: if it can never have the memory that it may need.
     """
 
     def __init__(
@@ -86,6 +92,8 @@ class Generation:
         self._detokenizer = Detokenizer(engine.tokenizer, settings.stop)
         self._end_token = engine.tokenizer.eos_token_id
         self._max_new_tokens = min(settings.max_new_tokens, engine.positions - self.prompt_tokens)
+        self.max_tokens = self.prompt_tokens + self._max_new_tokens
+        engine.check_memory(self)
         self._generator: torch.Generator | None = None
         if settings.seed is not None and not settings.greedy:
             self._generator = torch.Generator(self.model.device).manual_seed(settings.seed)

@@ -22,23 +22,27 @@ class EngineLimits:
     Attributes:
         max_rows: how many answers make up a batch.
         prefill_seconds: about so long prompts are run, piece by piece, before running answers get their next token.
-        conversation_bytes: memory for keys and values of conversations that have ended, on the model's device; 0 to
-            keep none, None for a share of the weights' size (see `room_for_conversations`).
-        image_bytes: memory for encoded images: 50 of the 1.3B model's in bfloat16, or 25 of the 7B model's.
+        memory_bytes: memory on the model's device for everything that grows: keys and values of running answers, for
+            which as much is set aside as prompt and answer may need; and in what is left, what is kept of answers that
+            have ended, least recently used first to go. None for `default_memory`.
+        image_bytes: how much of that may be encoded images: 50 of the 1.3B model's in bfloat16, or 25 of the 7B's.
+        keeps: whether anything is kept of answers that have ended.
     """
 
     max_rows: int = 16
     prefill_seconds: float = 0.2
-    conversation_bytes: int | None = None
+    memory_bytes: int | None = None
     image_bytes: int = 128 << 20
+    keeps: bool = True
 
-    def room_for_conversations(self, weight_bytes: int) -> int:
-        """Bytes for conversations of a model whose weights take so many.
 
-        By default a quarter of the weights, or 256 MiB if that is more: in bfloat16 that is 5,000 tokens for the 1.3B
-        model and 7,500 for the 7B model.
-        """
-        return max(weight_bytes // 4, 256 << 20) if self.conversation_bytes is None else self.conversation_bytes
+def default_memory(weight_bytes: int, free_bytes: int) -> int:
+    """`EngineLimits.memory_bytes` of a model whose weights take so much, on a device with so much left beside them.
+
+    As much as the weights (1 GiB at least), if that is at most half of what is left: in bfloat16 22,000 tokens of the
+    1.3B model, and 30,000 of the 7B model. The other half is for what a step needs for itself.
+    """
+    return min(max(weight_bytes, 1 << 30), free_bytes // 2)
 
 
 @dataclass(frozen=True)

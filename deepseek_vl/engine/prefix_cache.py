@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.prompt import PromptImage
+from deepseek_vl.kernels.int8 import Int8Linear
 from deepseek_vl.kernels.weight_only import stored_bytes
 from deepseek_vl.models import MultiModalityCausalLM
 
@@ -30,6 +31,12 @@ def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
     # Addresses alone may be used again. The reference is weak: it does not keep the weights.
     states = ((StorageWeakRef(w.untyped_storage()), w._version, w.dtype, w.shape) for w in weights)
     return (model.training, *itertools.chain.from_iterable(states))
+
+
+def weight_bytes(model: MultiModalityCausalLM) -> int:
+    """How much memory a model's weights take, as they are stored."""
+    of_int8 = (module.weight_bytes for module in model.modules() if isinstance(module, Int8Linear))
+    return sum(map(stored_bytes, _weights(model))) + sum(of_int8)
 
 
 def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
@@ -57,11 +64,18 @@ class LRUCache(Generic[Value]):
 
     def put(self, key: bytes, value: Value) -> None:
         """Add a new value, unless it is too large."""
-        if value.nbytes > self.max_bytes:
-            return
-        self._values[key] = value
-        self.nbytes += value.nbytes
-        while self.nbytes > self.max_bytes:
+        if value.nbytes <= self.max_bytes:
+            self._shrink(self.max_bytes - value.nbytes)
+            self._values[key] = value
+            self.nbytes += value.nbytes
+
+    def limit(self, max_bytes: int) -> None:
+        """Take no more than so much from now on."""
+        self.max_bytes = max_bytes
+        self._shrink(max_bytes)
+
+    def _shrink(self, nbytes: int) -> None:
+        while self.nbytes > max(nbytes, 0):
             self.drop(next(iter(self)))
 
     def drop(self, key: bytes) -> None:
@@ -98,17 +112,11 @@ class PrefixCache(LRUCache[RowCache]):
         return self.use(shared).prefix(longest, room=len(content) - longest + STEP)
 
     def keep(self, content: np.ndarray, cache: RowCache) -> None:
-        """Keep a conversation's keys and values, or as much of them as there is room for.
-
-        The cache is then no longer the caller's.
-        """
+        """Keep a conversation's keys and values, if there is room. The cache is then no longer the caller's."""
+        if cache.nbytes - cache.spare_bytes > self.max_bytes:
+            return
         if cache.spare_bytes > cache.nbytes // 10:
             cache = cache.prefix(len(content))
-        if cache.nbytes > self.max_bytes:
-            length = min(len(content), self.max_bytes // cache.prefix(1).nbytes)
-            if length <= 0:
-                return
-            content, cache = content[:length], cache.prefix(length)
         key = content.tobytes()
         for other in list(self):
             if other.startswith(key):
@@ -140,8 +148,15 @@ class Caches:
 
     def __init__(self, model: MultiModalityCausalLM, limits: EngineLimits):
         self._weights = weights_state(model)
-        self.images = ImageFeatures(limits.image_bytes)
-        self.prefixes = PrefixCache(limits.room_for_conversations(sum(map(stored_bytes, _weights(model)))))
+        self._limits = limits
+        self.images = ImageFeatures(0)
+        self.prefixes = PrefixCache(0)
+
+    def limit(self, max_bytes: int) -> None:
+        """Take no more than so much from now on."""
+        if self._limits.keeps:
+            self.images.limit(min(self._limits.image_bytes, max_bytes))
+            self.prefixes.limit(max_bytes - self.images.nbytes)
 
     @property
     def nbytes(self) -> int:

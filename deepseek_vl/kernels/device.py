@@ -1,5 +1,8 @@
 """Which device and dtype to compute in, and what can be quantised there."""
 
+from pathlib import Path
+
+import psutil
 import torch
 
 from deepseek_vl.kernels.policy import features
@@ -29,6 +32,21 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if not available.get(picked.type, True) or (picked.index or 0) >= devices:
         raise ValueError(f"Device {str(device)!r} is not available on this machine; use --device cpu or auto.")
     return picked
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now: what the system, a container or the driver has left."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    if device.type == "mps":
+        return min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:  # of a container
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return free
+    return min(free, limit - used)
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:

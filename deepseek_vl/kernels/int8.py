@@ -52,6 +52,11 @@ class Int8Linear(nn.Module):
         self._middle = torch.tensor([self._zero + 0.5])
         self.eval()
 
+    @property
+    def weight_bytes(self) -> int:
+        """How much memory the weight takes."""
+        return self.in_features * self.out_features
+
     @torch.no_grad()
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype, without a gradient."""

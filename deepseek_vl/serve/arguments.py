@@ -11,12 +11,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deepseek_vl.command_line import add_loading, starting
+from deepseek_vl.command_line import add_loading, positive, starting
 from deepseek_vl.engine.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from deepseek_vl.engine.engine import Engine
-    from deepseek_vl.engine.limits import EngineLimits
     from deepseek_vl.models import VLChatProcessor
 
 logger = logging.getLogger(__name__)
@@ -55,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings,
     add("--model_path", help=about, **model_path)
     add_loading(parser)
     add("--compile", action="store_true", help="compile the model first, in a minute or two: answers are faster then")
+    add(
+        "--memory_mb", type=positive, metavar="MB",
+        help="memory for running answers and for going on with earlier conversations "
+        "(default: the weights' size, at least 1024, at most half of what is free)",
+    )  # fmt: skip
     add("--max_gen_len", type=int, default=defaults.max_new_tokens, help="tokens per answer (default: %(default)s)")
     for name, parameter in SAMPLING.items():
         about = f"{parameter.help} (default: %(default)s)"
@@ -73,12 +77,13 @@ def settings_of(args: argparse.Namespace) -> GenerationSettings:
 def open_engine(
     args: argparse.Namespace,
     model_path: str,
-    limits: EngineLimits | None = None,
+    max_rows: int | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> tuple[Engine, VLChatProcessor]:
     """Load a model as the arguments say, and make its engine; the model's processor comes along.
 
     Args:
+        max_rows: how many answers make up a batch; None for the default.
         progress: gets a line of text whenever compiling something begins.
 
     Raises:
@@ -87,13 +92,15 @@ def open_engine(
     with starting():
         from deepseek_vl.engine.decode_step import check_compile
         from deepseek_vl.engine.engine import Engine
+        from deepseek_vl.engine.limits import EngineLimits
         from deepseek_vl.kernels.device import pick_device
         from deepseek_vl.utils.io import load_pretrained_model
 
         if args.compile:
             check_compile(pick_device(args.device), args.quantize)
         tokenizer, processor, model = load_pretrained_model(model_path, args.device, args.dtype, args.quantize)
-    engine = Engine(model, tokenizer, limits)
+    memory_bytes = None if args.memory_mb is None else args.memory_mb << 20
+    engine = Engine(model, tokenizer, EngineLimits(max_rows or EngineLimits.max_rows, memory_bytes=memory_bytes))
     if args.compile:
         engine.compile(processor, progress)
     return engine, processor

@@ -33,10 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_waiting", type=positive, default=RequestLimits.waiting, help="requests in line (default: %(default)s)"
     )
     parser.add_argument(
-        "--memory_mb", type=int, metavar="MB",
-        help="for continuing earlier conversations (default: a quarter of the weights' size, at least 256; 0: none)",
-    )  # fmt: skip
-    parser.add_argument(
         "--grace", type=positive, default=10, metavar="SECONDS",
         help="that running answers have to end when the server is told to stop (default: %(default)s)",
     )  # fmt: skip
@@ -64,8 +60,7 @@ def _run(args: argparse.Namespace) -> None:
         from deepseek_vl.serve.api.fetch import ImageFetcher
 
     logger.info("Loading %s ...", args.model_path)
-    memory = None if args.memory_mb is None else args.memory_mb << 20
-    engine, processor = open_engine(args, args.model_path, EngineLimits(args.max_batch, conversation_bytes=memory))
+    engine, processor = open_engine(args, args.model_path, args.max_batch)
     limits = RequestLimits(waiting=args.max_waiting)
     domains = tuple(domain.lower().strip(".") for domain in args.allow_image_urls or ())
     service = Service(

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deepseek_vl.engine.engine import Engine
-from deepseek_vl.engine.generation import END, Generation, PromptTooLongError
+from deepseek_vl.engine.generation import END, Generation, MemoryBudgetError, PromptTooLongError
 from deepseek_vl.engine.limits import RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
 from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, data_url_bytes
@@ -152,7 +152,10 @@ class Service:
         inputs = self.processor(prompt=prompt, ids=ids, images=images)
         inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
         stop_words = as_stop_words(self.processor.new_chat_template().stop_str)
-        return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)
+        try:
+            return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)
+        except MemoryBudgetError as error:
+            raise APIError(str(error), "messages", "context_length_exceeded") from error
 
     async def begin(self, request: ChatCompletionRequest, answer: "_Answer") -> None:
         """Prepare a request's prompt and pictures, and give them to the engine.

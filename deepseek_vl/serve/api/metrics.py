@@ -23,7 +23,10 @@ class Metrics:
         self.cached_tokens = Counter(
             "deepseek_vl_cached_tokens", "Tokens of prompts that did not run again.", registry=registry
         )
-        self._memory = Gauge("deepseek_vl_memory_bytes", "What is kept of earlier answers.", registry=registry)
+        self._memory = Gauge(
+            "deepseek_vl_memory_bytes", "Set aside for running answers, or kept of earlier ones.", registry=registry
+        )
+        self._budget = Gauge("deepseek_vl_memory_budget_bytes", "Limit of the memory in use.", registry=registry)
         self._running = Gauge("deepseek_vl_running", "Answers being generated.", registry=registry)
         self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
 
@@ -32,4 +35,5 @@ class Metrics:
         self._running.set(engine.running)
         self._waiting.set(engine.waiting)
         self._memory.set(engine.memory_used)
+        self._budget.set(engine.memory_bytes)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -46,11 +46,14 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self._own([states[:, :, :0] for states in (key_states, value_states)], 0)
             self.reserve(self._room)
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        for buffer, states in zip(self.reserve(end), (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.show(end)
+        return self.append(key_states, value_states)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> Buffers:
+        """`update`, of a layer that holds something already."""
+        start, new = self.keys.shape[2], keys.shape[2]
+        for buffer, states in zip(self.reserve(start + new), (keys, values), strict=True):
+            buffer.narrow(2, start, new).copy_(states)  # quicker than an index, which counts: see `_RowsLayer`
+        self.show(start + new)
         return self.keys, self.values
 
     def reserve(self, length: int) -> Buffers:
@@ -58,11 +61,12 @@ class GrowingLayer(DynamicLayer):
         if length > self._buffers[0].shape[2]:
             length = -(-(length + STEP - 1) // STEP) * STEP
             self._own([_widened(held, length) for held in (self.keys, self.values)], self.get_seq_length())
-        return tuple(self._buffers)
+        return self._buffers
 
     def show(self, length: int) -> None:
         """Hold the first so many positions of the buffers."""
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = self._buffers
+        self.keys, self.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
 
     def borrow(self, buffers: Buffers) -> None:
         """Hold the same in buffers of another's, which are long enough."""
@@ -91,7 +95,7 @@ class GrowingLayer(DynamicLayer):
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
-        self._buffers, self.is_borrowed = list(buffers), False
+        self._buffers, self.is_borrowed = tuple(buffers), False
         self.show(length)
 
 
@@ -170,9 +174,8 @@ class _RowsLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Append [rows, heads, 1, head_dim]; returns each row's keys, and values, [1, heads, length, head_dim]."""
-        rows = zip(self._rows, key_states.split(1), value_states.split(1), strict=True)
-        keys, values = zip(*(row.update(key, value) for row, key, value in rows), strict=True)
-        return list(keys), list(values)
+        pairs = list(map(GrowingLayer.append, self._rows, key_states.split(1), value_states.split(1)))
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
 
 
 class SharedBuffers:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -51,12 +52,17 @@ def attend(
     Returns:
         [B, T, heads, head_dim] in the query's dtype, and no weights.
     """
+    is_to_widen = many if query.shape[2] >= MANY_ROWS else few
+    is_to_widen &= query.dtype in NARROW and query.device.type == "cpu" and not torch.is_grad_enabled()
     if isinstance(key, list):
         rows = zip(query.split(1), key, value, strict=True)
-        attended = [attend(module, *row, None, few=few, many=many, **kwargs)[0] for row in rows]
-        return torch.cat(attended), None
-    is_to_widen = many if query.shape[2] >= MANY_ROWS else few
-    if not is_to_widen or query.dtype not in NARROW or query.device.type != "cpu" or torch.is_grad_enabled():
+        if is_to_widen:
+            attended = torch.cat([attend(module, *row, None, few=few, many=many, **kwargs)[0] for row in rows])
+        else:
+            options = {"scale": kwargs.get("scaling"), "enable_gqa": query.shape[1] != key[0].shape[1]}
+            attended = torch.cat([F.scaled_dot_product_attention(*row, **options) for row in rows]).transpose(1, 2)
+        return attended, None
+    if not is_to_widen:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape
     queries_per_key = query.shape[1] // kv_heads

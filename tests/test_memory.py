@@ -391,10 +391,9 @@ def needed(loaded: Loaded, messages: list[dict[str, Any]], length: int) -> int:
 
 def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work) -> None:
     questions = [messages_of(f"{i} " * 100) for i in range(6)]
-    unbounded = engine_for(loaded)
-    ask(unbounded, loaded, questions[0])
-    one = unbounded.memory_used
-    engine = engine_for(loaded, memory_bytes=2 * one + needed(loaded, questions[0], 30))
+    longest = max(questions, key=lambda messages: length_of(loaded, messages))
+    one = (length_of(loaded, longest) + 20) * POSITION
+    engine = engine_for(loaded, memory_bytes=2 * one + needed(loaded, longest, 30))
     for messages in questions:
         ask(engine, loaded, messages)
         assert engine.memory_used <= engine.memory_bytes

@@ -328,7 +328,10 @@ class Engine:
         lengths = [row.cache.get_seq_length() for row in rows]
         try:
             logits = self._logits(rows)
-        except Exception:
+        except Exception as failure:
+            if len(rows) == 1 and not isinstance(failure, torch.OutOfMemoryError):
+                self._end(rows[0], failure)
+                return
             logger.warning("A step of %d answers failed: each goes on alone.", len(rows), exc_info=True)
             self.forget()  # memory may be what it wanted
             for row, length in zip(rows, lengths, strict=True):

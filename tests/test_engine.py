@@ -152,16 +152,21 @@ def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: L
     assert first.token_ids == alone(loaded, asked[0][0], 150)[: len(first.token_ids)]
 
 
+def check_that_it_failed_alone(loaded: Loaded, bad: Generation, good: Generation) -> None:
+    """Of two that were submitted, `good` asked "Hello."."""
+    assert good.done.wait(60)
+    assert bad.done.wait(60)
+    assert good.token_ids == alone(loaded, messages_of("Hello."), good.max_tokens - good.prompt_tokens)
+    assert bad.finish_reason is None
+
+
 def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
     engine = engine_for(loaded)
     good, bad = (generation_of(engine, loaded, messages_of("Hello."), 60) for _ in range(2))
     bad.inputs["images_seq_mask"][0, 3] = True
     engine.submit(good)
     engine.submit(bad)
-    assert good.done.wait(60)
-    assert bad.done.wait(60)
-    assert good.token_ids == alone(loaded, messages_of("Hello."), 60)
-    assert bad.finish_reason is None
+    check_that_it_failed_alone(loaded, bad, good)
     assert "[1] image positions" in next(
         str(item) for item in iter(bad.pieces.get, None) if isinstance(item, ValueError)
     )
@@ -214,10 +219,7 @@ def test_a_reader_that_fails_ends_its_own_answer(loaded: Loaded) -> None:
     bad._sink = fail
     for generation in (bad, good):
         engine.submit(generation)
-    assert good.done.wait(60)
-    assert bad.done.wait(60)
-    assert good.token_ids == alone(loaded, messages_of("Hello."), 60)
-    assert bad.finish_reason is None
+    check_that_it_failed_alone(loaded, bad, good)
     wait_until(lambda: engine.running == 0, 5)
 
 
@@ -252,9 +254,7 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
     assert second.token_ids == alone(loaded, long, 5)
 
 
-def test_stop_is_obeyed_within_a_piece_of_a_prompt(
-    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_is_obeyed_within_a_piece_of_a_prompt(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has run by then is kept for the next prompt that begins so."""
     monkeypatch.setattr(engine_module, "PIECE", 16)
     _, model, _ = loaded
@@ -529,10 +529,7 @@ def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded, monkeypatch
     bad = generation_of(engine, loaded, messages_of("Hello."), 40, temperature=0.001, repetition_penalty=0.01)
     for generation in (good, bad):
         engine.submit(generation)
-    assert good.done.wait(60)
-    assert bad.done.wait(60)
-    assert good.token_ids == alone(loaded, messages_of("Hello."), 40)
-    assert bad.finish_reason is None
+    check_that_it_failed_alone(loaded, bad, good)
 
 
 def test_scores_stay_finite_at_the_bounds_of_the_settings(loaded: Loaded) -> None:

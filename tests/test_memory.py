@@ -3,6 +3,7 @@
 import gc
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from deepseek_vl.engine.prefix_cache import ImageFeatures, weight_bytes
 from deepseek_vl.engine.prompt import Prompt, PromptImage
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
+from deepseek_vl.kernels import device as device_module
+from deepseek_vl.kernels.device import free_memory
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.models.modeling_vlm import CACHE
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
@@ -405,6 +408,17 @@ def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work)
     assert min(positions[4:]) > 100
 
 
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that it has read do not count as used."""
+    for name, text in (("max", "5000000"), ("current", "4500000"), ("stat", "anon 1500000\ninactive_file 3000000")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    of_the_machine = free_memory(torch.device("cpu"))
+    monkeypatch.setattr(device_module, "CGROUP", tmp_path)
+    assert free_memory(torch.device("cpu")) == 3_500_000 < of_the_machine
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 3_500_000
+
+
 def test_what_is_kept_gives_way_to_what_runs(loaded: Loaded) -> None:
     messages, long = messages_of("Hello."), messages_of("word " * 150)
     engine = engine_for(loaded, memory_bytes=needed(loaded, long, 20) + 10 * POSITION)
@@ -432,6 +446,7 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
     ended: list[int] = []
     while len(ended) < len(generations):
         ended += [i for i, generation in enumerate(generations) if generation.done.is_set() and i not in ended]
+        time.sleep(0.01)  # a loop without a pause would take the engine's turn
     hook.remove()
     assert max(used) <= engine.memory_bytes
     assert max(running) == 2

@@ -7,6 +7,9 @@ import torch
 
 from deepseek_vl.kernels.policy import features
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says how much memory a container may have (version 2)."""
+
 QUANTIZATIONS = {"cpu": ("int8",), "cuda": ("int8", "int4")}
 """The ways to quantise a model's weights when it is loaded, by the kind of device."""
 
@@ -43,10 +46,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:  # of a container
-        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # there is none, or it is "max"
         return free
-    return min(free, limit - used)
+    # Files that were read, such as weights, count as used, and give way.
+    return min(free, max(limit - used + int(statistics["inactive_file"]), 0))
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:

@@ -1,5 +1,6 @@
 """The web page in a real browser."""
 
+import concurrent.futures
 import json
 import re
 import socket
@@ -386,6 +387,29 @@ def test_auth_keeps_strangers_out(browser: sync_api.Browser, guarded: int) -> No
         page.locator("#message textarea").wait_for(timeout=30_000)
 
 
+def test_a_wrong_password_waits_and_a_right_one_does_not(guarded: int) -> None:
+    """Nor does it behind many wrong ones."""
+
+    def log_in(password: str) -> tuple[int, float]:
+        begun = time.monotonic()
+        form = {"username": "ada", "password": password}
+        answer = httpx.post(f"http://127.0.0.1:{guarded}/login", data=form, timeout=60)
+        return answer.status_code, time.monotonic() - begun
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        wrong = [pool.submit(log_in, "byron") for _ in range(16)]
+        status, seconds = log_in("lovelace")
+        assert status == 200
+        assert seconds < min(guess.result()[1] for guess in wrong)
+    assert {guess.result()[0] for guess in wrong} == {400}
+    assert min(guess.result()[1] for guess in wrong) >= 1
+
+
+def test_the_page_answers_to_its_own_names(guarded: int) -> None:
+    for host, status in (("127.0.0.1", 200), (f"LOCALHOST:{guarded}", 200), ("rebound.example", 421), ("", 421)):
+        assert httpx.get(f"http://127.0.0.1:{guarded}/", headers={"Host": host}).status_code == status, host
+
+
 def test_it_listens_on_this_machine_only(guarded: int) -> None:
     listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == guarded]
     assert {address.ip for address in listening} == {"127.0.0.1"}
@@ -397,6 +421,9 @@ def test_it_listens_on_this_machine_only(guarded: int) -> None:
         (["--model_path", "no/such/model/"], "There is no checkpoint directory"),
         (["--auth", "ada"], "--auth is a name and a password"),
         (["--port", "many"], "argument --port"),
+        (["--port", "99999", "--model_path", "no/such/model/"], "--port 99999 is not between 0 and 65535"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid cannot be found"),
+        (["--allowed_host", "http://name"], "--allowed_host http://name is no name"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,17 @@ class RequestLimits:
     """What a stranger may ask of a server.
 
     Attributes:
+        head_seconds: until a request's head has arrived.
         body_bytes: of a request, or of an upload.
         body_seconds: until a request's body has arrived.
+        bodies_bytes: of all requests together that are being read, up to their pictures.
+        json_values: names and values in a body: as many as the messages that fit a model.
+        json_depth: of lists and objects in each other.
+        json_digits: of a number.
+        json_escapes: backslashes in a body; Chinese text may have one for every character.
+        send_seconds: for a client to take some of its answer.
+        refusal_seconds: that a wrong key or password waits for its answer.
+        refusals: how many wait so at a time.
         waiting: requests that wait for a place; more are turned away.
         images: in one message or request.
         pictures: of one image.
@@ -61,8 +70,17 @@ class RequestLimits:
         fetch_redirects: for one.
     """
 
+    head_seconds: float = 10.0
     body_bytes: int = 32 << 20
     body_seconds: float = 60.0
+    bodies_bytes: int = 256 << 20
+    json_values: int = 20_000
+    json_depth: int = 16
+    json_digits: int = 1000
+    json_escapes: int = 1_000_000
+    send_seconds: float = 60.0
+    refusal_seconds: float = 1.0
+    refusals: int = 64
     waiting: int = 64
     images: int = 16
     pictures: PictureLimits = PICTURES

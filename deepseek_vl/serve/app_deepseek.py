@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
+from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, end_within, names_of
 from deepseek_vl.serve.web.page import DEFAULTS, create_page, launch
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="app_deepseek.py", description="A web page to chat with DeepSeek-VL models.")
     add_arguments(parser, DEFAULTS, action="append")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8122, help="(default: %(default)s)")
+    add_listening(parser, 8122)
     parser.add_argument("--share", action="store_true", help="also through a public address of gradio.live")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
     return parser
@@ -37,15 +37,19 @@ def _run(args: argparse.Namespace) -> None:
     if args.auth is not None and not (user and separator and password):
         raise ValueError("--auth is a name and a password with a colon between them.")
     settings = settings_of(args)
+    check_port(args.host, args.port)
+    names = names_of(args.host, args.allowed_host)
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
         # A directory's name is enough to choose by; where it is, is the server's business.
         name = Path(path).resolve().name if Path(path).is_dir() else path
         models[path if name in models else name] = open_engine(args, path)
-    launch(
-        create_page(models, settings), args.host, args.port, (user, password) if args.auth else None, share=args.share
-    )
+    auth = (user, password) if args.auth else None
+    # Who comes through the public address asks for a name that is not known before.
+    names = None if args.share else names
+    launch(create_page(models, settings), args.host, args.port, auth, names, share=args.share)
+    end_within(END_SECONDS)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.limits import PAGE_ANSWERS, PAGE_LIMITS
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.serve.arguments import SAMPLING
+from deepseek_vl.serve.listening import OwnNames, Patience
 from deepseek_vl.serve.web.chat import WebChat
 
 TITLE = "DeepSeek-VL"
@@ -147,21 +151,51 @@ def _slider(label: str, least: float, most: float, step: float, value: float) ->
     return gr.Slider(least, max(most, value), value, step=step, label=label)
 
 
-def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = None, **options: Any) -> None:
+class _SlowLogin:
+    """Middleware that has whoever gives a wrong password wait for the answer."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self._patience = Patience(PAGE_LIMITS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def slowly(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                await self._patience.wait()
+            await send(message)
+
+        is_login = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/login")
+        await self.app(scope, receive, slowly if is_login else send)
+
+
+def launch(
+    page: gr.Blocks,
+    host: str,
+    port: int,
+    auth: tuple[str, str] | None = None,
+    names: frozenset[str] | None = None,
+    **options: Any,
+) -> None:
     """Serve a page as it is meant to look, until the process is told to stop.
 
     Args:
+        names: that the server answers to, see `names_of`; None for all.
         options: further arguments of `gr.Blocks.launch`.
 
     Raises:
         OSError: if the port is not free.
     """
+    middleware = [Middleware(_SlowLogin)]
+    if names is not None:
+        refusal = PlainTextResponse("This server does not go by that name; see --allowed_host.\n", 421)
+        middleware.insert(0, Middleware(OwnNames, names=names, refusal=refusal))
     page.launch(
         server_name=host,
         server_port=port,
         auth=auth,
         max_threads=PAGE_ANSWERS + 16,
         max_file_size=PAGE_LIMITS.body_bytes,
+        app_kwargs={"middleware": middleware},
         # No fonts and no scripts from elsewhere: the page works without the internet.
         theme=gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

@@ -1,0 +1,169 @@
+"""What servers share beside their work: where they listen, the names they answer to, wrong passwords, and their end.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from deepseek_vl.engine.limits import RequestLimits
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+END_SECONDS = 15
+"""How long a server may take for what is left to do when it has been told to stop, and its answers have ended."""
+
+_HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
+
+
+def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
+    """The arguments that say where a server listens.
+
+    Args:
+        port: where it does by default.
+    """
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=port, help="(default: %(default)s; 0 for any that is free)")
+    add(
+        "--allowed_host", action="append", default=[], metavar="NAME",
+        help="a name by which clients may ask for the server, besides this machine's own; may be repeated",
+    )  # fmt: skip
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that a server can listen there; for what takes long, such as loading a model, comes before it does.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port} is not between 0 and 65535.")
+    for family, *_, address in _addresses(host, port):
+        try:
+            socket.create_server(address[:2], family=family).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(f"--port {port} of {host} cannot be listened on: {reason}; choose another.") from error
+
+
+def names_of(host: str, allowed: Iterable[str] = ()) -> frozenset[str] | None:
+    """The names that a server answers to; None for all, if others than this machine reach it and none are allowed.
+
+    A page in a browser can have its own name resolve to this machine (DNS rebinding), and then read what a server
+    answers. It cannot change the name that the browser asks for.
+
+    Args:
+        host: where the server listens.
+        allowed: further names.
+
+    Raises:
+        ValueError: for a host that cannot be found, or an allowed name that is none.
+    """
+    for name in allowed:
+        if not _is_address(name) and re.fullmatch(r"[^\s/:\[\]]+", name) is None:
+            raise ValueError(f"--allowed_host {name} is no name: it has no scheme, port or path.")
+    is_local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for *_, address in _addresses(host))
+    if not is_local and not allowed:
+        return None
+    return frozenset(_canonical(name) for name in ("localhost", "127.0.0.1", "::1", host, *allowed))
+
+
+def _addresses(host: str, port: int = 0) -> list[tuple]:
+    try:
+        return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host} cannot be found.") from error
+
+
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(_unwrapped(name)))
+    return False
+
+
+def _unwrapped(name: str) -> str:
+    return name.removeprefix("[").removesuffix("]").removesuffix(".").lower()
+
+
+def _canonical(name: str) -> str:
+    """One of the ways to write a name or an address."""
+    name = _unwrapped(name)
+    return str(ipaddress.ip_address(name)) if _is_address(name) else name
+
+
+def _name_in(header: str) -> str | None:
+    """The name in a Host header, without the port."""
+    match = _HOST.fullmatch(header)
+    return None if match is None or "/" in header else _canonical(match[1])
+
+
+class OwnNames:
+    """Middleware that answers only who asks for the server by one of its names.
+
+    Args:
+        names: as `names_of` gives them.
+        refusal: answers the others.
+    """
+
+    def __init__(self, app: ASGIApp, names: frozenset[str], refusal: ASGIApp):
+        self.app = app
+        self._names = names
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] in ("http", "websocket"):
+            hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            if len(hosts) != 1 or _name_in(hosts[0]) not in self._names:
+                app = self._refusal
+        await app(scope, receive, send)
+
+
+class Patience:
+    """Has clients wait that gave a wrong key or password, as guessing then takes long; others do not wait for it.
+
+    Args:
+        limits: what begins with `refusal` counts here.
+    """
+
+    def __init__(self, limits: RequestLimits):
+        self._limits = limits
+        self._waiting = 0
+
+    async def wait(self) -> bool:
+        """Wait; or return False at once if as many as may be wait already."""
+        if self._waiting >= self._limits.refusals:
+            return False
+        self._waiting += 1
+        try:
+            await asyncio.sleep(self._limits.refusal_seconds)
+        finally:
+            self._waiting -= 1
+        return True
+
+
+def end_within(seconds: float) -> None:
+    """End the process after some seconds if it has not ended by itself, whatever still runs in it; with exit code 1."""
+
+    def end() -> None:
+        logger.error("The server has not ended within %g seconds, and is broken off.", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()

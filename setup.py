@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").
 
 GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
-SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.32"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 
 setup(
@@ -56,6 +56,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
+            "schemathesis>=4.10",
         ],
         "gpu": GPU,
         "gradio": GRADIO,

@@ -1,10 +1,12 @@
 """The HTTP API: a real server process, the real `openai` client, many at once, and who leaves halfway."""
 
 import concurrent.futures
+import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ import httpx
 import openai
 import pytest
 from conftest import PARROT_ANSWERS, ROOT, data_url, wait_until
+
+from deepseek_vl.serve.listening import names_of
 
 COLOUR = "Colour?"
 
@@ -44,7 +48,8 @@ class Server:
 
     def metric(self, name: str, key: str = "none") -> float:
         text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
-        return next((float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0.0)
+        found = (line.rsplit(" ", 1) for line in text.splitlines())
+        return next((float(number) for label, number in found if label == name), 0.0)
 
     def wait_until_idle(self, seconds: float = 5) -> None:
         wait_until(lambda: not self.metric("deepseek_vl_running") + self.metric("deepseek_vl_waiting"), seconds)
@@ -159,10 +164,13 @@ def test_models_and_health(server: Server) -> None:
     with pytest.raises(openai.NotFoundError, match="this server has 'parrot'"):
         client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "Hi"}])
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    head = httpx.head(f"{server.url}/health")
+    assert (head.status_code, head.content) == (200, b"")
     missing = httpx.get(f"{server.url}/v1/embeddings")
     assert (missing.status_code, missing.json()["error"]["message"]) == (404, "There is no such route.")
     wrong = httpx.get(f"{server.url}/v1/chat/completions")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_a_conversation_goes_on_where_it_was(serve: Callable[..., Server], colours: dict[str, Path]) -> None:
@@ -197,7 +205,15 @@ def test_metrics_count_tokens_and_answers(server: Server) -> None:
     )
     assert answer.usage.completion_tokens == 9
     assert server.metric("deepseek_vl_completion_tokens_total") == before + 9
-    assert server.metric('deepseek_vl_requests_total{status="200"}') > 0
+    assert server.metric('deepseek_vl_requests_total{route="/v1/chat/completions",status="200"}') > 0
+    for path, route, status in (
+        ("/health", "/health", 200),
+        ("/v1/models/another", "/v1/models/{name:path}", 404),
+        ("/nowhere", "none", 404),
+    ):
+        before = server.metric(label := f'deepseek_vl_requests_total{{route="{route}",status="{status}"}}')
+        httpx.get(server.url + path)
+        assert server.metric(label) == before + 1
 
 
 def test_five_hundred_requests_of_sixty_four_clients_get_their_own_answers(serve: Callable[..., Server]) -> None:
@@ -266,7 +282,7 @@ def test_a_client_that_goes_away_frees_its_place(server: Server, stream: bool) -
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, timeout=1)
     server.wait_until_idle(2)
-    assert server.metric("deepseek_vl_completion_tokens_total") - before < 15000
+    assert 0 < server.metric("deepseek_vl_completion_tokens_total") - before < 15000
 
 
 def test_a_full_queue_turns_requests_away_and_recovers(serve: Callable[..., Server]) -> None:
@@ -289,10 +305,15 @@ def test_a_full_queue_turns_requests_away_and_recovers(serve: Callable[..., Serv
 def test_a_key_is_asked_for_on_every_route_but_health(serve: Callable[..., Server], how: str) -> None:
     server = serve("--api_key", "säsame") if how == "argument" else serve(DEEPSEEK_VL_API_KEY="säsame")
     assert httpx.get(f"{server.url}/health").status_code == 200
-    for key in (None, "Bearer sasame", "Basic säsame", "Bearer", "Bearer säsam", "säsame"):
+    wrong = [None, "Bearer sasame", "Basic säsame", "Bearer", "Bearer säsam", "säsame"]
+    routes = ["/v1/models", "/metrics", "/v1/chat/completions", "/nowhere", "/openapi.json"]
+
+    def ask(key: str | None, route: str) -> httpx.Response:
         headers = {} if key is None else {"Authorization": key.encode()}
-        for route in ("/v1/models", "/metrics", "/v1/chat/completions", "/nowhere"):
-            answer = httpx.get(server.url + route, headers=headers)
+        return httpx.get(server.url + route, headers=headers, timeout=30)
+
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:  # each waits for a second
+        for answer in pool.map(ask, *zip(*itertools.product(wrong, routes), strict=True)):
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
     good = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer säsame".encode()})
@@ -332,6 +353,10 @@ def test_a_shutdown_cancels_an_endless_answer(serve: Callable[..., Server]) -> N
         (["--max_batch", "0"], "0 is not above 0"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--dtype", "int8"], "Unknown dtype 'int8'"),
+        (["--port", "99999", "--model_path", "no/such/model"], "--port 99999 is not between 0 and 65535"),
+        (["--port", "-1"], "--port -1 is not between 0 and 65535"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid cannot be found"),
+        (["--allowed_host", "name:80"], "--allowed_host name:80 is no name"),
     ],
 )
 def test_wrong_arguments_are_one_line(parrot_checkpoint: Path, arguments: list[str], message: str) -> None:
@@ -340,6 +365,83 @@ def test_wrong_arguments_are_one_line(parrot_checkpoint: Path, arguments: list[s
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["deepseek_vl.serve.api", "deepseek_vl.serve.app_deepseek"])
+def test_a_port_in_use_is_said_before_a_model_is_loaded(module: str) -> None:
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", module, "--model_path", "no/such/model", "--port", str(port)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 1
+    assert f"--port {port} of 127.0.0.1 cannot be listened on: Address already in use" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_server_that_hangs_ends_all_the_same(parrot_checkpoint: Path, tmp_path: Path) -> None:
+    """Its engine does not end by itself."""
+    code = (
+        "import sys, time\n"
+        "from deepseek_vl.engine.engine import Engine\n"
+        "from deepseek_vl.serve.api import __main__ as api\n"
+        "Engine.close = lambda self: time.sleep(1000)\n"
+        "api.END_SECONDS = 2\n"
+        "api.main(sys.argv[1:])\n"
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", code, "--model_path", str(parrot_checkpoint), "--port", "0", "--grace", "1"]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT) as process:
+        try:
+            wait_until(lambda: "Uvicorn running on" in log.read_text() or process.poll() is not None, 120)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+    assert "has not ended within 3 seconds" in log.read_text()
+
+
+def test_a_local_server_answers_to_its_own_names(serve: Callable[..., Server]) -> None:
+    """Not to those of a page that had its name resolve to this machine."""
+    server = serve("--allowed_host", "box.example", "--allowed_host", "2001:db8::1")
+    port = int(server.url.rsplit(":", 1)[1])
+
+    def ask(lines: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(lines + b"Connection: close\r\n\r\n")
+            return b"".join(iter(lambda: connection.recv(10_000), b""))
+
+    for host in (
+        "127.0.0.1", "localhost", "LocalHost", "localhost.", f"localhost:{port}", "localhost:1", f"[::1]:{port}",
+        "[::1]", "[0:0:0:0:0:0:0:1]", "box.example", "BOX.example.:80", "[2001:db8::1]:8000",
+    ):  # fmt: skip
+        assert ask(b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n" % host.encode()).startswith(b"HTTP/1.1 200"), host
+    for host in (
+        "rebound.example", f"rebound.example:{port}", "", "localhost.example", "127.0.0.1.example", "example@localhost",
+        "localhost/", "rebound.example/?localhost", "[::2]", "[::1", "::1", "localhost:80:80", "169.254.169.254",
+        "xn--localhost-", "localhost:x", "localhost..", "localhost,rebound.example",
+    ):  # fmt: skip
+        answer = ask(b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n" % host.encode())
+        assert answer.startswith(b"HTTP/1.1 421"), host
+    assert b"--allowed_host" in answer
+    assert ask(b"GET /v1/models HTTP/1.1\r\n").startswith(b"HTTP/1.1 400")
+    assert ask(b"GET /v1/models HTTP/1.0\r\n").startswith(b"HTTP/1.1 421")
+    assert ask(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: a\r\n").startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "names"),
+    [
+        ("127.0.0.1", [], {"localhost", "127.0.0.1", "::1"}),
+        ("::1", [], {"localhost", "127.0.0.1", "::1"}),
+        ("localhost", ["Box."], {"localhost", "127.0.0.1", "::1", "box"}),
+        ("0.0.0.0", [], None),
+        ("", [], None),
+        ("0.0.0.0", ["box"], {"localhost", "127.0.0.1", "::1", "0.0.0.0", "box"}),
+    ],
+)
+def test_the_names_of_a_server(host: str, allowed: list[str], names: set[str] | None) -> None:
+    assert names_of(host, allowed) == names
 
 
 def test_nothing_but_loopback_is_listened_on(server: Server) -> None:

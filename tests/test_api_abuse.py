@@ -4,11 +4,17 @@ Names are resolved and connections opened by doubles: what the server would dial
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
 import gc
 import http.server
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +33,11 @@ from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.limits import RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.api.app import Service, create_app
+from deepseek_vl.serve.api.connection import connections
+from deepseek_vl.serve.api.errors import APIError
 from deepseek_vl.serve.api.fetch import ImageFetcher, is_public
 from deepseek_vl.serve.inference import load_model
+from deepseek_vl.serve.listening import names_of
 
 PUBLIC = "93.184.216.34"
 
@@ -138,7 +147,10 @@ class Running:
 
     def __init__(self, service: Service):
         self.service = service
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+        config = uvicorn.Config(
+            create_app(service), port=0, log_level="warning", http=connections(service.limits), ws="none"
+        )
+        self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         wait_until(lambda: self.server.started, 60)
@@ -189,11 +201,15 @@ def start(parrot_checkpoint: Path, origin: int) -> Iterator[Start]:
     engine = Engine(model, tokenizer)
     running: list[Running] = []
 
-    def begin(**fetcher: Any) -> Running:
-        limits = RequestLimits(body_bytes=2**22, body_seconds=1.5, fetch_seconds=1.5, fetch_bytes=2**20)
+    def begin(key: str | None = None, names: frozenset[str] | None = None, **fetcher: Any) -> Running:
+        limits = RequestLimits(
+            head_seconds=1.5, body_bytes=2**22, body_seconds=1.5, bodies_bytes=2**24, fetch_seconds=1.5,
+            fetch_bytes=2**20, refusal_seconds=0.5, refusals=4, send_seconds=2,
+        )  # fmt: skip
         fetcher = ImageFetcher(**{"resolve": Names(), "dialler": Dialler(origin), "limits": limits, **fetcher})
         settings = GenerationSettings(max_new_tokens=50)
-        running.append(Running(Service("parrot", engine, processor, settings, limits=limits, fetcher=fetcher)))
+        service = Service("parrot", engine, processor, settings, key, names, limits, fetcher)
+        running.append(Running(service))
         return running[-1]
 
     yield begin
@@ -225,11 +241,27 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "bad JSON": (b'{"model": "parrot", ', 400, "not JSON"),
     "not UTF-8": (b'{"model": "\xff"}', 400, "not JSON in UTF-8"),
     "NaN": (b'{"model": "parrot", "messages": [], "temperature": NaN}', 400, "not JSON"),
-    "deep nesting": (b"[" * 200_000, 400, "not JSON"),
-    "deep nesting inside": (b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}", 400, "'m"),
+    "deep nesting": (b"[" * 200_000, 400, "nested deeper than 16"),
+    "deep nesting inside": (b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested deeper than 16"),
+    "closed before it opens": (b"]" * 4_000_000, 400, "not JSON"),
+    "a million zeros": (message(content=[0] * 1_000_000), 400, "more than 20000 names and values"),
+    "a million messages": ({"model": "parrot", "messages": [{}] * 1_000_000}, 400, "more than 20000 names"),
+    "a million stop words": (asking("hi", stop=["a"] * 800_000), 400, "more than 20000 names"),
+    "a million unknown keys": ({str(i): 0 for i in range(300_000)}, 400, "more than 20000 names"),
+    "a million of the same key": (b"{" + b'"a":0,' * 600_000 + b'"a":0}', 400, "more than 20000 names"),
+    "9,000 unknown keys": (asking("hi", **{str(i): 0 for i in range(9000)}), 400, "Unsupported parameter '0'"),
+    "15,000 wrong parts": (message(content=[0] * 15_000), 400, "'messages.0.content.0'"),
+    "commas": (b"," * 4_000_000, 400, "not JSON"),
+    "space behind": (b"{}" + b" " * 4_000_000, 400, "'model': Field required"),
+    "backslashes": (b'{"model": "' + b"\\\\" * 1_000_000 + b'"}', 400, "more than 1000000 backslashes"),
+    "a string without end": (b'{"model": "' + b'\\"' * 900_000, 400, "not JSON"),
+    "a long key": ({"k" * 4_000_000: 1, **asking("hi")}, 400, "Unsupported parameter 'kkk"),
+    "a long role": (message(role="k" * 4_000_000), 400, "'messages.0': 'role' should be one of 'system',"),
     "a list": (b"[]", 400, "The request: "),
     "null": (b"null", 400, "The request: "),
-    "a number of 10,000 digits": (b'{"model": ' + b"9" * 10_000 + b"}", 400, ""),
+    "a number of 10,000 digits": (b'{"model": ' + b"9" * 10_000 + b"}", 400, "more than 1000 digits"),
+    "a fraction of 4 MB": (b'{"model": 0.' + b"9" * 4_000_000 + b"}", 400, "more than 1000 digits"),
+    "infinity": (b'{"model": "parrot", "messages": [], "temperature": 1e999}', 400, "'messages'"),
     "no messages": ({"model": "parrot"}, 400, "'messages': Field required"),
     "empty messages": ({"model": "parrot", "messages": []}, 400, "'messages'"),
     "messages as text": ({"model": "parrot", "messages": "hi"}, 400, "'messages'"),
@@ -521,6 +553,155 @@ def test_a_content_length_that_is_none(closed: Running, length: str) -> None:
         )
         assert answer_from(connection).startswith(b"HTTP/1.1 4")
     closed.is_well()
+
+
+WAYS_TO_SEND_HALF = {
+    "nothing": b"",
+    "half a head": b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    "half a head behind an answer": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\n",
+    "half a body behind its answer": b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", WAYS_TO_SEND_HALF)
+def test_a_connection_on_which_little_comes_is_closed(closed: Running, name: str) -> None:
+    with socket.create_connection(("127.0.0.1", closed.port)) as connection:
+        connection.settimeout(0.2)
+        connection.sendall(WAYS_TO_SEND_HALF[name])
+        begun = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - begun < 15:
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(10_000) == b"":
+                        break
+                if name != "nothing":
+                    connection.sendall(b"a")
+        assert time.monotonic() - begun < 12
+    closed.is_well()
+
+
+def test_a_slow_head_that_is_in_time_is_answered(closed: Running) -> None:
+    with socket.create_connection(("127.0.0.1", closed.port)) as connection:
+        for part in (b"GET /health HT", b"TP/1.1\r\nHo", b"st: x\r\n\r\n"):
+            connection.sendall(part)
+            time.sleep(0.2)
+        assert answer_from(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_takes_nothing_is_let_go(closed: Running) -> None:
+    """It asks for so many answers at a time that they fill all buffers on the way."""
+    question = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", closed.port))
+        connection.settimeout(30)
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                connection.sendall(question * 1000)
+    closed.is_well()
+
+
+def test_all_bodies_together_are_bounded(closed: Running) -> None:
+    """Five clients send 4 MB each, but for the last bytes: 16 MB are read, and nobody else waits."""
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 4194304\r\n\r\n"
+    )
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", closed.port), timeout=10)) for _ in range(5)
+        ]
+        for connection in connections[:4]:
+            connection.sendall(head + b" " * (2**22 - 20))
+        wait_until(lambda: closed.service.bodies_bytes > 2**24 - 2000, 10)
+        connections[4].sendall(head + b" " * 2000)
+        answer = answer_from(connections[4])
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+    wait_until(lambda: closed.service.bodies_bytes == 0, 10)
+    closed.is_well()
+
+
+def test_nobody_waits_for_bad_bodies(closed: Running) -> None:
+    bodies = [content for name, (content, *_) in REFUSED.items() if "million" in name or "MB" in name]
+    bodies = [content if isinstance(content, bytes) else json.dumps(content).encode() for content in bodies]
+    health = closed.url.replace("v1/chat/completions", "health")
+    waited = []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        posted = [pool.submit(closed.post, body) for body in bodies * 3]
+        while not all(post.done() for post in posted):
+            begun = time.monotonic()
+            assert httpx.get(health, timeout=30).status_code == 200
+            waited.append(time.monotonic() - begun)
+            time.sleep(0.05)
+    assert {post.result().status_code for post in posted} <= {400, 413, 503}
+    assert max(waited) < 3
+
+
+def test_wrong_keys_wait_and_a_right_one_does_not(start: Start) -> None:
+    """Nor do those wait who would be too many."""
+    server = start(key="sesame")
+    models = server.url.replace("chat/completions", "models")
+
+    def ask(key: str) -> tuple[httpx.Response, float]:
+        begun = time.monotonic()
+        return httpx.get(models, headers={"Authorization": f"Bearer {key}"}, timeout=30), time.monotonic() - begun
+
+    answer, seconds = ask("open")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert seconds >= 0.5
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        wrong = [pool.submit(ask, "open") for _ in range(40)]
+        assert ask("sesame")[0].status_code == 200
+        answers = [guess.result()[0] for guess in wrong]
+    assert {answer.status_code for answer in answers} == {401, 429}
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 429} == {"1"}
+
+
+def test_retry_after_follows_the_queue(start: Start) -> None:
+    """A place is free when one of those that are taken is given back, which takes as long as it took."""
+    service = start().service
+    service.limits = dataclasses.replace(service.limits, waiting=0)
+    places = service.engine.limits.max_rows
+    for seconds, said in ((0, 1), (8, 1), (160, 10), (1601, 101)):
+        service.seconds_in_place, service.places_taken = seconds, places
+        with pytest.raises(APIError, match="Too many requests are waiting") as refused, service.place():
+            pass
+        assert refused.value.headers == {"Retry-After": str(said)}
+    service.seconds_in_place, service.places_taken = 0, 0
+    with service.place():
+        time.sleep(0.1)
+    assert 0.1 <= service.seconds_in_place < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [400, pytest.param(3000, marks=pytest.mark.long)])
+def test_the_server_does_as_its_openapi_says(siglip_checkpoint: Path, tmp_path: Path, examples: int) -> None:
+    """Every route, with data that fit its description and data that do not, with a key and without."""
+    tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    model.config.language_config.max_position_embeddings = 200  # answers are short, whatever is asked for
+    limits = RequestLimits(refusal_seconds=0.01)
+    settings = GenerationSettings(max_new_tokens=8)
+    service = Service("random", Engine(model, tokenizer), processor, settings, "sesame", names_of("127.0.0.1"), limits)
+    server = Running(service)
+    # A conversation that fits the schema may still be none, as one that ends with the model's turn.
+    statuses = ["2xx", "400", "404", "413"]
+    config = f"[checks.positive_data_acceptance]\nexpected-statuses = {json.dumps(statuses)}\n"
+    (tmp_path / "schemathesis.toml").write_text(config)
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks=all",
+        "--phases=examples,coverage,fuzzing", "--mode=all", f"--max-examples={examples}", "--seed=1", "--no-color",
+        "--header=Authorization: Bearer sesame", "--request-timeout=60", "--continue-on-failure",
+        "--generation-database=none",
+    ]  # fmt: skip
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=3600)
+        assert result.returncode == 0, result.stdout[-20_000:] + result.stderr
+        answers = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": "Bearer sesame"}).text
+        answered = re.search(r'route="/v1/chat/completions",status="200"} (\d+)', answers)
+        assert answered is not None, answers
+    finally:
+        server.stop()
 
 
 def test_memory_does_not_grow(closed: Running) -> None:

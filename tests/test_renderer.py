@@ -1,6 +1,7 @@
 """The one renderer: what is trained is what is asked, for every template and at every door."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ def by_evaluation(parrot: Loaded, row: TrainingRow) -> None:
 def by_api(parrot: Loaded, row: TrainingRow) -> None:
     system = [{"role": "system", "content": row.system}] if row.system else []
     messages = [{"role": message["role"].lower(), "content": message["content"]} for message in row.messages[:-1]]
-    request = parse({"model": "parrot", "messages": [*system, *messages]})
+    request = parse(json.dumps({"model": "parrot", "messages": [*system, *messages]}).encode())
     service = Service("parrot", Engine(parrot[1], parrot[0]), parrot[2], GenerationSettings())
     service.generation(request, *service.prompt_of(request), [], print)
 

@@ -12,6 +12,7 @@ from deepseek_vl.command_line import OneLineParser, positive, run_command, start
 from deepseek_vl.engine.limits import EngineLimits, RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
+from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, end_within, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_arguments(parser, GenerationSettings(temperature=0.2), required=True)
     parser.add_argument("--model_name", help="what clients call it (default: the end of the path)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 for any that is free)")
+    add_listening(parser, 8000)
     parser.add_argument(
         "--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)"
     )
@@ -53,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
+    check_port(args.host, args.port)
+    names = names_of(args.host, args.allowed_host)
     with starting():
         import uvicorn
 
         from deepseek_vl.serve.api.app import Service, create_app
+        from deepseek_vl.serve.api.connection import connections
         from deepseek_vl.serve.api.fetch import ImageFetcher
 
     logger.info("Loading %s ...", args.model_path)
@@ -69,6 +72,7 @@ def _run(args: argparse.Namespace) -> None:
         processor=processor,
         settings=settings,
         key=args.api_key,
+        names=names,
         limits=limits,
         fetcher=ImageFetcher(args.allow_image_urls is not None, domains, limits),
     )
@@ -76,11 +80,17 @@ def _run(args: argparse.Namespace) -> None:
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
             asyncio.get_running_loop().call_later(args.grace, engine.cancel)
+            end_within(args.grace + END_SECONDS)
             await super().shutdown(sockets)
 
     # uvicorn's own way, after some more seconds, is to break off the connections.
     config = uvicorn.Config(
-        create_app(service), host=args.host, port=args.port, timeout_graceful_shutdown=args.grace + 5
+        create_app(service),
+        host=args.host,
+        port=args.port,
+        http=connections(limits),
+        ws="none",
+        timeout_graceful_shutdown=args.grace + 5,
     )
     Server(config).run()
 

@@ -5,21 +5,25 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deepseek_vl import __version__
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import END, Generation, MemoryBudgetError, PromptTooLongError
 from deepseek_vl.engine.limits import RequestLimits
@@ -27,13 +31,37 @@ from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
 from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, data_url_bytes
 from deepseek_vl.imaging.worker import PictureClient, PictureDecoder
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.serve.api.errors import APIError
+from deepseek_vl.serve.api.errors import APIError, ErrorBody
 from deepseek_vl.serve.api.fetch import ImageFetcher
 from deepseek_vl.serve.api.metrics import Metrics
-from deepseek_vl.serve.api.protocol import ChatCompletionRequest, ImagePart, SystemMessage, parse
+from deepseek_vl.serve.api.protocol import (
+    AnswerMessage,
+    CachedTokens,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Choice,
+    Health,
+    ImagePart,
+    Model,
+    ModelList,
+    SystemMessage,
+    Usage,
+    parse,
+    request_schema,
+)
+from deepseek_vl.serve.listening import OwnNames, Patience
 from deepseek_vl.utils.conversation import Rendered
 
 logger = logging.getLogger(__name__)
+
+REQUEST = "ChatCompletionRequest"
+REF = "#/components/schemas/{model}"
+EVENT = {
+    "type": "object",
+    "description": "Each event's data: a chat.completion.chunk or an error as JSON, and [DONE] as the last.",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 
 Result = TypeVar("Result")
 
@@ -47,7 +75,11 @@ class Service:
         engine, processor: the model's.
         settings: how answers are generated where a request does not say.
         key: the bearer token that clients must have; None for no such need.
+        names: that the server answers to, see `names_of`; None for all.
         limits, fetcher: see there.
+        places_taken: by requests, of those that `place` gives.
+        bodies_bytes: of requests that are being read.
+        seconds_in_place: how long the latest requests had theirs, on average.
     """
 
     name: str
@@ -55,30 +87,40 @@ class Service:
     processor: VLChatProcessor
     settings: GenerationSettings
     key: str | None = None
+    names: frozenset[str] | None = None
     limits: RequestLimits = field(default_factory=RequestLimits)
     fetcher: ImageFetcher = field(default_factory=ImageFetcher)
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     places_taken: int = 0
+    bodies_bytes: int = 0
+    seconds_in_place: float = 0.0
 
     def __post_init__(self) -> None:
         self.decoder = PictureDecoder(self.limits.pictures, self.limits.decoders)
         self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that those who wait take no thread
 
     @contextlib.contextmanager
-    def place(self) -> Any:
+    def place(self) -> Iterator[None]:
         """A place in the batch or in the queue for it.
 
         Raises:
-            APIError: if there is none.
+            APIError: if there is none. Its `Retry-After` is the time until one is free, if it goes on as it went.
         """
         if self.places_taken >= self.engine.limits.max_rows + self.limits.waiting:
-            raise APIError("Too many requests are waiting; try again.", status=429, headers={"Retry-After": "1"})
+            raise APIError(
+                "Too many requests are waiting; try again.",
+                status=429,
+                headers={"Retry-After": str(max(1, math.ceil(self.seconds_in_place / self.places_taken)))},
+            )
         self.places_taken += 1
+        begun = time.monotonic()
         try:
             yield
         finally:
             self.places_taken -= 1
+            seconds = time.monotonic() - begun
+            self.seconds_in_place += (seconds - self.seconds_in_place) * (0.1 if self.seconds_in_place else 1)
 
     async def images_of(self, request: ChatCompletionRequest) -> list[Image.Image]:
         """A request's pictures, decoded.
@@ -210,6 +252,8 @@ class _Answer:
 
     def sink(self, item: Any) -> None:
         """Called in the engine's thread."""
+        if item is END:
+            self.service.metrics.count_tokens(self.generation)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -234,10 +278,6 @@ class _Answer:
                 item, first = item.lstrip(), False
             if item:
                 yield item
-        usage = self.usage()
-        metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        metrics.cached_tokens.inc(self.generation.cached_tokens)
-        metrics.completion_tokens.inc(usage["completion_tokens"])
         if item is not END:
             logger.error("A generation failed.", exc_info=item)
             raise APIError("The model failed on this request.", status=500)
@@ -248,14 +288,14 @@ class _Answer:
         """All of the answer."""
         return "".join([piece async for piece in self.pieces()])
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         prompt, completion = self.generation.prompt_tokens, len(self.generation.token_ids)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self.generation.cached_tokens},
-        }
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=CachedTokens(cached_tokens=self.generation.cached_tokens),
+        )
 
 
 def create_app(service: Service) -> FastAPI:
@@ -267,7 +307,16 @@ def create_app(service: Service) -> FastAPI:
         await run_in_threadpool(service.engine.close)
         await run_in_threadpool(service.decoder.close)
 
-    app = FastAPI(title="DeepSeek-VL", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="DeepSeek-VL",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses=_errors(405, 500, *([] if service.names is None else [421])),
+    )
+    keyed = {} if service.key is None else _errors(401, 429)
 
     @app.exception_handler(APIError)
     async def on_error(request: Request, error: APIError) -> Response:
@@ -275,8 +324,11 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:
-            return APIError("This route does not take that method.", status=405).response()
+        if error.status_code == 405:  # Starlette's own `Allow` is of one route, and a path may have several
+            fitting = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
+            allowed = sorted({method for route in fitting for method in route.methods})
+            error = APIError("This route does not take that method.", status=405, headers={"Allow": ", ".join(allowed)})
+            return error.response()
         return APIError("There is no such route.", status=404).response()
 
     @app.exception_handler(Exception)
@@ -284,32 +336,93 @@ def create_app(service: Service) -> FastAPI:
         return APIError("The server failed on this request.", status=500).response()
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.head("/health")
+    async def health() -> Health:
+        """Whether the server answers."""
+        return Health()
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **keyed},
+    )
     async def metrics() -> Response:
+        """The server's numbers, for Prometheus."""
         return service.metrics.response(service.engine)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+    @app.get("/v1/models", responses=keyed)
+    async def models() -> ModelList:
+        """The one model."""
+        return ModelList(data=[_model(service)])
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses={**keyed, **_errors(404)})
+    async def model(name: str) -> Model:
+        """The model of that name."""
         _check_model(service, name)
         return _model(service)
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={
+            200: {"content": {_EventStream.media_type: {"schema": EVENT}}},
+            **keyed,
+            **_errors(400, 404, 413, 415, 429, 503),
+        },
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": REF.format(model=REQUEST)}}},
+            }
+        },
+    )
     async def chat_completions(request: Request) -> Response:
+        """The model's answer to a conversation, whole or as server-sent events."""
         return await _chat_completions(service, request)
 
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            request = request_schema(service.name, REF)
+            schema["components"]["schemas"] |= {**request.pop("$defs"), REQUEST: request}
+            if service.key is not None:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, operations in schema["paths"].items():
+                    for operation in operations.values() if path != "/health" else ():
+                        operation["security"] = [{"key": []}]
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)  # FastAPI's own, for parameters that may be wrong
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi
     app.add_middleware(_Guard, service=service)
+    if service.names is not None:
+        refusal = APIError("This server does not go by the name in the Host header; see --allowed_host.", status=421)
+        app.add_middleware(OwnNames, names=service.names, refusal=refusal.response())
     return app
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "deepseek_vl"}
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the routes' description says of some error statuses."""
+    about = {
+        400: "The request is wrong",
+        401: "The API key is missing or wrong",
+        404: "There is no such model",
+        405: "The route does not take that method",
+        413: "The body is too large",
+        415: "The body is no JSON",
+        421: "The server does not go by that name",
+        429: "Too many requests are waiting; see Retry-After",
+        500: "The server failed",
+        503: "The server is busy, see Retry-After, or shutting down",
+    }
+    return {status: {"model": ErrorBody, "description": about[status]} for status in statuses}
+
+
+def _model(service: Service) -> Model:
+    return Model(id=service.name, created=service.created)
 
 
 def _check_model(service: Service, name: str) -> None:
@@ -320,58 +433,82 @@ def _check_model(service: Service, name: str) -> None:
 
 
 async def _chat_completions(service: Service, http_request: Request) -> Response:
-    request = parse(await _json(http_request, service.limits))
-    _check_model(service, request.model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.place())
         answer = stack.enter_context(_Answer(service))
-        await _unless_gone(http_request, service.begin(request, answer))
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
-        if request.stream:
-            include_usage = request.stream_options is not None and request.stream_options.include_usage
+        stream, include_usage = await _begin(service, http_request, answer, stack)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        if stream:
             return _EventStream(_events(answer, head, include_usage), stack.pop_all())
-        text = await _unless_gone(http_request, answer.whole())
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": answer.generation.finish_reason,
-            "logprobs": None,
-        }
-        return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": answer.usage()})
+        message = AnswerMessage(content=await _unless_gone(http_request, answer.whole()))
+        choice = Choice(message=message, finish_reason=answer.generation.finish_reason)
+        return JSONResponse(ChatCompletion(**head, choices=[choice], usage=answer.usage()).model_dump())
 
 
-async def _json(request: Request, limits: RequestLimits) -> Any:
-    """The body, as far as it is small enough, in time and JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise APIError("The body must be JSON, and the Content-Type application/json.")
-    too_large = APIError(f"The body is larger than {limits.body_bytes} bytes.", status=413)
-    if int(request.headers.get("content-length", "0")) > limits.body_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise too_large
-    except TimeoutError as error:
-        raise APIError("The body did not arrive in time.") from error
-    except ClientDisconnect as error:
-        raise APIError("The client has closed the connection.") from error
-    try:
-        return await run_in_threadpool(_decode, bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise APIError("The body is not JSON in UTF-8.") from error
+async def _begin(
+    service: Service, http_request: Request, answer: _Answer, stack: contextlib.ExitStack
+) -> tuple[bool, bool]:
+    """Read a request, take its place into `stack` and give it to the engine; it is not kept behind that.
+
+    Returns:
+        whether it asks for a stream, and with the usage.
+
+    Raises:
+        APIError: if it cannot be done.
+    """
+    with _Body(service) as body:
+        request = await run_in_threadpool(parse, await body.read(http_request), service.limits)
+        _check_model(service, request.model)
+        stack.enter_context(service.place())
+        await _unless_gone(http_request, service.begin(request, answer))
+        options = request.stream_options
+        return bool(request.stream), options is not None and options.include_usage
 
 
-def _decode(body: bytes) -> Any:
-    value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails for lone surrogates, which are no text
-    return value
+class _Body:
+    """A request's body. Whoever leaves the context is done with it, and gives its bytes back to the server's budget."""
 
+    def __init__(self, service: Service):
+        self._service = service
+        self._size = 0
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    def __enter__(self) -> "_Body":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._service.bodies_bytes -= self._size
+
+    async def read(self, request: Request) -> bytearray:
+        """The bytes.
+
+        Raises:
+            APIError: if they are not declared as JSON, are too many, alone or with others', or come too slowly.
+        """
+        limits = self._service.limits
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise APIError("The body must be JSON, and the Content-Type application/json.", status=415)
+        too_large = APIError(f"The body is larger than {limits.body_bytes} bytes.", status=413)
+        if int(request.headers.get("content-length", "0")) > limits.body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._size += len(chunk)
+                    self._service.bodies_bytes += len(chunk)
+                    if self._size > limits.body_bytes:
+                        raise too_large
+                    if self._service.bodies_bytes > limits.bodies_bytes:
+                        raise APIError(
+                            "The server is reading too much at the moment; try again.",
+                            status=503,
+                            headers={"Retry-After": "1"},
+                        )
+        except TimeoutError as error:
+            raise APIError("The body did not arrive in time.") from error
+        except ClientDisconnect as error:
+            raise APIError("The client has closed the connection.") from error
+        return body
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -428,7 +565,7 @@ async def _events(answer: _Answer, head: dict[str, Any], include_usage: bool) ->
         return
     yield chunk({}, answer.generation.finish_reason)
     if include_usage:
-        yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": answer.usage()})
+        yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": answer.usage().model_dump()})
     yield b"data: [DONE]\n\n"
 
 
@@ -442,27 +579,34 @@ class _Guard:
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
         self.service = service
+        self._patience = Patience(service.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the server's start and end
             await self.app(scope, receive, send)
             return
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                self.service.metrics.requests.labels(status=message["status"]).inc()
+                route = getattr(scope.get("route"), "path", "none")
+                self.service.metrics.requests.labels(status=message["status"], route=route).inc()
             await send(message)
 
         app: Any = self.app
+        # The path as it was asked for: what is made of it and the Host header, as `Request.url` is, a client can bend.
         if scope["path"] != "/health" and not self._has_key(scope):
-            error = APIError(
-                "The API key is missing or wrong.",
-                code="invalid_api_key",
-                status=401,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            app = error.response()
+            app = (await self._refusal()).response()
         await app(scope, receive, counted)
+
+    async def _refusal(self) -> APIError:
+        if not await self._patience.wait():
+            return APIError("Too many wrong API keys are tried; try again.", status=429, headers={"Retry-After": "1"})
+        return APIError(
+            "The API key is missing or wrong.",
+            code="invalid_api_key",
+            status=401,
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
     def _has_key(self, scope: Scope) -> bool:
         if self.service.key is None:

@@ -1,8 +1,24 @@
 """Errors in OpenAI's shape. Their texts are ours: what a library says may tell a stranger about the machine."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+
+class ErrorObject(BaseModel):
+    """What was wrong: a sentence, what kind of error, the request's field, and a word for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer with an error status."""
+
+    error: ErrorObject
 
 
 class APIError(Exception):

@@ -4,6 +4,7 @@ from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import Generation
 
 
 class Metrics:
@@ -11,7 +12,9 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self.requests = Counter("deepseek_vl_requests", "HTTP answers by status.", ["status"], registry=registry)
+        self.requests = Counter(
+            "deepseek_vl_requests", "HTTP answers by status and route.", ["status", "route"], registry=registry
+        )
         self.prompt_tokens = Counter("deepseek_vl_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.completion_tokens = Counter("deepseek_vl_completion_tokens", "Tokens of answers.", registry=registry)
         self.first_piece = Histogram(
@@ -29,6 +32,13 @@ class Metrics:
         self._budget = Gauge("deepseek_vl_memory_budget_bytes", "Limit of the memory in use.", registry=registry)
         self._running = Gauge("deepseek_vl_running", "Answers being generated.", registry=registry)
         self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
+
+    def count_tokens(self, generation: Generation) -> None:
+        """Count those of an answer that has ended, whoever may still read it. May be called from any thread."""
+        if generation.token_ids:  # else its prompt has not run
+            self.prompt_tokens.inc(generation.prompt_tokens)
+            self.cached_tokens.inc(generation.cached_tokens)
+            self.completion_tokens.inc(len(generation.token_ids))
 
     def response(self, engine: Engine) -> Response:
         """The numbers, in Prometheus' text format."""

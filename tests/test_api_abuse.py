@@ -12,6 +12,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 import httpcore
 import httpx
+import jinja2
 import psutil
 import pytest
 import uvicorn
@@ -475,6 +477,141 @@ def test_cve_2026_22778_errors_tell_no_addresses(closed: Running) -> None:
         assert "0x" not in answer.text
         assert "cannot identify" not in answer.text
     closed.is_well()
+
+
+@pytest.mark.parametrize("n", [2, 10**9, 10**400, -1, 0, "1", [1], 1.5, True])
+def test_cve_2026_34756_many_answers_are_not_begun(closed: Running, n: Any) -> None:
+    """A huge `n` had another server make as many copies of a request before it looked at any."""
+    begun = time.monotonic()
+    answer = closed.post(asking("Colour?", RED, n=n))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    assert time.monotonic() - begun < 5
+    closed.is_well()
+
+
+@pytest.mark.parametrize("kind", ["video/jpeg", "image/png"])
+def test_cve_2026_34755_frames_in_a_data_url(closed: Running, kind: str) -> None:
+    """Thousands of frames, separated by commas in one data URL, were all decoded and kept."""
+    frames = ",".join([RED.partition(",")[2]] * 5000)
+    begun = time.monotonic()
+    answer = closed.post(asking("Colour?", f"data:{kind};base64,{frames}"))
+    assert answer.status_code == 400
+    assert "Image 1 cannot be read" in answer.json()["error"]["message"]
+    assert time.monotonic() - begun < 5
+    closed.is_well()
+
+
+def test_cve_2026_5497_of_a_picture_with_thousands_of_frames_the_first_is_seen(closed: Running) -> None:
+    file = io.BytesIO()
+    first, *others = [Image.new("P", (50, 40), number % 2) for number in range(3000)]
+    for frame in (first, *others):
+        frame.putpalette([255, 0, 0, 0, 0, 255])
+    first.save(file, "GIF", save_all=True, append_images=others)
+    assert Image.open(io.BytesIO(file.getvalue())).n_frames == 3000
+    begun = time.monotonic()
+    answer = closed.post(asking("Colour?", data_url(file.getvalue(), "image/gif")))
+    assert answer.json()["choices"][0]["message"]["content"] == "It is red."
+    assert time.monotonic() - begun < 8
+    closed.is_well()
+
+
+def test_cve_2026_44222_a_typed_placeholder_is_text(closed: Running) -> None:
+    """The placeholder of an image without one, or beside some, ended another server's engine."""
+    tag = closed.service.processor.image_tag
+    for question, *pictures in (
+        (tag, ),
+        (f"{tag}Colour?",),
+        (tag * 50,),
+        (f"{tag}{tag}Colour?", RED),
+        (f"Colour?{tag}", RED, RED),
+        (tag[:-1], RED),
+    ):  # fmt: skip
+        answer = closed.post(asking(question, *pictures))
+        assert answer.status_code == 200, answer.text
+        plain = closed.post(asking("Colour?", *pictures)).json()["usage"]["prompt_tokens"]
+        assert answer.json()["usage"]["prompt_tokens"] - plain < 16 * 50
+    roles = [
+        {"role": "system", "content": tag},
+        {"role": "user", "content": "Greet me."},
+        {"role": "assistant", "content": tag},
+        {"role": "user", "content": "Greet me."},
+    ]
+    assert closed.post({"model": "parrot", "messages": roles, "max_tokens": 5}).status_code == 200
+    assert closed.post(asking("Colour?", stop=[tag])).status_code == 200
+    closed.is_well()
+
+
+def test_cve_2026_34753_each_address_of_many_is_checked(opened: Running) -> None:
+    """A batch's inputs were fetched from wherever they said, while single requests' were checked."""
+    dialler = opened.service.fetcher.dialler
+    good, bad = "http://pictures.example/red.png", "http://internal.example/red.png"
+    for urls in ((bad, good), (good, bad), (good,) * 8 + (bad,)):
+        dialler.dialled.clear()
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]} for url in urls]
+        answer = opened.post({"model": "parrot", "messages": messages})
+        assert answer.status_code == 400
+        assert "not a public address" in answer.json()["error"]["message"]
+        assert {host for host, _ in dialler.dialled} <= {PUBLIC}
+    opened.is_well()
+
+
+def test_ghsa_94f4_hr76_p5j6_no_way_around_the_key(start: Start) -> None:
+    """What the check of a key takes for the path is what is routed by, however path and Host are written."""
+    server = start(key="sesame")
+    question = json.dumps(asking("Greet me.")).encode()
+    targets = [
+        "/v1/models", "//v1/models", "/v1/models/", "/health/../v1/models", "/health/..%2fv1/models", "/%76%31/models",
+        "/v1/models?/health", "/v1/models#/health", "/v1/models;/health", "/V1/models", "/health/", "/health%2f",
+        "/health%00", "http://x/v1/models", "http://x/health/../metrics", "/metrics", "/openapi.json", "/docs", "*",
+    ]  # fmt: skip
+    heads = [
+        "", "X-Original-URL: /health\r\n", "X-Rewrite-URL: /health\r\n", "X-Forwarded-Prefix: /health\r\n",
+        "X-HTTP-Method-Override: OPTIONS\r\n", "Authorization: Bearer \r\n", "Authorization: Basic c2VzYW1l\r\n",
+        "Authorization: Bearer sesam\r\n", "Authorization: Bearer sesame sesame\r\n", "Cookie: key=sesame\r\n",
+        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n",
+    ]  # fmt: skip
+    hosts = ["x", "x/health?", "x/health#", "/health", "x:80/health?a="]
+    requests = [(method, "/v1/models", "x", "") for method in ("GET", "HEAD", "OPTIONS", "PUT", "TRACE", "HEALTH")]
+    requests += [("GET", target, "x", "") for target in targets] + [("GET", "/v1/models", "x", head) for head in heads]
+    requests += [("POST", "/v1/chat/completions", host, head) for host in hosts for head in heads[:2]]
+
+    def ask(method: str, target: str, host: str, head: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            body = f"Content-Type: application/json\r\nContent-Length: {len(question)}\r\n" if method == "POST" else ""
+            lines = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n{head}{body}\r\n".encode()
+            connection.sendall(lines + (question if body else b""))
+            return connection.recv(10_000)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # as many as wait at a time
+        for request, answer in zip(requests, pool.map(ask, *zip(*requests, strict=True)), strict=True):
+            status = answer.split(b" ")[1]
+            assert status == b"401" or (status == b"400" and (request[1] == "*" or request[2] != "x")), request
+    assert ask("GET", "/v1/models", "x", "Authorization: Bearer sesame\r\n").split(b" ")[1] == b"200"
+
+
+def test_cve_2026_5760_a_checkpoints_template_is_rendered_in_a_sandbox(
+    parrot_checkpoint: Path, tmp_path: Path, start: Start
+) -> None:
+    """A template that came with a model ran commands. This server renders none; the processor does, sandboxed."""
+    trace = tmp_path / "trace"
+    checkpoint = shutil.copytree(parrot_checkpoint, tmp_path / "checkpoint")
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(trace) + "') }}{{ ''.__class__.__mro__ }}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    tokenizer, model, processor = load_model(str(checkpoint), device="cpu", dtype="float32")
+    server = Running(Service("parrot", Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=50)))
+    try:
+        server.is_well()
+    finally:
+        server.stop()
+    for templated in (processor, tokenizer):
+        with contextlib.suppress(jinja2.exceptions.TemplateError):
+            text = templated.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+            assert "class" not in text
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
+    assert not trace.exists()
 
 
 # --- odd, but right ---

@@ -111,9 +111,9 @@ class ChatCompletionRequest(_Strict):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     # What changes nothing is taken at the value that changes nothing.
-    n: Literal[1] | None = 1
-    frequency_penalty: Literal[0] | None = 0
-    presence_penalty: Literal[0] | None = 0
+    n: Annotated[int, Field(ge=1, le=1)] | None = 1  # a `Literal` would take true as well
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
     logprobs: Literal[False] | None = False
     user: str | None = None
 

@@ -740,7 +740,7 @@ def test_gradients_reach_the_pixels_that_an_output_depends_on(kind):
 
 @pytest.mark.parametrize(("grid", "batch"), [((6, 6), 2), ((3, 5), 1)])
 def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, batch, monkeypatch):
-    """As a bias, all heads at once, three, or one at a time, and as widened queries and keys."""
+    """As a bias, of all heads and images at once or of some, and as widened queries and keys."""
     height, width = grid
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, 4, height * width, 8).unbind()
@@ -748,9 +748,32 @@ def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, bat
     rel_w = torch.randn(batch, 4, height * width, width)
     widened = positions.attend_widened(q, k, v, rel_h, rel_w)
     torch.testing.assert_close(positions.attend_with_bias(q, k, v, rel_h, rel_w), widened)
-    for heads_at_once in (3, 1):
-        monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", heads_at_once * batch * (height * width) ** 2)
+    for heads_at_once in (7, 3, 1, 0):
+        monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", heads_at_once * (height * width) ** 2)
         torch.testing.assert_close(positions.attend_with_bias(q, k, v, rel_h, rel_w), widened)
+
+
+class LargestBias(TorchDispatchMode):
+    """Records how many elements the largest mask of an attention has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        mask = (kwargs or {}).get("attn_mask")
+        if mask is not None:
+            self.elements = max(self.elements, mask.numel())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@torch.no_grad()
+def test_many_images_have_no_more_bias_than_one(count, monkeypatch):
+    monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", 64**2)  # of one head
+    tower = small_sam()
+    with LargestBias() as bias:
+        features = tower(images(64, count))
+    assert bias.elements == 64**2
+    torch.testing.assert_close(features[:1], tower(images(64, count)[:1]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Attention with decomposed relative positions (ViTDet, arXiv 2203.16527), as SAM has it."""
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import repeat
@@ -45,26 +48,29 @@ def attend_widened(
     return out[..., :head_dim]
 
 
-# Elements of bias that `attend_with_bias` has in memory at a time: one head of a 64 x 64 grid.
 MAX_BIAS_ELEMENTS = 2**24
+"""So much bias `attend_with_bias` has in memory at a time: one head's of one image, on a grid of 64 x 64."""
 
 
 def attend_with_bias(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
 ) -> torch.Tensor:
-    """Attention with the relative positions as a bias, for some heads at a time.
+    """Attention with the relative positions as a bias, for some grids and heads at a time.
 
     The arguments and the result are those of `attend_with_positions`. CPUs spend less on the bias than on wider
     queries.
     """
     B, heads, N, _ = q.shape
     H, W = rel_h.shape[-1], rel_w.shape[-1]
-    heads_at_once = min(heads, max(1, MAX_BIAS_ELEMENTS // (B * N * N)))
-    buffer = q.new_empty(heads_at_once, B, N, H, W)  # one for all parts: memory as large is slow to get anew
-    parts = []
-    for start in range(0, heads, heads_at_once):
-        part = slice(start, start + heads_at_once)
-        bias = buffer[: min(heads_at_once, heads - start)].transpose(0, 1)  # [B, some heads, N, H, W]
-        torch.add(rel_h[:, part, :, :, None], rel_w[:, part, :, None, :], out=bias)
-        parts.append(F.scaled_dot_product_attention(q[:, part], k[:, part], v[:, part], attn_mask=bias.flatten(3)))
-    return torch.cat(parts, dim=1)
+    at_once = max(1, MAX_BIAS_ELEMENTS // N**2)
+    grids_at_once = min(B, at_once)
+    heads_at_once = min(heads, at_once // grids_at_once)
+    buffer = q.new_empty(grids_at_once * heads_at_once * N**2)  # one for all: memory as large is slow to get anew
+    out = torch.empty_like(q)
+    for grid, head in itertools.product(range(0, B, grids_at_once), range(0, heads, heads_at_once)):
+        part = slice(grid, grid + grids_at_once), slice(head, head + heads_at_once)
+        rows, columns = rel_h[part][..., :, None], rel_w[part][..., None, :]
+        shape = (*rows.shape[:3], H, W)
+        bias = torch.add(rows, columns, out=buffer[: math.prod(shape)].view(shape))
+        out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias.flatten(3))
+    return out

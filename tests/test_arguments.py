@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 
 import pytest
 
@@ -33,9 +34,9 @@ def test_the_terminals_settings_are_the_references() -> None:
 def test_a_request_samples_as_it_says_and_else_as_the_server_was_told() -> None:
     protocol = pytest.importorskip("deepseek_vl.serve.api.protocol")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi."}]}
-    assert protocol.parse(body).settings(DEFAULTS, ()) == DEFAULTS
+    assert protocol.parse(json.dumps(body).encode()).settings(DEFAULTS, ()) == DEFAULTS
     for name in SAMPLING:
-        settings = protocol.parse({**body, name: 0.5}).settings(DEFAULTS, ())
+        settings = protocol.parse(json.dumps({**body, name: 0.5}).encode()).settings(DEFAULTS, ())
         assert settings == dataclasses.replace(DEFAULTS, **{name: 0.5})
 
 

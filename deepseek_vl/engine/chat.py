@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deepseek_vl.data.rows import BadRow, read_rows
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import AnswerStream
 from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
-from deepseek_vl.imaging.open import image_data_url
+from deepseek_vl.imaging.open import image_data_url, load_image
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.utils.conversation import Rendered
 from deepseek_vl.utils.io import load_pil_images
@@ -51,10 +51,10 @@ class ChatSession:
         processor: the model's.
         settings: how answers are generated; the conversation template's stop words are added.
         max_history_tokens: the oldest turns are left out of longer prompts; None for as long as the model takes.
+        open_image: opens the images of what is asked and was asked, each time they are in a prompt.
 
     Attributes:
-        messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds PIL images, or what else
-            `load_image` takes.
+        messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds what `open_image` takes.
         system_prompt: what the conversation begins with.
         dropped_turns: how many of the oldest turns the last question left out because there was no room for them.
         answer: the stream of the last answer, which says why it ended and can be stopped; None before the first.
@@ -66,12 +66,14 @@ class ChatSession:
         processor: VLChatProcessor,
         settings: GenerationSettings,
         max_history_tokens: int | None = None,
+        open_image: Callable[[Any], Image.Image] = load_image,
     ):
         self.engine = engine
         self.processor = processor
         stop_words = as_stop_words(processor.new_chat_template().stop_str)
         self.settings = dataclasses.replace(settings, stop=(*settings.stop, *stop_words))
         self.max_history_tokens = max_history_tokens
+        self.open_image = open_image
         self.system_prompt = processor.system_prompt
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
@@ -91,7 +93,7 @@ class ChatSession:
         self.dropped_turns = 0
         self.answer = None
 
-    def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
+    def ask(self, text: str, images: Sequence[Any] = ()) -> Iterator[str]:
         """The answer to one more message, piece by piece.
 
         An answer that is stopped half-way (by closing the iterator or by an interrupt) stays in the conversation as far
@@ -99,10 +101,10 @@ class ChatSession:
 
         Args:
             text: the message, with an image tag where each image belongs; missing tags are put in front.
-            images: its PIL images.
+            images: what `open_image` takes, PIL images among others.
 
         Raises:
-            ValueError: for more tags than images, or a message too long for the model.
+            ValueError: for more tags than images, a message too long for the model, or an image that cannot be opened.
         """
         tagged = with_image_tags(text, len(images), self.processor.image_tag)
         yield from self._answer(self.messages, {"content": tagged, "images": list(images)})
@@ -149,7 +151,7 @@ class ChatSession:
             saved = {"role": message["role"], "content": message["content"]}
             if message["role"] == "User":
                 # With images, even none, `<image>` in the text is text to whoever reads the row.
-                saved["images"] = [image_data_url(image) for image in load_pil_images([message])]
+                saved["images"] = [image_data_url(image) for image in load_pil_images([message], self.open_image)]
             messages.append(saved)
         row: dict[str, Any] = {"messages": messages}
         if self.system_prompt != self.processor.system_prompt:
@@ -193,7 +195,7 @@ class ChatSession:
         question = {**question, "role": "User"}
         answer = {"role": "Assistant", "content": ""}
         messages, prompt, ids = self._fit([*history, question, answer])
-        inputs = self.processor(prompt=prompt, ids=ids, images=load_pil_images(messages))
+        inputs = self.processor(prompt=prompt, ids=ids, images=load_pil_images(messages, self.open_image))
         inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
         pieces: list[str] = []
         failed = True

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 __all__ = ["load_image", "load_json", "load_pil_images", "load_pretrained_model"]
 
 
-def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+def load_pil_images(
+    conversations: Sequence[Mapping[str, Any]], open_image: Callable[[Any], Image.Image] = load_image
+) -> list[Image.Image]:
     """The RGB images of a conversation's messages, in reading order.
 
     Args:
-        conversations: messages, some with `images`: a list of anything that `load_image` takes.
+        conversations: messages, some with `images`: a list of anything that `open_image` takes.
+        open_image: opens one of them.
 
     Raises:
         ImageLoadError: see `load_image`.
     """
     images = (message.get("images") or () for message in conversations)
     return [
-        load_image(source) for group in images for source in (group if isinstance(group, list | tuple) else [group])
+        open_image(source) for group in images for source in (group if isinstance(group, list | tuple) else [group])
     ]
 
 

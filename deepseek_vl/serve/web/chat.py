@@ -1,6 +1,8 @@
 """What the page's controls do."""
 
+import collections
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -85,6 +87,8 @@ class WebChat:
         self.models = models
         self.decoder = PictureDecoder(PAGE_LIMITS.pictures, PAGE_LIMITS.decoders)
         self._running: dict[str, Run] = {}
+        self._line: collections.deque[Run] = collections.deque()
+        self._moved = threading.Condition()
 
     def send(
         self, request: gr.Request, message: dict[str, Any], turns: list[Turn] | None, *controls: Any
@@ -153,7 +157,8 @@ class WebChat:
         nothing.)
         """
         try:
-            run = Run(self._session(*controls), self.decoder.client())
+            client = self.decoder.client()
+            run = Run(self._session(client, *controls), client)
         except ValueError as error:
             yield replace(turn, error=str(error)), ""
             return
@@ -179,10 +184,11 @@ class WebChat:
         """A turn with its answer so far, and at last with the whole answer or an error."""
         session = run.session
         try:
-            images = _open(turn.files, run.client, session.processor.image_processor.square)
-            session.messages = _messages(session.processor, [turn for turn in turns if not turn.error])
+            seen = [turn for turn in turns if not turn.error]
+            _check(turn, seen)
+            session.messages = _messages(session.processor, seen)
             before, answer = len(session.messages), ""
-            with contextlib.closing(session.ask(turn.text, images)) as pieces:
+            with contextlib.closing(self._pieces(run, turn)) as pieces:
                 for piece in pieces:
                     if run.stopped.is_set():  # perhaps before the session could take notice
                         session.stop()
@@ -199,43 +205,70 @@ class WebChat:
             logger.exception("A generation failed.")
             yield replace(turn, error="The model failed on this message; the server's log says why."), gr.skip()
 
-    def _session(self, model_name: str, *values: float) -> ChatSession:
+    def _pieces(self, run: Run, turn: Turn) -> Iterator[str]:
+        """An answer's text, piece by piece. Its pixels are there when it is its turn, and not before."""
+        with contextlib.closing(run.session.ask(turn.text, turn.files)) as pieces:
+            with self._turn_to_prepare(run):
+                first = "" if run.stopped.is_set() else next(pieces, "")
+            if first:
+                yield first
+                yield from pieces
+
+    @contextlib.contextmanager
+    def _turn_to_prepare(self, run: Run) -> Iterator[None]:
+        """Wait in line until few others prepare their prompts, or until the answer is stopped."""
+        with self._moved:
+            self._line.append(run)
+            while self._line.index(run) >= PAGE_LIMITS.prepared and not run.stopped.is_set():
+                self._moved.wait(0.1)  # who is stopped notifies nobody
+        try:
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(run)
+                self._moved.notify_all()
+
+    def _session(self, client: PictureClient, model_name: str, *values: float) -> ChatSession:
         """A new session, as the page's controls want it."""
         *sampling, max_new_tokens, max_history_tokens = values
         named = dict(zip(SAMPLING, sampling, strict=True))
         settings = GenerationSettings(max_new_tokens=int(max_new_tokens), **named)
-        return ChatSession(*self.models[model_name], settings, int(max_history_tokens))
+        engine, processor = self.models[model_name]
+        opening = functools.partial(_open, client, processor.image_processor.square)
+        return ChatSession(engine, processor, settings, int(max_history_tokens), opening)
+
+
+def _check(turn: Turn, before: Sequence[Turn]) -> None:
+    """
+    Raises:
+        ValueError: if a message has too many images, or one of its or an earlier message's is gone.
+    """
+    if len(turn.files) > PAGE_LIMITS.images:
+        raise ValueError(f"The message has {len(turn.files)} images; at most {PAGE_LIMITS.images} are taken.")
+    if not all(Path(file).is_file() for each in (*before, turn) for file in each.files):
+        raise ValueError("An image of this conversation is not kept any more; begin a new one.")
 
 
 def _messages(processor: VLChatProcessor, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as a session's messages. Their images are opened as far as there is room for the turns."""
+    """Turns as a session's messages."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
-        if not all(Path(file).is_file() for file in turn.files):
-            raise ValueError("An image of this conversation is not kept any more; begin a new one.")
         content = with_image_tags(turn.text, len(turn.files), processor.image_tag)
         messages.append({"role": "User", "content": content, "images": list(turn.files)})
         messages.append({"role": "Assistant", "content": turn.answer})
     return messages
 
 
-def _open(files: Sequence[str], client: PictureClient, square: Square) -> list[Image.Image]:
-    """The images that come with a message; errors name a file as the user knows it."""
-    limits = PAGE_LIMITS
-    if len(files) > limits.images:
-        raise ValueError(f"The message has {len(files)} images; at most {limits.images} are taken.")
-    images = []
-    for file in map(Path, files):
-        try:
-            images.append(client.decode(file.read_bytes(), square))
-        except ImageTooLargeError as error:
-            raise ValueError(
-                f"{file.name} has more than {limits.pictures.pixels} pixels, or too long a side."
-            ) from error
-        except ImageLoadError as error:
-            kinds = ", ".join(limits.pictures.formats)
-            raise ValueError(f"{file.name} cannot be read: it must be a whole {kinds} picture.") from error
-    return images
+def _open(client: PictureClient, square: Square, path: str) -> Image.Image:
+    """An image of a message; errors name its file as the user knows it."""
+    limits, file = PAGE_LIMITS.pictures, Path(path)
+    try:
+        return client.decode(file.read_bytes(), square)
+    except ImageTooLargeError as error:
+        raise ValueError(f"{file.name} has more than {limits.pixels} pixels, or too long a side.") from error
+    except ImageLoadError as error:
+        kinds = ", ".join(limits.formats)
+        raise ValueError(f"{file.name} cannot be read: it must be a whole {kinds} picture.") from error
 
 
 def _note(session: ChatSession) -> str:

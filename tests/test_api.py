@@ -1,6 +1,8 @@
 """The HTTP API: a real server process, the real `openai` client, many at once, and who leaves halfway."""
 
 import concurrent.futures
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -10,14 +12,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
-from conftest import PARROT_ANSWERS, ROOT, data_url, wait_until
+from conftest import PARROT_ANSWERS, ROOT, data_url, slow_jpeg, wait_until
+from PIL import Image
 
 from deepseek_vl.serve.listening import names_of
 
@@ -283,6 +288,97 @@ def test_a_client_that_goes_away_frees_its_place(server: Server, stream: bool) -
             httpx.post(url, json=body, timeout=1)
     server.wait_until_idle(2)
     assert 0 < server.metric("deepseek_vl_completion_tokens_total") - before < 15000
+
+
+def memory_of(process: psutil.Process) -> int:
+    """Of a process and its children."""
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += member.memory_info().rss
+    return total
+
+
+class Watch:
+    """How a server does while something is done to it: the most memory, and the longest wait for its health."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.process = psutil.Process(server.process.pid)
+        self.before = self.most = memory_of(self.process)
+        self.slowest = 0.0
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=watch) for watch in (self._watch_memory, self._watch_health)]
+
+    def __enter__(self) -> "Watch":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _watch_memory(self) -> None:
+        while not self._over.wait(0.05):
+            self.most = max(self.most, memory_of(self.process))
+
+    def _watch_health(self) -> None:
+        with httpx.Client(base_url=self.server.url, timeout=60) as http:
+            while not self._over.wait(0.1):
+                begun = time.monotonic()
+                assert http.get("/health").status_code == 200
+                self.slowest = max(self.slowest, time.monotonic() - begun)
+
+
+@pytest.mark.slow
+def test_large_pictures_in_few_bytes_take_little_memory(serve: Callable[..., Server]) -> None:
+    """24 clients each send 40 million pixels at once."""
+    server = serve()
+    server.client().chat.completions.create(model="parrot", messages=about("Hello!"))
+    file = io.BytesIO()
+    Image.new("RGB", (6320, 6320), "red").save(file, "WEBP", lossless=True)
+    assert len(file.getvalue()) < 3000
+    parts = [{"type": "image_url", "image_url": {"url": data_url(file.getvalue(), "image/webp")}}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": COLOUR}]}]
+    with Watch(server) as watch, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+        answers = [pool.submit(client.chat.completions.create, model="parrot", messages=messages) for _ in range(24)]
+        texts = {answer.result().choices[0].message.content for answer in answers}
+    assert texts == {"It is red."}
+    assert watch.most - watch.before < 1.5 * 2**30
+    assert memory_of(watch.process) - watch.before < 0.4 * 2**30
+    assert watch.slowest < 5  # a second, on a machine that does nothing else
+
+
+def test_of_a_prompt_that_is_too_long_no_picture_is_decoded(serve: Callable[..., Server]) -> None:
+    server = serve()
+    file = io.BytesIO()
+    Image.effect_noise((4000, 4000), 50).save(file, "PNG", compress_level=1)
+    part = {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "word " * 50_000}]}]
+    with pytest.raises(openai.BadRequestError, match="positions"):
+        server.client().chat.completions.create(model="parrot", messages=messages)
+    assert not psutil.Process(server.process.pid).children()
+
+
+@pytest.mark.slow
+def test_a_picture_that_takes_minutes_has_seconds(serve: Callable[..., Server]) -> None:
+    """It is refused when they are over, and given up when its client leaves."""
+    server = serve()
+    part = {"type": "image_url", "image_url": {"url": data_url(slow_jpeg(), "image/jpeg")}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": COLOUR}]}]
+    with Watch(server) as watch:
+        begun = time.monotonic()
+        with pytest.raises(openai.BadRequestError, match="within 10 seconds"):
+            server.client().chat.completions.create(model="parrot", messages=messages)
+        assert time.monotonic() - begun > 9  # else this is no such picture
+        with pytest.raises(openai.APITimeoutError):
+            server.client().with_options(timeout=1).chat.completions.create(model="parrot", messages=messages)
+        wait_until(lambda: not watch.process.children(), 9)
+    assert watch.slowest < 5
+    server.wait_until_idle()
 
 
 def test_a_full_queue_turns_requests_away_and_recovers(serve: Callable[..., Server]) -> None:

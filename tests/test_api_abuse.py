@@ -32,12 +32,13 @@ from conftest import data_url, png_that_declares, wait_until
 from PIL import Image
 
 from deepseek_vl.engine.engine import Engine
-from deepseek_vl.engine.limits import RequestLimits
+from deepseek_vl.engine.limits import EngineLimits, RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.serve.api.app import Service, create_app
+from deepseek_vl.serve.api.app import create_app
 from deepseek_vl.serve.api.connection import connections
 from deepseek_vl.serve.api.errors import APIError
 from deepseek_vl.serve.api.fetch import ImageFetcher, is_public
+from deepseek_vl.serve.api.service import Service
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.serve.listening import names_of
 
@@ -793,6 +794,26 @@ def test_wrong_keys_wait_and_a_right_one_does_not(start: Start) -> None:
         answers = [guess.result()[0] for guess in wrong]
     assert {answer.status_code for answer in answers} == {401, 429}
     assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 429} == {"1"}
+
+
+def test_pixels_of_requests_that_wait_are_few(closed: Running, parrot_checkpoint: Path) -> None:
+    """A few requests are prepared ahead of the engine; the others wait without pixels."""
+    engine = Engine(closed.service.engine.model, closed.service.engine.tokenizer, EngineLimits(max_rows=1))
+    service = Service("parrot", engine, closed.service.processor, GenerationSettings(temperature=0))
+    server = Running(service)
+    colours = ["red", "blue"] * 20
+    waiting = []
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(colours)) as pool:
+            answers = [pool.submit(server.post, asking("Colour?", data_url(png(colour)))) for colour in colours]
+            while not all(answer.done() for answer in answers):
+                waiting.append(engine.waiting)
+                time.sleep(0.005)
+        texts = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]
+    finally:
+        server.stop()
+    assert texts == [f"It is {colour}." for colour in colours]
+    assert 1 <= max(waiting) <= service.limits.prepared
 
 
 def test_retry_after_follows_the_queue(start: Start) -> None:

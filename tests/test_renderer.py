@@ -19,8 +19,8 @@ from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor, VLMImageProcessor
-from deepseek_vl.serve.api.app import Service
 from deepseek_vl.serve.api.protocol import parse
+from deepseek_vl.serve.api.service import Service
 from deepseek_vl.serve.inference import load_model, stream_answer
 from deepseek_vl.train.collator import NOT_LEARNT, encode_row
 from deepseek_vl.train.evaluate import evaluate

@@ -62,6 +62,7 @@ class RequestLimits:
         refusal_seconds: that a wrong key or password waits for its answer.
         refusals: how many wait so at a time.
         waiting: requests that wait for a place; more are turned away.
+        prepared: requests that have their pixels and wait for their prompt's turn; the others wait without.
         images: in one message or request.
         pictures: of one image.
         decoders: how many images are decoded at a time, each in a process of its own.
@@ -82,6 +83,7 @@ class RequestLimits:
     refusal_seconds: float = 1.0
     refusals: int = 64
     waiting: int = 64
+    prepared: int = 4
     images: int = 16
     pictures: PictureLimits = PICTURES
     decoders: int = 2

@@ -58,9 +58,10 @@ def _run(args: argparse.Namespace) -> None:
     with starting():
         import uvicorn
 
-        from deepseek_vl.serve.api.app import Service, create_app
+        from deepseek_vl.serve.api.app import create_app
         from deepseek_vl.serve.api.connection import connections
         from deepseek_vl.serve.api.fetch import ImageFetcher
+        from deepseek_vl.serve.api.service import Service
 
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
-            asyncio.get_running_loop().call_later(args.grace, engine.cancel)
+            asyncio.get_running_loop().call_later(args.grace, service.cancel)
             end_within(args.grace + END_SECONDS)
             await super().shutdown(sockets)
 

@@ -19,7 +19,7 @@ class Metrics:
         self.completion_tokens = Counter("deepseek_vl_completion_tokens", "Tokens of answers.", registry=registry)
         self.first_piece = Histogram(
             "deepseek_vl_first_piece_seconds",
-            "From the queue to an answer's first text.",
+            "From a request to its answer's first text.",
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=registry,
         )
@@ -40,10 +40,11 @@ class Metrics:
             self.cached_tokens.inc(generation.cached_tokens)
             self.completion_tokens.inc(len(generation.token_ids))
 
-    def response(self, engine: Engine) -> Response:
-        """The numbers, in Prometheus' text format."""
-        self._running.set(engine.running)
-        self._waiting.set(engine.waiting)
+    def response(self, engine: Engine, requests: int) -> Response:
+        """The numbers, in Prometheus' text format; `requests` is how many are being answered or wait for it."""
+        running = engine.running
+        self._running.set(running)
+        self._waiting.set(max(0, requests - running))
         self._memory.set(engine.memory_used)
         self._budget.set(engine.memory_bytes)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from PIL import Image
 
 from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import Generation, MemoryBudgetError
-from deepseek_vl.engine.kv_cache import STEP
+from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits, default_memory
 from deepseek_vl.engine.prefix_cache import ImageFeatures, weight_bytes
 from deepseek_vl.engine.prompt import Prompt, PromptImage
@@ -452,6 +453,46 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
     assert max(running) == 2
     assert ended == sorted(ended)
     assert {tuple(generation.token_ids) for generation in generations} == {tuple(from_nothing(loaded, messages, 300))}
+
+
+def bytes_of_all_tensors() -> int:
+    """Memory of every tensor that Python knows of."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_a_long_conversation_costs_short_ones_beside_it_nothing(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve short answers beside one of 4,000 tokens take at most twice what all their keys and values need."""
+
+    class Measuring(Step):
+        steps, worst = 0, 0.0
+
+        def __call__(self, language_model: Any, token_ids: Sequence[int], caches: Sequence[RowCache]) -> torch.Tensor:
+            logits = super().__call__(language_model, token_ids, caches)
+            if len(caches) == 13 and self.steps % 8 == 0:
+                held = sum(cache.get_seq_length() for cache in caches) * POSITION
+                self.worst = max(self.worst, (bytes_of_all_tensors() - before) / held)
+            self.steps += len(caches) == 13
+            return logits
+
+    monkeypatch.setattr(loaded[1].config.language_config, "max_position_embeddings", 5000)
+    engine = engine_for(loaded, keeps=False)
+    engine.use(step := Measuring())
+    long, short = messages_of("more words " * 600), messages_of("Hello.")
+    assert 4000 < length_of(loaded, long) < 4800
+    assert length_of(loaded, short) < 100
+    gc.collect()
+    before = bytes_of_all_tensors()
+    generations = [begin(engine, loaded, messages, 25) for messages in (long, *[short] * 12)]
+    assert all(generation.done.wait(60) for generation in generations)
+    assert generations[0].token_ids == from_nothing(loaded, long, 25)
+    assert 0.9 < step.worst < 2
 
 
 def test_who_leaves_the_line_is_gone_at_once(loaded: Loaded) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 STEP = 128
-"""A cache that has grown has room for about so many tokens more, so that most are written without copying the rest."""
+"""A cache that has grown has room for so many tokens more, so that most are written without copying the rest."""
 
 SHARED_POSITIONS = 1024
 """Shared buffers have room for so many positions of a row, or twice as many, or four times, and so on."""
@@ -57,10 +57,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, length: int) -> Buffers:
-        """The buffers, made long enough for so many positions; what is behind those held is finite."""
+        """The buffers, long enough for so many positions; `STEP` longer if they had to grow. All that is in them is
+        finite."""
         if length > self._buffers[0].shape[2]:
-            length = -(-(length + STEP - 1) // STEP) * STEP
-            self._own([_widened(held, length) for held in (self.keys, self.values)], self.get_seq_length())
+            self._own([_widened(held, length + STEP) for held in (self.keys, self.values)], self.get_seq_length())
         return self._buffers
 
     def show(self, length: int) -> None:

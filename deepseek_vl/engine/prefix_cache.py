@@ -108,7 +108,7 @@ class PrefixCache(LRUCache[RowCache]):
         """
         longest, shared = max(((_shared(_content(key), content), key) for key in self), default=(0, b""))
         if not longest:
-            return RowCache(len(content) + STEP)
+            return RowCache(len(content))
         return self.use(shared).prefix(longest, room=len(content) - longest + STEP)
 
     def keep(self, content: np.ndarray, cache: RowCache) -> None:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,14 @@ class Measurement:
 
 
 @contextmanager
-def server(model_path: str, batch: int, dtype: str) -> Iterator[str]:
-    """The address of a running server."""
+def server(
+    model_path: str, batch: int, dtype: str, program: Sequence[str] = ("-m", "deepseek_vl.serve.api")
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A running server: its address and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepseek_vl.serve.api", "--model_path", model_path, "--model_name", "model"]
+    command = [sys.executable, *program, "--model_path", model_path, "--model_name", "model"]
     command += ["--port", str(port), "--max_batch", str(batch), "--max_waiting", "1000", "--dtype", dtype]
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -70,7 +72,7 @@ def server(model_path: str, batch: int, dtype: str) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("The server has not started.") from None
                 time.sleep(0.2)
-        yield address
+        yield address, process
     finally:
         process.terminate()
         process.wait()
@@ -135,7 +137,7 @@ def main() -> None:
 
     measurements = []
     for batch in (1, args.max_batch):
-        with server(args.model_path, batch, args.dtype) as address:
+        with server(args.model_path, batch, args.dtype) as (address, _):
             asyncio.run(measure(address, batch, 1, len(QUESTIONS), args.max_tokens))  # to warm up
             for clients in args.clients:
                 measured = asyncio.run(measure(address, batch, clients, args.requests, args.max_tokens))

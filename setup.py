@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+GGUF = ["gguf>=0.19"]
 GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
@@ -42,6 +43,7 @@ setup(
     ],
     extras_require={
         "test": [
+            *GGUF,
             *GRADIO,
             *SERVE,
             *TRAIN,
@@ -58,6 +60,7 @@ setup(
             "ruff>=0.14",
             "schemathesis>=4.10",
         ],
+        "gguf": GGUF,
         "gpu": GPU,
         "gradio": GRADIO,
         "serve": SERVE,

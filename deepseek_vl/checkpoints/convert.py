@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,8 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
             has no place for; and if what was written is not what was read.
     """
     source, destination = Path(bundled_or_same(str(source))), Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"'{destination}' is inside the checkpoint itself; choose a place outside.")
+    check_places(source, destination)
     config = read_json(source / CONFIG)
-    if not config:
-        raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
     if configs.is_transformers(config) == (layout == TRANSFORMERS):
         raise ValueError(f"'{source}' is in the {layout} layout already.")
 
@@ -105,6 +100,21 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
         _compare(tensors, unfinished)
         unfinished.rename(destination)
     return len(tensors)
+
+
+def check_places(source: Path, destination: Path) -> None:
+    """
+    Raises:
+        FileExistsError: if there is something at the destination.
+        OSError: if the source is no checkpoint.
+        ValueError: if the destination is inside it.
+    """
+    if destination.exists():
+        raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"'{destination}' is inside the checkpoint itself; choose a place outside.")
+    if not read_json(source / CONFIG):
+        raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -136,17 +146,33 @@ def _renamed(
         kept = source / KEPT / KEPT_WEIGHTS
         kept = unread_weights([kept]) if kept.is_file() else {}
         here = renamed = {**renamed, **unused_weights(model, _dtype(tensors)), **kept}
+    check_weights(source, model, here, left)
+    return renamed
+
+
+def check_weights(
+    source: Path, model: Mapping[str, torch.Tensor], tensors: Mapping[str, Slice | torch.Tensor], left: Iterable[str]
+) -> None:
+    """Check that a checkpoint has a model's weights.
+
+    Args:
+        model: its weights, on the meta device.
+        tensors: the checkpoint's, by the same names.
+        left: the names of those that are not known.
+
+    Raises:
+        ValueError: naming what is missing, of another shape, or not known.
+    """
     problems = {
-        "missing": sorted(model.keys() - here.keys()),
+        "missing": sorted(model.keys() - tensors.keys()),
         "of another shape": sorted(
-            name for name in model.keys() & here.keys() if shape_of(here[name]) != list(model[name].shape)
+            name for name in model.keys() & tensors.keys() if shape_of(tensors[name]) != list(model[name].shape)
         ),
         "not known": sorted(set(left) - set(UNUSED)),
     }
     if any(problems.values()):
         details = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
         raise ValueError(f"The weights at '{source}' do not fit the config: {details}.")
-    return renamed
 
 
 def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:

@@ -12,6 +12,8 @@ from deepseek_vl.checkpoints.tensors import JoinedRows, Slice, divide_rows, shap
 
 REFERENCE, TRANSFORMERS = "reference", "transformers"
 LAYOUTS = (REFERENCE, TRANSFORMERS)
+GGUF, GGUF_TYPES = "gguf", ("f16", "bf16", "q8_0", "q4_0")
+"""llama.cpp's files are no layout of ours: what is written so is not read back."""
 
 NAMES = {
     # The reference's: transformers'. `*` is a layer's number, `@` is weight or bias, and capitals are one of `PLACES`.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded, messages_of, wait_until
+from conftest import LentStep, Loaded, messages_of, wait_until
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
@@ -72,22 +72,6 @@ def questions(picture: Path, count: int) -> list[tuple[list[dict[str, Any]], int
         messages = messages_of("<image_placeholder>" * len(images) + text, *images)
         found.append((messages, 1 + (i * 37) % (STEP + 40)))
     return found
-
-
-class LentStep(Step):
-    """Runs where CUDA graphs would: in buffers that all caches share, one after the other."""
-
-    def __init__(self) -> None:
-        self._buffers: SharedBuffers | None = None
-
-    def __call__(
-        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
-    ) -> torch.Tensor:
-        if len(caches) == 1:
-            if self._buffers is None or not self._buffers.has_room(caches[0]):
-                self._buffers = SharedBuffers(caches[0])
-            self._buffers.lend(caches[0])
-        return super().__call__(language_model, token_ids, caches)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +191,33 @@ def test_when_memory_runs_out_in_a_step_one_answer_ends_at_most(loaded: Loaded, 
         if not errors:
             assert generation.token_ids == alone(loaded, messages_of(text), length)
     assert failed == failures_alone
+
+
+class FailingLentStep(LentStep):
+    """Fails once for several rows."""
+
+    has_failed = False
+
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        if len(caches) > 1 and not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("The step failed.")
+        return super().__call__(language_model, token_ids, caches)
+
+
+def test_rows_that_go_on_alone_are_not_written_to_each_others_memory(loaded: Loaded) -> None:
+    engine = engine_for(loaded)
+    engine.use(FailingLentStep())
+    asked = [messages_of(f"Hello {i}.") for i in range(3)]
+    generations = [generation_of(engine, loaded, messages, 40) for messages in asked]
+    for generation in generations:
+        engine.submit(generation)
+    for generation, messages in zip(generations, asked, strict=True):
+        assert generation.done.wait(60)
+        assert generation.token_ids == alone(loaded, messages, 40)
+    assert engine.step.has_failed
 
 
 def test_a_reader_that_fails_ends_its_own_answer(loaded: Loaded) -> None:

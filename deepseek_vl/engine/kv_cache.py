@@ -5,6 +5,7 @@ A row comes, grows and leaves without a byte of another's being touched, and non
 
 import functools
 import math
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -79,6 +80,11 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, length:] = 0  # another's may not be finite, see `_widened`
         self._own(buffers, length)
         self.is_borrowed = True
+
+    def give_back(self) -> None:
+        """Hold the same in buffers of its own."""
+        if self.is_borrowed:
+            self._own([states.clone() for states in (self.keys, self.values)], self.get_seq_length())
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, room: int) -> "GrowingLayer":
@@ -190,13 +196,19 @@ class SharedBuffers:
         self._memory: list[Buffers] = [  # each layer's, flat
             tuple(held.new_empty(elements) for held in (layer.keys, layer.values)) for layer in cache.layers
         ]
+        self._lent: weakref.ref[RowCache] | None = None
 
     def has_room(self, cache: RowCache) -> bool:
         """Whether a cache, and one more position of it, can be here."""
         return math.prod(_shape(cache)) <= self._memory[0][0].numel()
 
     def lend(self, cache: RowCache) -> list[Buffers]:
-        """Move a cache here, unless it is, and whatever was here out of use; returns each layer's buffers."""
+        """Move a cache here, unless it is, and one that was here and is in use out; returns each layer's buffers."""
+        before = None if self._lent is None else self._lent()
+        if before is not None and before is not cache:
+            for layer in before.layers:
+                layer.give_back()
+        self._lent = weakref.ref(cache)
         shape = _shape(cache)
         lent = [tuple(flat[: math.prod(shape)].view(shape) for flat in pair) for pair in self._memory]
         for layer, buffers in zip(cache.layers, lent, strict=True):

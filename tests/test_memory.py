@@ -433,6 +433,19 @@ def test_what_is_kept_gives_way_to_what_runs(loaded: Loaded) -> None:
     assert ask(engine, loaded, messages) == from_nothing(loaded, messages)
 
 
+def test_what_is_kept_gives_way_to_encoded_images(loaded: Loaded, picture: Path) -> None:
+    messages, shown = messages_of("Hello."), messages_of(f"{TAG}What is it?", load_image(picture))
+    kept = (length_of(loaded, messages) + len(from_nothing(loaded, messages)) - 1) * POSITION
+    engine = engine_for(loaded, memory_bytes=kept + needed(loaded, shown, 20))
+    ask(engine, loaded, messages)
+    assert engine.memory_used == kept
+    used: list[int] = []
+    hook = loaded[1].language_model.register_forward_hook(lambda *_: used.append(engine.memory_used))
+    assert ask(engine, loaded, shown) == from_nothing(loaded, shown)
+    hook.remove()
+    assert max(used) <= engine.memory_bytes
+
+
 def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> None:
     messages = messages_of("Hello.")
     engine = engine_for(loaded, memory_bytes=int(2.5 * needed(loaded, messages, 300)))

@@ -306,6 +306,7 @@ class Engine:
         if missing := [image for image in piece.images if image.key not in row.features]:
             count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
             row.features |= self._current_caches().images.encode(model, missing[:count])
+            self._make_room()  # conversations give way to what is kept of these
             return
         begun = time.monotonic()
         features = torch.stack([row.features[image.key] for image in piece.images]) if piece.images else None

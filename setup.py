@@ -47,7 +47,7 @@ setup(
             *GRADIO,
             *SERVE,
             *TRAIN,
-            "hypothesis>=6",
+            "hypothesis>=6.100",
             "import-linter>=2.17",
             "ipykernel>=6.29",
             "nbclient>=0.10",

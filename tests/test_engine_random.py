@@ -1,0 +1,384 @@
+"""Random days of an engine: whoever comes, leaves or breaks down, and whatever fails, each answer is the one alone."""
+
+import contextlib
+import gc
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Batch, LentStep, Loaded, messages_of, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_vl.engine import engine as engine_module
+from deepseek_vl.engine import generation as generation_module
+from deepseek_vl.engine import kv_cache, prefix_cache
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import END, Generation
+from deepseek_vl.engine.kv_cache import RowCache
+from deepseek_vl.engine.limits import EngineLimits
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.imaging.open import load_image
+from deepseek_vl.serve.inference import load_model
+
+TAG = "<image_placeholder>"
+LONGEST = 60
+QUESTIONS = 10
+GONE = "The reader has gone."
+POSITION = 2 * 2 * 64 * 4
+"""Bytes of a position: keys and values x layers x width x bytes of a number."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What may be asked, and its longest answer when it is alone."""
+
+    inputs: Batch
+    alone: list[int]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One who asks.
+
+    Attributes:
+        question: its place among all questions.
+        length: of the answer, at most.
+        comes: in this call of the model, or when there is nothing else to do.
+        fate: `stays`; `leaves`, so many calls after it came (0: before); `hears enough` or `breaks down`, when it has
+            been told so much; `stops`, at a stop word that is in the answer alone from that character on.
+        when: see `fate`.
+    """
+
+    question: int
+    length: int
+    comes: int
+    fate: str
+    when: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The model fails: from one call of a kind on, so many times, before it has done anything, or within, or after.
+
+    The kinds: `encode` images, `prefill`, a `step` of one row, of a `batch`, and of one row `again` after one failed.
+    """
+
+    kind: str
+    call: int
+    times: int
+    place: str
+    error: type[Exception]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What happens to one engine.
+
+    Attributes:
+        visits, faults: in no order.
+        forgets: the engine is told to forget in this call of the model; 0 for never.
+        max_rows, keeps, prefill_seconds: the engine's limits.
+        at_once: the budget is for so many answers like the largest, and `spare` positions; None for the default.
+        piece, room: the engine's `PIECE` and `STEP`.
+        is_lent: whether single rows run in buffers that all share, as in CUDA graphs.
+    """
+
+    visits: list[Visit]
+    faults: list[Fault]
+    forgets: int
+    max_rows: int
+    keeps: bool
+    prefill_seconds: float
+    at_once: int | None
+    spare: int
+    piece: int
+    room: int
+    is_lent: bool
+
+
+VISITS = st.builds(
+    Visit,
+    question=st.integers(0, QUESTIONS - 1) | st.sampled_from([4, 5]),
+    length=st.integers(LONGEST // 2, LONGEST) | st.integers(1, LONGEST),
+    comes=st.just(0) | st.integers(0, 80),
+    fate=st.sampled_from(["stays", "stays", "stays", "leaves", "hears enough", "breaks down", "stops"]),
+    when=st.integers(0, 30),
+)
+FAULTS = st.builds(
+    Fault,
+    kind=st.sampled_from(["batch", "batch", "again", "step", "prefill", "encode"]),
+    call=st.integers(1, 3) | st.integers(1, 30),
+    times=st.sampled_from([1, 1, 2, 5]),
+    place=st.sampled_from(["before", "within", "after"]),
+    error=st.sampled_from([RuntimeError, torch.OutOfMemoryError]),
+)
+SCENARIOS = st.builds(
+    Scenario,
+    visits=st.lists(VISITS, min_size=4, max_size=8) | st.lists(VISITS, min_size=1, max_size=8),
+    faults=st.lists(FAULTS, min_size=1, max_size=4) | st.just([]),
+    forgets=st.sampled_from([0, 0, 5, 40]),
+    max_rows=st.sampled_from([5, 3, 2, 1]),
+    keeps=st.sampled_from([True, True, False]),
+    prefill_seconds=st.sampled_from([0, EngineLimits.prefill_seconds]),
+    at_once=st.sampled_from([None, 3, 2, 1]),
+    spare=st.integers(0, 100),
+    piece=st.sampled_from([engine_module.PIECE, 32]),
+    room=st.sampled_from([kv_cache.STEP, 8]),
+    is_lent=st.booleans(),
+)
+
+
+class Visitor:
+    """Asks, and notes what it is told as (kind, text): an error that was kept would keep what failed with it."""
+
+    def __init__(self, engine: Engine, question: Question, visit: Visit):
+        self.visit, self.question, self.came = visit, question, 0
+        self.told: list[tuple[str, str]] = []
+        whole = engine.tokenizer.decode(question.alone, skip_special_tokens=True)
+        self.word = whole[visit.when :][:3] if visit.fate == "stops" else ""
+        asked = GenerationSettings(max_new_tokens=visit.length, stop=(self.word,))
+        self.generation = Generation(engine, question.inputs, asked, self._listen)
+
+    def _listen(self, item: Any) -> None:
+        kind = "end" if item is END else "text" if isinstance(item, str) else "error"
+        self.told.append((kind, "" if item is END else str(item)))
+        if len(self.told) == self.visit.when + 1 and self.visit.fate == "breaks down":
+            raise OSError(GONE)
+        if len(self.told) == self.visit.when + 1 and self.visit.fate == "hears enough":
+            self.generation.cancelled.set()
+
+    def tick(self, calls: int) -> None:
+        """The model is called for that time."""
+        if self.visit.fate == "leaves" and calls >= self.came + self.visit.when:
+            self.generation.cancelled.set()
+
+    def check(self, engine: Engine) -> list[str]:
+        """Compare the answer with that alone; returns the model's failure that ended it, if one did."""
+        tokens, reason = self.generation.token_ids, self.generation.finish_reason
+        assert tokens == self.question.alone[: self.visit.length][: len(tokens)]
+        texts, errors = ([text for kind, text in self.told if kind == wanted] for wanted in ("text", "error"))
+        kinds = [kind for kind, _ in self.told]
+        assert kinds == ["text"] * len(texts) + ["error"] * len(errors) + ["end"]
+        assert len(errors) == (reason is None)
+        whole = engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        is_stopped = bool(self.word) and self.word in whole
+        shown = whole[: whole.index(self.word)] if is_stopped else whole
+        assert shown.startswith("".join(texts))
+        assert "".join(texts) == shown or errors
+        assert reason != "cancelled" or self.generation.cancelled.is_set()
+        assert reason != "stop" or is_stopped or tokens[-1] == engine.tokenizer.eos_token_id
+        assert reason != "length" or len(tokens) == self.visit.length
+        is_broken = self.visit.fate == "breaks down" and kinds[self.visit.when : self.visit.when + 1] == ["text"]
+        assert (errors == [GONE]) == is_broken
+        return [] if is_broken else errors
+
+
+class Day:
+    """Sends visitors to an engine while its model works, and lets the model fail.
+
+    Attributes:
+        fatal: what was raised where it must end one answer.
+        used, running: the most that the engine used, and ran, in any call.
+    """
+
+    def __init__(self, engine: Engine, visitors: list[Visitor], scenario: Scenario):
+        self.fatal: list[str] = []
+        self.used = self.running = 0
+        self._engine, self._scenario = engine, scenario
+        self._to_come = sorted(visitors, key=lambda visitor: visitor.visit.comes)
+        self._here: list[Visitor] = []
+        self._has_begun = threading.Event()
+        self._calls: Counter[str] = Counter()
+        self._due: Fault | None = None
+        self._again = 0  # rows that have yet to run alone, after a step that failed
+
+    def run(self) -> None:
+        """Until everybody has come and has been answered."""
+        with self._hooks():
+            self._bring(0)
+            self._has_begun.set()
+            while True:
+                for visitor in self._here:  # grows meanwhile
+                    if not visitor.generation.done.wait(120):
+                        stacks = ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
+                        pytest.fail("\n".join(["An answer does not end.", *stacks]))
+                if not self._to_come:
+                    return
+                self._bring(self._to_come[0].visit.comes)
+
+    def _bring(self, comes: int) -> None:
+        while self._to_come and self._to_come[0].visit.comes <= comes:
+            visitor = self._to_come.pop(0)
+            visitor.came = self._calls.total()
+            visitor.tick(visitor.came)
+            self._here.append(visitor)
+            self._engine.submit(visitor.generation)
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        model = self._engine.model
+        hooks = []
+        for first, inner, last in (
+            (model.language_model, model.language_model.model.layers[-1], model.language_model),
+            (model.vision_model, model.aligner, model.aligner),
+        ):
+            hooks += [
+                first.register_forward_pre_hook(self._begin, with_kwargs=True),
+                inner.register_forward_pre_hook(lambda *_: self._reach("within")),
+                last.register_forward_hook(lambda *_: self._reach("after")),
+            ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._has_begun.wait(60)
+        rows = len(kwargs.get("input_ids", (0,)))
+        if module is self._engine.model.vision_model:
+            kind = "encode"
+        elif "inputs_embeds" in kwargs:
+            kind = "prefill"
+        else:
+            kind = "again" if self._again else "batch" if rows > 1 else "step"
+        self._calls[kind] += 1
+        calls = self._calls.total()
+        self._again -= kind == "again"
+        self.used = max(self.used, self._engine.memory_used)
+        self.running = max(self.running, self._engine.running)
+        if calls == self._scenario.forgets:
+            self._engine.forget()
+        self._bring(calls)
+        for visitor in self._here:
+            visitor.tick(calls)
+        faults = [fault for fault in self._scenario.faults if fault.kind == kind]
+        self._due = next((f for f in faults if f.call <= self._calls[kind] < f.call + f.times), None)
+        if self._due is not None:
+            if kind == "batch" or (kind == "step" and self._due.error is torch.OutOfMemoryError):
+                self._again = rows
+            else:
+                self.fatal.append(f"Call {calls} fails.")
+        self._reach("before")
+
+    def _reach(self, place: str) -> None:
+        due = self._due
+        if due is not None and due.place == place:
+            self._due = None
+            raise due.error(f"Call {self._calls.total()} fails.")
+
+
+@pytest.fixture(scope="module")
+def loaded(siglip_checkpoint: Path) -> Loaded:
+    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    return load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def questions(loaded: Loaded, picture_files: list[Path]) -> list[Question]:
+    """Long ones and short ones, some with pictures, and some that begin as others do."""
+    tokenizer, model, processor = loaded
+    first, second, third = map(load_image, picture_files)
+
+    def question_of(turns: list[dict[str, Any]]) -> Question:
+        inputs = processor(conversations=turns, images=[image for turn in turns for image in turn.get("images", [])])
+        ids = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+        return Question(inputs, ids[0, inputs.input_ids.shape[1] :].tolist())
+
+    story = "Tell me a story of a boat. " * 4
+    picture = messages_of(f"{TAG}What is this?", first)
+    asked = [
+        question_of(messages_of("Hello.")),
+        question_of(messages_of("Hello. Who are you?")),
+        question_of(messages_of("more words " * 50)),
+        question_of(messages_of(f"{story}Why so?")),
+        question_of(messages_of(f"{story}{TAG}What is this?", first)),
+        question_of(picture),
+        question_of(messages_of(f"{TAG}What is this?{TAG}And this?", first, second)),
+        question_of(messages_of(f"{TAG}{TAG}", third, third)),
+        question_of(messages_of(f"{TAG}{story}", third)),
+    ]
+    answer = tokenizer.decode(asked[5].alone[:20], skip_special_tokens=True)
+    asked.append(question_of([picture[0], {**picture[1], "content": answer}, *messages_of("And what else?")]))
+    assert len(asked) == QUESTIONS
+    return asked
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model's products are too small for several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def nothing_stays() -> Iterator[None]:
+    """Fail if an answer or keys and values that were made meanwhile are alive in the end."""
+    gc.freeze()  # what is older is not looked at
+    try:
+        yield
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if type(thing) in (Generation, RowCache)]
+    finally:
+        gc.unfreeze()
+
+
+def spend_day(engine: Engine, questions: list[Question], scenario: Scenario) -> None:
+    """Let everything happen to an engine, and look at all answers."""
+    visitors = [Visitor(engine, questions[visit.question], visit) for visit in scenario.visits]
+    day = Day(engine, visitors, scenario)
+    day.run()
+    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 30)
+    failures = [failure for visitor in visitors for failure in visitor.check(engine)]
+    assert sorted(failures) == sorted(day.fatal)
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert day.running <= scenario.max_rows
+    assert max(day.used, engine.memory_used) <= engine.memory_bytes
+    assert scenario.keeps or engine.memory_used == 0
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.long)])
+def test_whatever_happens_each_answer_is_the_one_alone(
+    loaded: Loaded, questions: list[Question], examples: int
+) -> None:
+    def needed(visit: Visit, room: int) -> int:
+        inputs = questions[visit.question].inputs
+        return (inputs.input_ids.shape[1] + visit.length + room) * POSITION + inputs.pixel_values.nbytes
+
+    def live(scenario: Scenario) -> None:
+        largest = max(needed(visit, scenario.room) for visit in scenario.visits)
+        memory = scenario.at_once and scenario.at_once * largest + scenario.spare * POSITION
+        limits = EngineLimits(scenario.max_rows, scenario.prefill_seconds, memory, keeps=scenario.keeps)
+        engine = Engine(loaded[1], loaded[0], limits)
+        if scenario.is_lent:
+            engine.use(LentStep())
+        spend_day(engine, questions, scenario)
+        again = [replace(visit, comes=0, fate="stays") for visit in scenario.visits[:1]]
+        spend_day(engine, questions, replace(scenario, visits=again, faults=[], forgets=0))
+        engine.forget()
+        assert engine.memory_used == 0
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, print_blob=True)
+    @given(SCENARIOS)
+    def check(scenario: Scenario) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (engine_module, kv_cache, prefix_cache):
+                patch.setattr(module, "STEP", scenario.room)
+            patch.setattr(engine_module, "PIECE", scenario.piece)
+            patch.setattr(kv_cache, "SHARED_POSITIONS", 64)  # so that answers outgrow it
+            for module in (engine_module, generation_module):  # pytest would keep what is logged, and that what failed
+                patch.setattr(module.logger, "disabled", True)
+            with nothing_stays():
+                live(scenario)
+
+    check()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, messages_of
+from conftest import ROOT, messages_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -101,6 +101,18 @@ def test_the_tokenizer_is_ours(files: dict[str, Any]) -> None:
     assert [types[tokenizer.bos_token_id], types[0]] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
     merges = json.loads((TINY / "tokenizer.json").read_text())["model"]["merges"]
     assert len(fields["tokenizer.ggml.merges"]) == len(merges)
+
+
+def test_only_another_tokenizer_than_the_published_one_is_warned_of(
+    published_tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory := tmp_path / "checkpoint").mkdir()
+    checkpoint = write_checkpoint("siglip", published_tokenizer_dir, directory)
+    (reader,) = export(checkpoint, tmp_path / "published", "--language_only").values()
+    assert said(reader)["tokenizer.ggml.pre"] == "deepseek-coder"
+    assert "other rules" not in caplog.text
+    export(TINY, tmp_path / "tiny", "--language_only")
+    assert "other rules" in caplog.text
 
 
 def test_the_chat_template_gives_our_prompt(files: dict[str, Any]) -> None:

@@ -69,9 +69,10 @@ VISION = {
 }
 """Those of the tower's pooling head, which is not run, have no place."""
 
-PRE_TOKENIZER = "deepseek-llm"
+PRE_TOKENIZER = "deepseek-coder"
 PRE_TOKENIZER_HASH = "5209debba4ff"
-"""Of the published tokenizer's rules for splitting a text before its merges, which are the ones llama.cpp knows."""
+"""Of the published tokenizer's rules for splitting a text before its merges. llama.cpp has them under the name above;
+what it calls `deepseek-llm` are others."""
 
 
 def export(

@@ -247,6 +247,42 @@ def first_token(contender: dict[str, Any], prompt: int, answer: int) -> dict[str
     return {**result, "memory": memory.bytes, "read": bytes_per_token(loaded.model)}
 
 
+def llama_cpp_first_token(
+    model: str, mmproj: str | None, model_path: str, prompt: int, answer: int
+) -> dict[str, dict[str, Any]]:
+    """`first_token` of llama.cpp, with the picture if there is a file for its tower, and without.
+
+    The picture has the model's size already: llama.cpp's own resizing is not measured, and would be another picture.
+    """
+    import numpy as np
+    from llama_cpp_peer import LlamaCpp, positions_of
+
+    peer = LlamaCpp(Path(model), mmproj and Path(mmproj), prompt + answer + 128)
+    processor = chat_processor(model_path)
+    square = processor.image_processor.resize(picture(1)).transpose(1, 2, 0)
+
+    def measure(images: Sequence["Image.Image"]) -> dict[str, Any]:
+        messages = question(processor, prompt, images)
+        inputs = processor(conversations=messages, images=images)
+        peer.forget()
+        begun = time.perf_counter()
+        features = [peer.image_features(np.ascontiguousarray(square)) for _ in images]
+        for part in positions_of(inputs, features):
+            logits = peer.run(part)
+        ticks = [time.perf_counter()]
+        for _ in range(answer - 1):
+            logits = peer.run([int(logits[-1].argmax())])
+            ticks.append(time.perf_counter())
+        each = (ticks[-1] - ticks[0]) / (answer - 1) if answer > 1 else None
+        return {"first": ticks[0] - begun, "each": each, "read": Path(model).stat().st_size}
+
+    measure([])  # to warm up
+    results = {"without the picture": measure([])}
+    if mmproj is not None:
+        results["with the picture"] = measure([picture(1)])
+    return results
+
+
 def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_answer: str | None) -> dict[str, Any]:
     """The next question about an image.
 
@@ -446,8 +482,19 @@ def _without_gradients(run: Callable[[], Any]) -> None:
 
 
 RUNS = {
-    run.__name__: run for run in (first_token, second_turn, text_only, encode, batch, load, preprocess, limits)
-}  # fmt: skip
+    run.__name__: run
+    for run in (
+        first_token,
+        llama_cpp_first_token,
+        second_turn,
+        text_only,
+        encode,
+        batch,
+        load,
+        preprocess,
+        limits,
+    )
+}
 
 
 if __name__ == "__main__":

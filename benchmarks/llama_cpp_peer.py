@@ -4,8 +4,10 @@ Prompts are given as token ids and image features, so that both sides run the sa
 """
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -135,3 +137,17 @@ class LlamaCpp:
             ids.append(token)
             logits = self.run([token])
         return ids
+
+
+def positions_of(inputs: Any, features: Sequence[np.ndarray]) -> list[Part]:
+    """A processor's output of one row as a prompt: runs of token ids, and each image's features where it is."""
+    parts: list[Part] = []
+    waiting = iter(features)
+    pairs = zip(inputs.input_ids[0].tolist(), inputs.images_seq_mask[0].tolist(), strict=True)
+    for is_image, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        ids = [token for token, _ in run]
+        if is_image:
+            parts += itertools.islice(waiting, len(ids) // len(features[0]))
+        else:
+            parts.append(ids)
+    return parts

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+MOST_SECONDS = 4.0
+"""About so long one of the machine's limits is measured."""
+
+
 def now(device: torch.device) -> float:
     """Seconds on a clock, when the device has done all it was told to."""
     if device.type == "cuda":
@@ -78,18 +82,22 @@ def multiplication_rates(device: torch.device, side: int) -> dict[str, float]:
     """Operations per second (a multiplication and an addition are two) of matrix products, by dtype.
 
     Args:
-        side: of the right matrix; the left one has a prompt's 640 rows.
+        side: of the right matrix; the left one has a prompt's 640 rows. Smaller where that would take long.
     """
     rates = {}
     for name in ("float32", "bfloat16", "int8"):
         dtype = getattr(torch, name)
-        left, right = (torch.ones(rows, side, dtype=dtype, device=device) for rows in (640, side))
         multiply = torch._int_mm if name == "int8" else torch.mm
-        try:
-            seconds = fastest(lambda: multiply(left, right), device, repeats=5)  # noqa: B023  it is called here
-        except RuntimeError:  # this build has no such kernel
-            continue
-        rates[name] = 2 * 640 * side**2 / seconds
+        # Without instructions for a dtype a product takes minutes: smaller ones say so in time.
+        for size in (side // 16, side // 4, side):
+            left, right = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (640, size))
+            try:
+                seconds = fastest(lambda: multiply(left, right), device, repeats=3)  # noqa: B023  it is called here
+            except RuntimeError:  # this build has no such kernel
+                break
+            rates[name] = 2 * 640 * size**2 / seconds
+            if seconds > MOST_SECONDS / 64:
+                break
     return rates
 
 

@@ -58,6 +58,7 @@ class Row:
         memory: bytes in use beyond the weights.
         limit: what the machine could do at best, in the same unit.
         ratio: how many times better than the best peer.
+        read: bytes of weights that are read in that time.
     """
 
     quantity: str
@@ -68,6 +69,7 @@ class Row:
     memory: int | None = None
     limit: float | None = None
     ratio: float | None = None
+    read: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Setup:
     peer_dtypes: Sequence[str]
     compiled: bool
     sizes: Sizes
+    llama_cpp: Sequence[str]
+    mmproj: str | None
 
     def ours(self, dtype: str = "auto") -> dict[str, dict[str, Any]]:
         """This package as it comes, with quantised weights, and compiled where it can be, by the name of the row."""
@@ -161,7 +165,23 @@ def first_token(setup: Setup) -> Iterator[Row]:
         limit = limits["first"] / best_rate(limits, contender)
         yield Row("first token", label, result["first"], "s", is_peer, result["memory"], limit)
         if result["each"] is not None:
-            yield Row("per token", label, result["each"], "s", is_peer, None, result["read"] / limits["read"])
+            yield _per_token(label, result, limits, is_peer)
+    for file in setup.llama_cpp:
+        results = result_of(
+            "llama_cpp_first_token", model=file, mmproj=setup.mmproj, model_path=setup.model_path, **arguments
+        )
+        for what, result in results.items():
+            label = f"llama.cpp, {Path(file).stem}, {what}"
+            operations = limits["first"] if what == "with the picture" else limits["first"] - limits["encode"]
+            limit = operations / max(limits["multiply"].values())
+            yield Row("first token", label, result["first"], "s", True, None, limit)
+            if result["each"] is not None:
+                yield _per_token(label, result, limits, True)
+
+
+def _per_token(label: str, result: dict[str, Any], limits: dict[str, Any], is_peer: bool) -> Row:
+    limit = result["read"] / limits["read"]
+    return Row("per token", label, result["each"], "s", is_peer, None, limit, read=result["read"])
 
 
 def turns(setup: Setup) -> Iterator[Row]:
@@ -268,6 +288,8 @@ def line(row: Row) -> str:
     parts.append(f"{row.ratio:6.2f}x" if row.ratio is not None else " " * 7)
     if row.limit is not None:
         parts.append(f"  limit {row.limit:.3g} {row.unit} ({row.limit / row.value:.0%})")
+    if row.read is not None:
+        parts.append(f"  {row.read / row.value / 1e9:.1f} GB/s")
     if row.memory is not None:
         parts.append(f"  working memory {row.memory / 1e9:.2f} GB")
     return "".join(parts).rstrip()
@@ -298,13 +320,23 @@ def main() -> None:
     parser.add_argument("--quantize", nargs="*", default=["int8"], help="kinds to measure too (default: int8)")
     parser.add_argument("--compile", action="store_true", help="measure compiled models too")
     parser.add_argument("--peer_dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers' class")
+    parser.add_argument("--llama_cpp", nargs="+", default=[], metavar="FILE.gguf", help="the same model in llama.cpp")
+    parser.add_argument("--mmproj", metavar="FILE.gguf", help="its vision tower, to measure it with the picture too")
     parser.add_argument("--size", choices=SIZES, default="published", help="of the inputs")
     parser.add_argument("--output", type=Path, default=Path("speed.png"), help="the plot; numbers go to .json")
     args = parser.parse_args()
 
     model_path = str(Path(args.model_path).resolve())
     setup = Setup(
-        model_path, args.exported, args.device, args.quantize, args.peer_dtypes, args.compile, SIZES[args.size]
+        model_path,
+        args.exported,
+        args.device,
+        args.quantize,
+        args.peer_dtypes,
+        args.compile,
+        SIZES[args.size],
+        [str(Path(file).resolve()) for file in args.llama_cpp],
+        args.mmproj and str(Path(args.mmproj).resolve()),
     )
     rows: list[Row] = []
     for name in args.table:

@@ -5,12 +5,12 @@ then `python -m pytest -m "long or not long" tests/test_llama_cpp.py`.
 """
 
 import importlib
-import itertools
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,43 +33,32 @@ pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Opens our files: a function of a checkpoint and a type of weights."""
+def llama() -> Iterator[ModuleType]:
+    """The benchmarks' own way to llama.cpp."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        module = importlib.import_module("llama_cpp_peer")
+        yield importlib.import_module("llama_cpp_peer")
+
+
+@pytest.fixture(scope="module")
+def peer(llama: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Opens our files: a function of a checkpoint and a type of weights."""
     opened = []
 
-    def open_files(source: str | Path, kind: str, *arguments: str) -> Any:
+    def open_files(source: str | Path, kind: str) -> Any:
         directory = tmp_path_factory.mktemp("gguf") / kind
-        assert main([str(source), str(directory), "--to", "gguf", "--type", kind, *arguments]) == 0
-        mmproj = directory / "mmproj-f16.gguf"
-        opened.append(module.LlamaCpp(directory / f"model-{kind}.gguf", mmproj if mmproj.exists() else None))
+        assert main([str(source), str(directory), "--to", "gguf", "--type", kind]) == 0
+        opened.append(llama.LlamaCpp(directory / f"model-{kind}.gguf", directory / "mmproj-f16.gguf"))
         return opened[-1]
 
     yield open_files
     for model in opened:
         model.close()
-    sys.modules.pop("llama_cpp_peer")
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Loaded:
     return load_model("tiny", device="cpu", dtype="float32")
-
-
-def parts_of(inputs: BatchedVLChatProcessorOutput, features: list[np.ndarray]) -> list[list[int] | np.ndarray]:
-    """A prompt as llama.cpp takes it: runs of token ids, and each image's features where it is."""
-    parts: list[list[int] | np.ndarray] = []
-    waiting = iter(features)
-    pairs = zip(inputs.input_ids[0].tolist(), inputs.images_seq_mask[0].tolist(), strict=True)
-    for is_image, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
-        ids = [token for token, _ in run]
-        if is_image:
-            parts += list(itertools.islice(waiting, len(ids) // len(features[0])))
-        else:
-            parts.append(ids)
-    return parts
 
 
 def squares(processor: Any, images: list[Image.Image]) -> list[np.ndarray]:
@@ -98,7 +87,7 @@ def test_image_features_are_ours(tiny: Loaded, peer: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "others"), [("f16", 2), ("q8_0", 5)])
-def test_answers_about_pictures_are_ours(kind: str, others: int, tiny: Loaded, peer: Any) -> None:
+def test_answers_about_pictures_are_ours(kind: str, others: int, tiny: Loaded, peer: Any, llama: ModuleType) -> None:
     """Of 145 questions about pictures by another hand all but so many have our answer, token for token."""
     tokenizer, model, processor = tiny
     theirs = peer("tiny", kind)
@@ -113,7 +102,7 @@ def test_answers_about_pictures_are_ours(kind: str, others: int, tiny: Loaded, p
             ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs.input_ids.shape[1] :].tolist()
         ours = [token for token in ids if token != tokenizer.eos_token_id]
         features = [theirs.image_features(square) for square in squares(processor, images)]
-        if theirs.answer(parts_of(inputs, features), 64, tokenizer.eos_token_id) != ours:
+        if theirs.answer(llama.positions_of(inputs, features), 64, tokenizer.eos_token_id) != ours:
             different.append(messages[-1]["content"])
     assert len(asked) >= 145
     assert len(different) <= others, different

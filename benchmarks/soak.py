@@ -252,12 +252,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--scripts", type=int, default=60, help="different conversations")
     parser.add_argument("--turns", type=int, default=5, help="the most of a conversation")
+    parser.add_argument("--memory_mb", type=int, default=64, help="the server's budget: what it keeps soon fills it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("soak.png"), help="the plot; numbers go to .json")
     args = parser.parse_args()
 
     # In float32 an answer beside others is the one alone, token for token.
-    with server(args.model_path, 16, "float32", [__file__, "--serve"]) as (address, process):
+    program = [__file__, "--serve", "--memory_mb", str(args.memory_mb)]
+    with server(args.model_path, 16, "float32", program) as (address, process):
         counts, memory = asyncio.run(soak(address, psutil.Process(process.pid), args))
     growth = memory.growth()
     print(*(f"{name}: {count}" for name, count in sorted(counts.items())), sep="\n")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +354,15 @@ def slow_jpeg() -> bytes:
     data = saved(Image.new("RGB", (4000, 4000), "teal"), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * 20_000 + data[-2:]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models so small that several threads are slower, or a run that must compute the same in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.serve.inference import load_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TAG = "<image_placeholder>"
 LONGEST = 60
 QUESTIONS = 10
@@ -310,15 +312,6 @@ def questions(loaded: Loaded, picture_files: list[Path]) -> list[Question]:
     asked.append(question_of([picture[0], {**picture[1], "content": answer}, *messages_of("And what else?")]))
     assert len(asked) == QUESTIONS
     return asked
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model's products are too small for several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

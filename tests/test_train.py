@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,13 @@ from deepseek_vl.train.lora import merge
 from deepseek_vl.train.trainer import last_checkpoint
 from deepseek_vl.utils.io import load_pretrained_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TAG = "<image_placeholder>"
 SAM, SIGLIP = "vision_model.vision_tower_high.", "vision_model.vision_tower_low."
 ERROR = "python -m deepseek_vl.train: error: "
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 CORNERS = {"top left": (4, 4), "top right": (36, 4), "bottom left": (4, 36), "bottom right": (36, 36)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are small, and a run must compute the same whichever process it is in."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(*arguments: Any) -> int:

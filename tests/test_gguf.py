@@ -193,6 +193,10 @@ def incomplete(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None
     del tensors["aligner.layers.0.bias"]
 
 
+def normalising(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["vision_config"]["params"].update(pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3)
+
+
 def one_layer(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     config["aligner_config"]["params"].update(projector_type="linear", depth=1)
     for kind in ("weight", "bias"):
@@ -207,6 +211,7 @@ def one_layer(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         (scaled, (), "scaled by 'yarn'"),
         (incomplete, (), "1 missing: aligner.layers.0.bias"),
         (one_layer, (), "a projector of two layers"),
+        (normalising, (), "normalises pixels before the tower"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(
@@ -225,6 +230,30 @@ def test_linear_scaling_is_said(tmp_path: Path) -> None:
     (reader,) = export(changed(TINY, tmp_path / "source", stretch), tmp_path / "out", "--language_only").values()
     fields = said(reader)
     assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 2.0)
+
+
+def test_what_a_config_leaves_out_is_llamas_default(tmp_path: Path) -> None:
+    """The published 7B's config names neither heads nor widths."""
+
+    def shorten(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        language = config["language_config"]
+        del language["num_attention_heads"], language["num_key_value_heads"]
+        language["head_dim"] = 192 // 32
+
+    (reader,) = export(changed(TINY, tmp_path / "source", shorten), tmp_path / "out", "--language_only").values()
+    fields = said(reader)
+    assert (fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]) == (32, 32)
+
+
+def test_a_mean_that_is_left_out_is_the_image_processors_own(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "source")
+    file = tmp_path / "source" / "preprocessor_config.json"
+    images = json.loads(file.read_text())
+    del images["image_mean"]
+    file.write_text(json.dumps(images))
+    fields = said(export(tmp_path / "source", tmp_path / "out")["mmproj-f16.gguf"])
+    processor = VLChatProcessor.from_pretrained(str(tmp_path / "source"))
+    assert fields["clip.vision.image_mean"] == pytest.approx(processor.image_processor.image_mean)
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from deepseek_vl.checkpoints.names import (
 from deepseek_vl.checkpoints.read import unread_weights
 from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens, token_id_of
 from deepseek_vl.checkpoints.tensors import Slice, dtype_of, shape_of
-from deepseek_vl.checkpoints.write import INDEX, bytes_of, write_shards
+from deepseek_vl.checkpoints.write import INDEX, appearing_whole, bytes_of, write_shards
 
 KEPT, KEPT_WEIGHTS = "other_layout", "unused.safetensors"
 CONFIG, IMAGES, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
@@ -88,17 +87,13 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
     files = weight_files(source)
     tensors = unread_weights(files)
     renamed = _renamed(source, architecture.weights(in_reference), tensors, layout)
-    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
-        unfinished = Path(name) / "checkpoint"
-        unfinished.mkdir()
+    with appearing_whole(destination) as unfinished:
         (unfinished / KEPT).mkdir()
         write_shards(renamed, unfinished, max(file.stat().st_size for file in files))
         if left := {name: tensors[name][...] for name in UNUSED if name in tensors and layout == TRANSFORMERS}:
             save_file(left, unfinished / KEPT / KEPT_WEIGHTS, metadata={"format": "pt"})
         _write_files(source, unfinished, settings)
         _compare(tensors, unfinished)
-        unfinished.rename(destination)
     return len(tensors)
 
 

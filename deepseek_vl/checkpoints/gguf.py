@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from deepseek_vl.checkpoints.names import as_reference
 from deepseek_vl.checkpoints.read import unread_weights
 from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
 from deepseek_vl.checkpoints.tensors import Slice, shape_of
+from deepseek_vl.checkpoints.write import appearing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +109,9 @@ def export(
     files = {f"model-{file_type}.gguf": _language_file(checkpoint, file_type)}
     if not language_only:
         files["mmproj-f16.gguf"] = _vision_file(checkpoint, architecture.tower_fields)
-    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}-") as name:
-        unfinished = Path(name) / "files"
-        unfinished.mkdir()
+    with appearing_whole(destination) as unfinished:
         for file, content in files.items():
             content.write(unfinished / file)
-        unfinished.rename(destination)
     return sum(len(content.tensors) for content in files.values())
 
 
@@ -126,6 +122,7 @@ class _Checkpoint:
     Attributes:
         name: for people.
         config, images: its settings in the reference's layout.
+        language: the language model's part of them, with transformers' defaults for what they leave out.
         tokenizer: `tokenizer.json`.
         special_tokens: the ids that begin, end and pad a text, see `checkpoint_special_tokens`.
         chat_template: Jinja.
@@ -135,6 +132,7 @@ class _Checkpoint:
     name: str
     config: Mapping[str, Any]
     images: Mapping[str, Any]
+    language: LlamaConfig
     tokenizer: Mapping[str, Any]
     special_tokens: Mapping[str, Any]
     chat_template: str
@@ -150,12 +148,14 @@ def _read(source: Path, architecture: Architecture) -> _Checkpoint:
     model = architecture.weights(config)
     tensors = as_reference(unread_weights(weight_files(source)), model)
     check_weights(source, model, tensors, tensors.keys() - model.keys())
+    language = LlamaConfig(**config["language_config"])
     return _Checkpoint(
         source.resolve().name,
         config,
-        images,
+        {**configs.IMAGE_DEFAULTS, **images},
+        language,
         read_json(source / "tokenizer.json"),
-        checkpoint_special_tokens(source, LlamaConfig(**config["language_config"])),
+        checkpoint_special_tokens(source, language),
         architecture.chat_template,
         {name: tensors[name] for name in model},  # in the network's order, whatever the files'
     )
@@ -228,10 +228,8 @@ class _File:
 
 
 def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
-    config = {**_LLAMA_DEFAULTS, **checkpoint.config["language_config"]}
-    heads = config["num_attention_heads"]
-    key_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    config = checkpoint.language
+    heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta, factor = _rotation(config)
     kind = gguf.GGMLQuantizationType[file_type.upper()]
 
@@ -239,10 +237,10 @@ def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(checkpoint.name)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{file_type.upper()}"])
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(heads)
         writer.add_head_count_kv(key_heads)
         writer.add_key_length(head_dim)
@@ -252,9 +250,9 @@ def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
         if factor is not None:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(factor)
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_vocab_size(config["vocab_size"])
-        _say_tokenizer(writer, checkpoint, config["vocab_size"])
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        _say_tokenizer(writer, checkpoint, config.vocab_size)
 
     def change(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         if name.endswith(("attn_q.weight", "attn_k.weight")):
@@ -272,21 +270,19 @@ def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
 
 
 _ENDS = ("token_embd.weight", "output.weight")
-_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 
 
-def _rotation(config: Mapping[str, Any]) -> tuple[float, float | None]:
+def _rotation(config: LlamaConfig) -> tuple[float, float | None]:
     """The rotary embedding's base, and by what positions are divided.
 
     Raises:
         ValueError: for a scaling that has no place in the file.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    rotation = config.rope_parameters
+    kind = rotation["rope_type"]
     if kind not in ("default", "linear"):
         raise ValueError(f"Rotary embeddings scaled by {kind!r} are not exported, only 'linear' ones.")
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    return float(theta), float(scaling["factor"]) if kind == "linear" else None
+    return float(rotation["rope_theta"]), float(rotation["factor"]) if kind == "linear" else None
 
 
 def _say_tokenizer(writer: gguf.GGUFWriter, checkpoint: _Checkpoint, size: int) -> None:
@@ -335,8 +331,9 @@ def _vision_file(checkpoint: _Checkpoint, tower_fields: configs.TowerFields) -> 
     width, _, patch, _ = renamed["v.patch_embd.weight"][1]
     layers = 1 + max(int(found[1]) for found in map(re.compile(r"v\.blk\.(\d+)\.").match, renamed) if found)
     heads = tower_fields(checkpoint.config["vision_config"]["params"])["heads"]
-    mean, std = checkpoint.images.get("image_mean"), checkpoint.images.get("image_std")
-    normalized = checkpoint.images.get("do_normalize", True) and mean is not None and std is not None
+    mean, std = checkpoint.images["image_mean"], checkpoint.images["image_std"]
+    if not checkpoint.images.get("do_normalize", True) or mean is None or std is None:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def say(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MMPROJ)
@@ -353,8 +350,8 @@ def _vision_file(checkpoint: _Checkpoint, tower_fields: configs.TowerFields) -> 
         writer.add_vision_head_count(heads)
         writer.add_vision_attention_layernorm_eps(1e-6)
         writer.add_vision_use_gelu(True)
-        writer.add_vision_image_mean(mean if normalized else (0.0, 0.0, 0.0))
-        writer.add_vision_image_std(std if normalized else (1.0, 1.0, 1.0))
+        writer.add_vision_image_mean(mean)
+        writer.add_vision_image_std(std)
 
     tensors = {}
     for name, (source, shape) in renamed.items():
@@ -378,11 +375,9 @@ def _vision_problem(checkpoint: _Checkpoint) -> str:
     kind, depth = aligner.get("projector_type"), aligner.get("depth", 1)
     if (kind, depth) != ("mlp_gelu", 2):
         return f"it wants a projector of two layers with a GELU between, not {kind!r} of depth {depth}"
-    if vision.get("select_feature", "patch") not in ("same", "patch"):
-        return f"it gives a feature for each patch, not {vision['select_feature']!r}"
-    if vision.get("pixel_mean") is not None:
+    if vision.get("pixel_mean") is not None and vision.get("pixel_std") is not None:
         return "it normalises pixels before the tower, not inside"
-    if abs(checkpoint.images.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+    if abs(checkpoint.images["rescale_factor"] - 1 / 255) > 1e-9:
         return "it divides pixels by 255"
     return ""
 

@@ -42,7 +42,7 @@ SAM_FIXED = {**SIGLIP_FIXED, "qkv_bias": True, "use_abs_pos": True, "use_rel_pos
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
 _SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
 _SELECT = {"select_feature": "same", "select_layer": -1}
-_IMAGE_DEFAULTS = {
+IMAGE_DEFAULTS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "rescale_factor": 1.0 / 255.0,
@@ -129,7 +129,7 @@ def _hybrid(
         )
     mlp_ratio = sam.mlp_dim / sam.hidden_size
     high = _tower_params(_SAM_NAME, sam, SAM_FIELDS, tower_fields, mlp_ratio=mlp_ratio, downsample_channels=channels)
-    images = {**_IMAGE_DEFAULTS, **{name: value for name, value in images.items() if value is not None}}
+    images = {**IMAGE_DEFAULTS, **{name: value for name, value in images.items() if value is not None}}
     return {
         "concat_type": "tuple",
         "freeze_high": True,
@@ -137,8 +137,8 @@ def _hybrid(
         "high_res_cfg": {
             "ckpt_path": "",
             "output_dim": width,
-            "pixel_mean": list(images.get("high_res_image_mean", _IMAGE_DEFAULTS["image_mean"])),
-            "pixel_std": list(images.get("high_res_image_std", _IMAGE_DEFAULTS["image_std"])),
+            "pixel_mean": list(images.get("high_res_image_mean", IMAGE_DEFAULTS["image_mean"])),
+            "pixel_std": list(images.get("high_res_image_std", IMAGE_DEFAULTS["image_std"])),
             **high,
         },
         "low_res_cfg": {
@@ -278,18 +278,18 @@ def require_transformers_processor(settings: Mapping[str, Any]) -> None:
 
 def images_to_reference(images: Mapping[str, Any]) -> dict[str, Any]:
     """An image processor's config in transformers' layout, as the reference has it."""
-    images = {**_IMAGE_DEFAULTS, **images}
+    images = {**IMAGE_DEFAULTS, **images}
     is_hybrid = "high_res_size" in images or "Hybrid" in images.get("image_processor_type", "")
     size = images.get("high_res_size", {"height": 1024}) if is_hybrid else images.get("size", {"height": 384})
     prefix = "high_res_" if is_hybrid else ""
-    mean = images.get(f"{prefix}image_mean") or _IMAGE_DEFAULTS["image_mean"]
+    mean = images.get(f"{prefix}image_mean") or IMAGE_DEFAULTS["image_mean"]
     return {
         "background_color": [int(255 * value) for value in mean],
         "do_normalize": images.get("do_normalize", True) and not is_hybrid,
         "image_mean": list(mean),
         "image_processor_type": "VLMImageProcessor",
         "image_size": size["height"],
-        "image_std": list(images.get(f"{prefix}image_std") or _IMAGE_DEFAULTS["image_std"]),
+        "image_std": list(images.get(f"{prefix}image_std") or IMAGE_DEFAULTS["image_std"]),
         "min_size": images["min_size"],
         "processor_class": "VLChatProcessor",
         "rescale_factor": images["rescale_factor"],

@@ -1,8 +1,10 @@
 """Weights out, tensor by tensor, so that memory holds one at a time, however large the files are."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,18 @@ from tqdm import tqdm
 from deepseek_vl.checkpoints.tensors import DTYPE_NAMES, Slice, dtype_of, shape_of
 
 INDEX = "model.safetensors.index.json"
+
+
+@contextlib.contextmanager
+def appearing_whole(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory`, to be filled, which becomes it at the end; if anything fails it is gone."""
+    parent = directory.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{directory.name}-") as name:
+        unfinished = Path(name) / "unfinished"
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.rename(directory)
 
 
 def write_shards(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, shard_bytes: int) -> None:

@@ -30,6 +30,9 @@ from deepseek_vl.imaging.open import image_data_url, load_image
 FAULTS_EVERY = 500
 """One of so many steps fails, on average."""
 
+CALM_STEPS = 64
+"""So many steps after such a one do not: each of its answers goes on in a step of its own."""
+
 SAMPLE_SECONDS = 5.0
 WARM_UP = 1 / 6
 """The part of the time that is not counted in the slope: caches fill."""
@@ -227,14 +230,17 @@ async def soak(address: str, process: psutil.Process, args: argparse.Namespace) 
 
 
 def serve_with_faults() -> None:
-    """The server's own command, in whose steps memory runs out now and then."""
+    """The server's own command, in whose steps memory runs out now and then, and what is then freed suffices."""
     from deepseek_vl.engine.decode_step import Step
     from deepseek_vl.serve.api.__main__ import main
 
-    plain, faults = Step.__call__, random.Random(0)
+    plain, faults, calm = Step.__call__, random.Random(0), 0
 
     def step(self: Step, *args: Any) -> torch.Tensor:
-        if faults.random() < 1 / FAULTS_EVERY:
+        nonlocal calm
+        calm -= 1
+        if calm < 0 and faults.random() < 1 / FAULTS_EVERY:
+            calm = CALM_STEPS
             raise torch.OutOfMemoryError("injected by benchmarks/soak.py")
         return plain(self, *args)
 

@@ -1,6 +1,7 @@
 """The engine's batch: answers that come and go together, each the same as alone."""
 
 import copy
+import gc
 import itertools
 import queue
 import threading
@@ -369,20 +370,36 @@ def test_ctrl_c_while_the_thread_starts_harms_nothing(loaded: Loaded, monkeypatc
     engine.submit(answered)
     assert answered.done.wait(30)
     assert (given_up.finish_reason, answered.finish_reason) == ("cancelled", "length")
-    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 5)
+    engine.close()
     submit_and_interrupt(closed)
     engine.close()
     assert closed.done.is_set()
     assert (engine.waiting, engine.running) == (0, 0)
 
 
-def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loaded) -> None:
-    engine = engine_for(loaded)
+def threads_of_engines() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "deepseek_vl-generate"}
+
+
+def test_an_engine_works_in_one_thread_which_ends_with_it(loaded: Loaded) -> None:
+    """What PyTorch's libraries make ready, plans of attention for one, they make ready per thread."""
+    before = threads_of_engines()
+    engine, threads = engine_for(loaded), set()
     for _ in range(20):
         generation = generation_of(engine, loaded, messages_of("Hello."), 2)
         engine.submit(generation)
         assert generation.done.wait(30)
-    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 5)
+        threads |= threads_of_engines() - before
+    (thread,) = threads
+    engine.close()
+    assert not thread.is_alive()
+
+    generation = generation_of(engine, loaded, messages_of("Hello."), 2)
+    engine.submit(generation)
+    assert generation.done.wait(30)
+    (another,) = threads_of_engines() - before
+    del engine, generation
+    wait_until(lambda: gc.collect() is not None and not another.is_alive(), 5)
 
 
 def test_a_model_has_one_engine(loaded: Loaded) -> None:

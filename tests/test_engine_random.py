@@ -331,10 +331,9 @@ def spend_day(engine: Engine, questions: list[Question], scenario: Scenario) -> 
     visitors = [Visitor(engine, questions[visit.question], visit) for visit in scenario.visits]
     day = Day(engine, visitors, scenario)
     day.run()
-    wait_until(lambda: all(thread.name != "deepseek_vl-generate" for thread in threading.enumerate()), 30)
+    wait_until(lambda: not engine.running and not engine.waiting, 30)
     failures = [failure for visitor in visitors for failure in visitor.check(engine)]
     assert sorted(failures) == sorted(day.fatal)
-    assert (engine.running, engine.waiting) == (0, 0)
     assert day.running <= scenario.max_rows
     assert max(day.used, engine.memory_used) <= engine.memory_bytes
     assert scenario.keeps or engine.memory_used == 0

@@ -196,7 +196,7 @@ class ChatSession:
         answer = {"role": "Assistant", "content": ""}
         messages, prompt, ids = self._fit([*history, question, answer])
         inputs = self.processor(prompt=prompt, ids=ids, images=load_pil_images(messages, self.open_image))
-        inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
+        inputs = inputs.to("cpu", dtype=self.engine.model.dtype)  # the engine moves what it computes with
         pieces: list[str] = []
         failed = True
         try:

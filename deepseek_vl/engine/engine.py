@@ -12,6 +12,7 @@ nothing; in narrower types, as with batches, the order of sums can part two toke
 import atexit
 import collections
 import logging
+import queue
 import threading
 import time
 import weakref
@@ -28,7 +29,9 @@ from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits, default_memory
 from deepseek_vl.engine.prefix_cache import Caches, weight_bytes
 from deepseek_vl.engine.prompt import Prompt
+from deepseek_vl.kernels.attention import gpu_attention
 from deepseek_vl.kernels.device import free_memory
+from deepseek_vl.kernels.threads import release_threads
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.modeling_vlm import CACHE
 
@@ -72,7 +75,8 @@ class _Row:
 class Engine:
     """Generates the answers that are submitted, as many at a time as its limits say; the others wait in order.
 
-    It has a thread only while there is work.
+    It has one thread, from the first answer on until it is closed or nobody has it any more: what PyTorch's libraries
+    make ready, they make ready per thread.
 
     Args:
         model: in evaluation mode.
@@ -97,7 +101,8 @@ class Engine:
         self._memory_bytes = self.limits.memory_bytes
         self._piece = PIECE if model.device.type == "cpu" else LARGEST_PIECE
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._working = threading.Lock()
+        self._worker: _Worker | None = None
         _engines.add(self)
 
     @property
@@ -185,15 +190,19 @@ class Engine:
         self.step = step
 
     def submit(self, generation: Generation) -> None:
-        """Begin a generation as soon as there is room."""
+        """Begin a generation as soon as there is room.
+
+        Raises:
+            RuntimeError: if the system gives the engine no thread.
+        """
         with self._lock:
             self._waiting.append(generation)
-            is_working = self._thread is not None
-        if is_working:
-            return
+            if self._worker is not None:
+                self._worker.calls.put(True)
+                return
         try:
-            threading.Thread(target=self._work, name="deepseek_vl-generate", daemon=True).start()
-        except RuntimeError:  # the system gives no more threads
+            _Worker(self).start()
+        except RuntimeError:
             with self._lock:
                 if generation in self._waiting:  # no other's thread has taken it
                     self._waiting.remove(generation)
@@ -206,17 +215,16 @@ class Engine:
                 generation.cancelled.set()
 
     def close(self) -> None:
-        """Cancel everything, wait until it has ended, and free what was kept."""
+        """Cancel everything, wait until it has ended, and free what was kept; the thread ends as well."""
         self.cancel()
         with self._lock:
-            thread, left = self._thread, []
-            if thread is None:  # or one that has not come to work yet
-                left = list(self._waiting)
-                self._waiting.clear()
-        for generation in left:
-            generation.end()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            worker, self._worker = self._worker, None
+            if worker is not None:
+                worker.calls.put(False)
+        if worker is None:  # or one that has not come to work yet
+            self._work()
+        elif worker is not threading.current_thread():
+            worker.join()
         self.forget()
 
     def forget(self) -> None:
@@ -228,27 +236,30 @@ class Engine:
         self._caches = None
         self.step.forget()
 
+    def _employ(self, worker: "_Worker") -> bool:
+        """Take a worker that has come, unless another is here: two answers came at once."""
+        # Not before it has started: Ctrl-C may come while its start is awaited.
+        with self._lock:
+            if self._worker is not None:
+                return False
+            self._worker = worker
+        weakref.finalize(self, worker.calls.put, False)
+        return True
+
     @torch.inference_mode()
     def _work(self) -> None:
-        """The thread's body."""
-        # Not before: Ctrl-C may come between a thread's creation and its start, or while its start is awaited.
-        with self._lock:
-            if self._thread is not None:
-                return  # two answers came at once, and the other's thread is at work
-            self._thread = threading.current_thread()
-        while True:
-            try:
-                self._admit()
-                self._drop_cancelled()
-                self._run_prompts()
-                self._step()
-            except BaseException as error:  # raised again in every reader
-                for row in list(self._rows):
-                    self._end(row, error)
-            with self._lock:
-                if not self._waiting and not self._rows:
-                    self._thread = None
-                    return
+        """Answer until nobody waits any more."""
+        with self._working, gpu_attention(self.model.device):
+            while self._waiting or self._rows:
+                try:
+                    self._admit()
+                    self._drop_cancelled()
+                    self._run_prompts()
+                    self._step()
+                except BaseException as error:  # raised again in every reader
+                    for row in list(self._rows):
+                        self._end(row, error)
+        release_threads()  # others may compute now
 
     def _admit(self) -> None:
         """Give waiting generations a row, in order, while there are any and memory for what they may need."""
@@ -310,7 +321,7 @@ class Engine:
             return
         begun = time.monotonic()
         features = torch.stack([row.features[image.key] for image in piece.images]) if piece.images else None
-        inputs_embeds = model.prepare_inputs_embeds(**piece.arguments(), image_features=features)
+        inputs_embeds = model.prepare_inputs_embeds(**piece.arguments(model.device), image_features=features)
         output = model.language_model(
             inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1, **{CACHE: row.cache}
         )
@@ -350,9 +361,16 @@ class Engine:
         return self.step(self.model.language_model, token_ids, [row.cache for row in rows]).float()
 
     def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
-        """Choose each row's next token."""
-        for row, scores in zip(rows, logits, strict=True):
-            if not row.generation.advance(scores):
+        """Choose each row's next token. A GPU is waited for once, not for each row."""
+        likeliest, chosen = logits.argmax(-1), []
+        for row, scores, token in zip(list(rows), logits, likeliest, strict=True):
+            try:
+                chosen.append((row, row.generation.choose(scores, token)))
+            except Exception as error:  # raised again in the reader
+                self._end(row, error)
+        token_ids = torch.stack([token for _, token in chosen]).tolist() if chosen else []
+        for (row, _), token_id in zip(chosen, token_ids, strict=True):
+            if not row.generation.advance(token_id):
                 self._end(row)
 
     def _end(self, row: _Row, error: BaseException | None = None) -> None:
@@ -392,6 +410,29 @@ class Engine:
         except RuntimeError:  # no memory left
             logger.warning("What was kept of earlier answers is dropped.", exc_info=True)
             self.forget()
+
+
+class _Worker(threading.Thread):
+    """An engine's thread. It does not keep the engine, and ends with it.
+
+    Attributes:
+        calls: whether to work once more, or to end.
+    """
+
+    def __init__(self, engine: Engine):
+        super().__init__(name="deepseek_vl-generate", daemon=True)
+        self.calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._engine = weakref.ref(engine)
+
+    def run(self) -> None:
+        engine = self._engine()
+        if engine is None or not engine._employ(self):
+            return
+        while engine is not None:
+            engine._work()
+            engine = None
+            if self.calls.get():
+                engine = self._engine()
 
 
 def engine_of(model: MultiModalityCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:

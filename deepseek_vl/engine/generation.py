@@ -50,7 +50,8 @@ class Generation:
 
     Args:
         engine: which is to generate it.
-        inputs: the processor's output for one conversation, on the model's device.
+        inputs: the processor's output for one conversation, best on the CPU: the engine reads it, and moves what the
+            model computes with.
         settings: see `GenerationSettings`.
         sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; if it
             raises, the answer ends.
@@ -104,17 +105,22 @@ class Generation:
         """The answer's tokens so far."""
         return self._detokenizer.token_ids
 
-    def advance(self, logits: torch.Tensor) -> bool:
-        """Choose the next token, and pass its text on. An error in that ends the answer.
+    def choose(self, logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
+        """The next token, int64 [], on the device.
 
         Args:
             logits: float32 [vocabulary].
+            likeliest: the token with the largest of them, int64 [].
+        """
+        return likeliest if self._settings.greedy else sample(logits, self._settings, self._generator, self.token_ids)
+
+    def advance(self, token_id: int) -> bool:
+        """Add the next token, and pass its text on. An error in that ends the answer.
 
         Returns:
             whether there are to be more.
         """
         try:
-            token_id = sample(logits, self._settings, self._generator, self.token_ids)
             if text := self._detokenizer.feed(token_id):
                 self._sink(text)
         except Exception as error:  # raised again in the reader

@@ -91,7 +91,7 @@ class ImageFeatures(LRUCache[torch.Tensor]):
         features = {image.key: self.use(image.key) for image in images if image.key in self}
         missing = {image.key: image.pixels for image in images if image.key not in features}
         if missing:
-            encoded = model.get_image_features(torch.stack(list(missing.values())))
+            encoded = model.get_image_features(torch.stack(list(missing.values())).to(model.device, model.dtype))
             for key, feature in zip(missing, encoded, strict=True):
                 features[key] = feature.clone()  # so that it can be freed alone
                 self.put(key, features[key])

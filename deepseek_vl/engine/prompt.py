@@ -41,6 +41,8 @@ class PromptImage:
 class Prompt:
     """One conversation, or the end of one, of T tokens, with n images of N features each.
 
+    All but the pixels is on the CPU, where it is counted and compared.
+
     Attributes:
         input_ids: int64 [T].
         images_seq_mask: bool [T], where an image feature replaces the token's embedding.
@@ -61,11 +63,12 @@ class Prompt:
             ValueError: if its masks and images do not fit together.
         """
         check_images(inputs["pixel_values"], inputs["images_seq_mask"], inputs["images_emb_mask"])
-        features = inputs["images_emb_mask"][0]
+        token_ids, is_feature, features, is_token = (
+            inputs[name][0].cpu() for name in ("input_ids", "images_seq_mask", "images_emb_mask", "attention_mask")
+        )
         slots = features.any(-1).nonzero().flatten().tolist()
         images = tuple(PromptImage.of(inputs["pixel_values"][0, slot]) for slot in slots)
-        padded = cls(inputs["input_ids"][0], inputs["images_seq_mask"][0], features[slots], images)
-        return padded._where(inputs["attention_mask"][0].bool())
+        return cls(token_ids, is_feature, features[slots], images)._where(is_token.bool())
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -73,7 +76,7 @@ class Prompt:
 
     def part(self, start: int, end: int) -> "Prompt":
         """The positions from `start` to `end`, with the images that have features there."""
-        positions = torch.arange(len(self), device=self.input_ids.device)
+        positions = torch.arange(len(self))
         return self._where((positions >= start) & (positions < end))
 
     def _where(self, wanted: torch.BoolTensor) -> "Prompt":
@@ -90,17 +93,17 @@ class Prompt:
 
         Prompts that begin with the same content have the same embeddings there.
         """
-        content = self.input_ids.cpu().numpy().copy()
+        content = self.input_ids.numpy().copy()
         firsts = [FEATURE_IDS + (int.from_bytes(image.key[:8]) >> 3) for image in self.images]
         features = np.array(firsts, dtype=np.int64)[:, None] + np.arange(self.images_emb_mask.shape[1])  # [n, N]
-        content[self.images_seq_mask.cpu().numpy()] = features[self.images_emb_mask.cpu().numpy()]
+        content[self.images_seq_mask.numpy()] = features[self.images_emb_mask.numpy()]
         return content
 
-    def arguments(self) -> dict[str, torch.Tensor | None]:
-        """For `prepare_inputs_embeds`, as a batch of one; without the pixels."""
+    def arguments(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """For `prepare_inputs_embeds` on a device, as a batch of one; without the pixels."""
         return {
-            "input_ids": self.input_ids[None],
+            "input_ids": self.input_ids[None].to(device),
             "pixel_values": None,
-            "images_seq_mask": self.images_seq_mask[None],
-            "images_emb_mask": self.images_emb_mask[None],
+            "images_seq_mask": self.images_seq_mask[None].to(device),
+            "images_emb_mask": self.images_emb_mask[None].to(device),
         }

@@ -21,17 +21,15 @@ def sample(
     settings: GenerationSettings,
     generator: torch.Generator | None = None,
     answer: Sequence[int] = (),
-) -> int:
-    """The next token's id: the likeliest one, or one drawn as transformers' `generate` would draw it.
+) -> torch.Tensor:
+    """The next token's id, int64 [] on the logits' device, drawn as transformers' `generate` would draw it.
 
     Args:
         logits: float32 [vocabulary].
-        settings: say how.
+        settings: say how; not greedily.
         generator: for the draw, on the logits' device; None for torch's own.
         answer: the tokens so far, which the repetition penalty is for; the prompt's are not.
     """
-    if settings.greedy:
-        return int(logits.argmax())
     input_ids = torch.tensor([answer], dtype=torch.long, device=logits.device)
     scores = logits[None]
     for process in (
@@ -41,4 +39,4 @@ def sample(
         TopPLogitsWarper(float(settings.top_p)),
     ):
         scores = process(input_ids, scores)
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[0, 0]

@@ -1,17 +1,20 @@
 """Attention for inference: over each row's own keys and values, and on CPUs in float32 over narrow ones."""
 
+import contextlib
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for
+from deepseek_vl.kernels.policy import GPU_ATTENTION, MANY_ROWS, NARROW, kernel_for
 
 ATTENTION = {
     ("plain", "plain"): "sdpa_rows",
@@ -94,3 +97,13 @@ def use_fastest_attention(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == "sdpa":  # no public name tells
         few, many = (kernel_for(f"attention_{rows}", model.dtype) for rows in ("few", "many"))
         model.set_attn_implementation(ATTENTION[few, many])
+
+
+@contextlib.contextmanager
+def gpu_attention(device: torch.device) -> Iterator[None]:
+    """Attend with `GPU_ATTENTION` alone for a while, on a CUDA GPU; elsewhere it changes nothing.
+
+    PyTorch has the choice for all threads of a process, and gets back what it had before.
+    """
+    with sdpa_kernel(list(GPU_ATTENTION)) if device.type == "cuda" else contextlib.nullcontext():
+        yield

@@ -167,7 +167,7 @@ class Service:
     ) -> Generation:
         """What a request asks of the engine."""
         inputs = self.processor(prompt=prompt, ids=ids, images=images)
-        inputs = inputs.to(self.engine.model.device, dtype=self.engine.model.dtype)
+        inputs = inputs.to("cpu", dtype=self.engine.model.dtype)  # the engine moves what it computes with
         stop_words = as_stop_words(self.processor.new_chat_template().stop_str)
         try:
             return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)

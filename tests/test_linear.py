@@ -22,7 +22,7 @@ from deepseek_vl.data.checks import load_data
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.kernels.attention import ATTENTION, attend
 from deepseek_vl.kernels.device import check_quantization, pick_dtype
-from deepseek_vl.kernels.int8 import Int8Linear, quantize_int8
+from deepseek_vl.kernels.int8 import LEVELS, Int8Linear, quantize_int8
 from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, replace_linear
 from deepseek_vl.kernels.policy import features, kernel_for, multiplies_fast, set_kernels
 from deepseek_vl.models import MultiModalityCausalLM
@@ -200,30 +200,30 @@ def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
 Fake = Callable[[str], None]
 KINDS = {
     # kind: machine, vendor, what PyTorch says of it; float32, bfloat16 and float16 products, few queries, int8's inputs
-    "Xeon, AVX2": ("x86_64", "GenuineIntel", "", "plain widening widening plain 7-bit"),
-    "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "vnni", "plain widening widening plain 8-bit"),
-    "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx512 vnni bf16", "plain widening widening plain 8-bit"),
+    "Xeon, AVX2": ("x86_64", "GenuineIntel", "", "plain widening widening plain fbgemm-7-bit"),
+    "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "vnni", "plain widening widening plain onednn"),
+    "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx512 vnni bf16", "plain widening widening plain onednn"),
     "Xeon, AVX-512 bf16": (
         *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 bf16 fp16"),
-        "plain widening widening plain 8-bit",
+        "plain widening widening plain onednn",
     ),
     "Xeon, AMX": (
         *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile bf16 fp16"),
-        "plain plain widening plain 8-bit",
+        "plain plain widening plain onednn",
     ),
     "Xeon, AMX fp16": (
         *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile amx_fp16 bf16 fp16"),
-        "plain plain plain plain 8-bit",
+        "plain plain plain plain onednn",
     ),
-    "EPYC, AVX2": ("x86_64", "AuthenticAMD", "", "plain widening widening widening 7-bit"),
+    "EPYC, AVX2": ("x86_64", "AuthenticAMD", "", "plain widening widening widening fbgemm-7-bit"),
     "EPYC, AVX-512 bf16": (
         *("x86_64", "AuthenticAMD", "avx512 vnni avx512_bf16 bf16"),
-        "onednn plain widening widening 8-bit",
+        "onednn plain widening widening onednn",
     ),
-    "of another maker": ("x86_64", "", "avx512 vnni avx512_bf16 bf16", "plain widening widening widening 8-bit"),
-    "Arm": ("aarch64", "", "", "plain widening widening widening 8-bit"),
-    "Arm, fp16": ("arm64", "", "fp16", "plain widening plain widening 8-bit"),
-    "Arm, bf16 and fp16": ("aarch64", "", "bf16 fp16", "plain plain plain widening 8-bit"),
+    "of another maker": ("x86_64", "", "avx512 vnni avx512_bf16 bf16", "plain widening widening widening onednn"),
+    "Arm": ("aarch64", "", "", "plain widening widening widening onednn"),
+    "Arm, fp16": ("arm64", "", "fp16", "plain widening plain widening onednn"),
+    "Arm, bf16 and fp16": ("aarch64", "", "bf16 fp16", "plain plain plain widening onednn"),
 }
 
 
@@ -393,6 +393,17 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, m
 # --- int8 ---
 
 
+@pytest.fixture(params=LEVELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each kernel for int8 weights that PyTorch has on this processor."""
+    if request.param.startswith("fbgemm") and not features() >= {"x86", "fbgemm"}:
+        pytest.skip("PyTorch has no FBGEMM here.")
+    set_kernels(int8=request.param)
+    yield request.param
+    set_kernels()
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
@@ -405,6 +416,7 @@ def test_an_int8_layer_is_near_the_exact_one(dtype: torch.dtype, bias: bool) -> 
     assert error(output, linear.double()(inputs.double())) < 0.025
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -415,6 +427,7 @@ def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtyp
     assert torch.equal(output, torch.stack([layer(part) for part in rows]))
 
 
+@pytest.mark.usefixtures("kernel")
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_row_alone_has_the_result_that_it_has_among_others(dtype: torch.dtype) -> None:
@@ -428,6 +441,7 @@ def test_a_row_alone_has_the_result_that_it_has_among_others(dtype: torch.dtype)
     torch.testing.assert_close(alone, layer(rows), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.usefixtures("kernel")
 @torch.inference_mode()
 def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
     torch.manual_seed(0)
@@ -438,6 +452,7 @@ def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
     assert torch.equal(layer(with_outlier)[[0, 2, 3]], layer(rows)[[0, 2, 3]])
 
 
+@pytest.mark.usefixtures("kernel")
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_largest_inputs_and_weights_do_not_overflow(rows: int) -> None:
@@ -448,6 +463,7 @@ def test_the_largest_inputs_and_weights_do_not_overflow(rows: int) -> None:
         torch.testing.assert_close(output, torch.full((rows, 8), sign * 256))
 
 
+@pytest.mark.usefixtures("kernel")
 @torch.inference_mode()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
@@ -457,6 +473,7 @@ def test_what_is_no_number_does_not_become_one(rows: int, value: float) -> None:
     assert not Int8Linear(nn.Linear(16, 8))(inputs)[0].isfinite().any()
 
 
+@pytest.mark.usefixtures("kernel")
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rows_of_zeros_or_of_almost_nothing_and_weights_of_zeros_give_the_bias(rows: int) -> None:
@@ -465,6 +482,19 @@ def test_rows_of_zeros_or_of_almost_nothing_and_weights_of_zeros_give_the_bias(r
     assert torch.equal(Int8Linear(linear)(torch.full((rows, 16), 1e-45)), linear.bias.expand(rows, 8))
     linear.weight.zero_()
     assert torch.equal(Int8Linear(linear)(torch.randn(rows, 16)), linear.bias.expand(rows, 8))
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not features() >= {"x86", "fbgemm"}, reason="PyTorch has no FBGEMM here")
+@pytest.mark.parametrize("rows", [1, 40])
+def test_kernels_that_quantise_alike_give_the_same(rows: int) -> None:
+    torch.manual_seed(0)
+    linear, inputs, outputs = nn.Linear(512, 300), torch.randn(rows, 512), []
+    for kernel in ("onednn-7-bit", "fbgemm-7-bit"):
+        set_kernels(int8=kernel)
+        outputs.append(Int8Linear(linear)(inputs))
+    set_kernels()
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
 
 
 class Siblings(nn.Module):
@@ -479,6 +509,7 @@ class Siblings(nn.Module):
         return [layer(input) for layer, input in zip(layers, inputs, strict=True)]
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
 def test_siblings_give_what_each_would_alone(dtype: torch.dtype) -> None:

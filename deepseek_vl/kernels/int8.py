@@ -1,5 +1,6 @@
 """Linear layers with int8 weights and inputs, for inference on CPUs."""
 
+import warnings
 import weakref
 from typing import NoReturn
 
@@ -15,7 +16,7 @@ QUANTISED_ELEMENTS = 2**20
 SMALLEST = 2.0**-100
 """Of what inputs and weights are scaled by: what it is divided by is far from overflowing."""
 
-LEVELS = {"8-bit": 127, "7-bit": 63}
+LEVELS = {"onednn": 127, "onednn-7-bit": 63, "fbgemm-7-bit": 63}
 """Inputs are quantised to whole numbers from minus this to this, by the name of the kernel."""
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,10 +26,8 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights (symmetric, one scale per output) and inputs quantised row by row.
 
-    The kernel is oneDNN's, by the operator to which PyTorch's own compiler lowers quantised models on CPUs. It takes
-    one scale for all rows, so the rows' own are applied to its float32 result. The other kernels that PyTorch has are
-    deprecated (`torch.ao`, and everything on quantised tensors), want compilation to be fast (torchao), or quantise the
-    weights only, which leaves the arithmetic slow.
+    The product is `OneDNNProduct`'s or `FBGEMMProduct`'s. Other kernels want compilation to be fast (torchao), or
+    quantise the weights only, which leaves the arithmetic slow.
 
     Args:
         linears: the layer to replace, on the CPU; or several of the same input, whose outputs are then one.
@@ -39,17 +38,16 @@ class Int8Linear(nn.Module):
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
         weights, scales = zip(*(_quantised(linear.weight.detach()) for linear in linears), strict=True)
+        kernel = kernel_for("int8", torch.int8)
+        product = FBGEMMProduct if kernel.startswith("fbgemm") else OneDNNProduct
         # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
-        self._weight = torch.ops.onednn.qlinear_prepack(torch.cat(weights), None)
-        self._scale = torch.cat(scales).flatten()
-        self._zero_point = torch.zeros(self.out_features, dtype=torch.long)
-        biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
-        self._bias = torch.cat([bias.detach().float() for bias in biases])
+        self._product = product(torch.cat(weights), torch.cat(scales).flatten(), LEVELS[kernel])
+        self._bias = None
+        if any(linear.bias is not None for linear in linears):
+            biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
+            self._bias = torch.cat([bias.detach().float() for bias in biases])
+        self._levels = LEVELS[kernel]
         self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
-        self._levels = LEVELS[kernel_for("int8", torch.int8)]
-        # The kernel wants inputs unsigned, so something stands for 0; their conversion cuts off what 0.5 rounds up.
-        self._zero = self._levels + 1
-        self._middle = torch.tensor([self._zero + 0.5])
         self.eval()
 
     @property
@@ -72,24 +70,9 @@ class Int8Linear(nn.Module):
 
     def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] -> float32 [rows, out_features]."""
-        if len(rows) == 1:  # as in every step of decoding: in as few operations as there are
-            scale = _scale(rows, self._levels)
-            quantised = torch.add(self._middle, rows, alpha=1 / scale).to(torch.uint8)
-            return self._product(quantised, scale, self._bias)
         scales = _scales(rows, self._levels)  # [rows, 1]
-        quantised = (rows / scales).add_(self._middle).to(torch.uint8)
-        output = self._product(quantised)
-        return torch.addcmul(self._bias, output, scales, out=output)
-
-    def _product(self, quantised: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [rows, in_features] -> float32 [rows, out_features]."""
-        return torch.ops.onednn.qlinear_pointwise(
-            *(quantised, scale, self._zero),
-            *(self._weight, self._scale, self._zero_point),
-            bias,
-            *(1.0, 0, torch.float32),  # the output as it is
-            *("none", [], ""),  # nor any operation after it
-        )
+        output = self._product(rows / scales).mul_(scales)
+        return output if self._bias is None else output.add_(self._bias)
 
     def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
         """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""
@@ -108,6 +91,53 @@ class Int8Linear(nn.Module):
 
     def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError("A model with int8 weights cannot be saved; save the one that it was made from.")
+
+
+class OneDNNProduct:
+    """Inputs times int8 weights by oneDNN, with the operator to which PyTorch's compiler lowers quantised models.
+
+    The kernel takes unsigned inputs, so that something stands for 0.
+
+    Args:
+        weight: int8 [N, K].
+        scales: what each of its rows is to be multiplied with, float32 [N].
+        levels: inputs are quantised to whole numbers from minus this to this.
+    """
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, levels: int):
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scales = scales
+        self._zero_point = torch.zeros(len(weight), dtype=torch.long)
+        self._zero = levels + 1
+        self._middle = torch.tensor([self._zero + 0.5])  # conversion cuts off what 0.5 rounds up
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, K] within the levels, which may be overwritten -> float32 [rows, N]."""
+        return torch.ops.onednn.qlinear_pointwise(
+            *(rows.add_(self._middle).to(torch.uint8), 1.0, self._zero),
+            *(self._weight, self._scales, self._zero_point),
+            *(None, 1.0, 0, torch.float32),  # no bias, and the output as it is
+            *("none", [], ""),  # nor any operation after it
+        )
+
+
+class FBGEMMProduct:
+    """As `OneDNNProduct`, by FBGEMM, which on x86 without VNNI is several times faster with one row.
+
+    PyTorch may drop it: the tensors that its weights are packed from are deprecated.
+    """
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, levels: int):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            zero_points = torch.zeros(len(weight), dtype=torch.long)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scales.double(), zero_points, 0)
+            self._weight = torch.ops.quantized.linear_prepack(quantised, None)
+        self._zero = levels + 1
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """As `OneDNNProduct`."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, self._zero, self._weight)
 
 
 class Int8Sibling(nn.Module):
@@ -132,13 +162,8 @@ class Int8Sibling(nn.Module):
 
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
     """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
-    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST).div_(levels)
-
-
-def _scale(row: torch.Tensor, levels: int) -> float:
-    """As `_scales`, for one row [1, K]."""
-    least, most = torch.aminmax(row)  # both are NaN if anything is
-    return max(most.item(), -least.item(), SMALLEST) / levels
+    largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    return largest.clamp_(min=SMALLEST).div_(levels)
 
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

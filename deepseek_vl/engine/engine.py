@@ -316,7 +316,7 @@ class Engine:
         piece = row.prompt.part(start, end)
         if missing := [image for image in piece.images if image.key not in row.features]:
             count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
-            row.features |= self._current_caches().images.encode(model, missing[:count])
+            row.features |= self._current_caches().images.encode(model, missing[:count], row.generation.keeps)
             self._make_room()  # conversations give way to what is kept of these
             return
         begun = time.monotonic()
@@ -382,7 +382,7 @@ class Engine:
                 row.generation.end(error)
             if isinstance(error, torch.OutOfMemoryError):
                 self.forget()
-            elif row.cache is not None:
+            elif row.cache is not None and row.generation.keeps:
                 self._remember(row)
         finally:
             self._rows.remove(row)

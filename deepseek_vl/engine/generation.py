@@ -55,6 +55,7 @@ class Generation:
         settings: see `GenerationSettings`.
         sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; if it
             raises, the answer ends.
+        keeps: whether what is computed for it is kept for later prompts.
 
     Attributes:
         model: the engine's, which is kept as long as the answer is wanted.
@@ -77,6 +78,7 @@ class Generation:
         inputs: BatchedVLChatProcessorOutput,
         settings: GenerationSettings,
         sink: Callable[[Any], None],
+        keeps: bool = True,
     ):
         self.model = engine.model
         rows, self.prompt_tokens = inputs["input_ids"].shape
@@ -84,6 +86,7 @@ class Generation:
             raise ValueError(f"An answer stream takes one conversation, got a batch of {rows}.")
         engine.check_prompt(self.prompt_tokens)
         self.inputs = inputs
+        self.keeps = keeps
         self.cached_tokens = 0
         self.cancelled = threading.Event()
         self.done = threading.Event()

@@ -86,15 +86,22 @@ class LRUCache(Generic[Value]):
 class ImageFeatures(LRUCache[torch.Tensor]):
     """Encoded images [N, D], by the hash of their pixels."""
 
-    def encode(self, model: MultiModalityCausalLM, images: Sequence[PromptImage]) -> dict[bytes, torch.Tensor]:
-        """Each image's features, by its key. Only those that are not known run through the vision tower, together."""
+    def encode(
+        self, model: MultiModalityCausalLM, images: Sequence[PromptImage], keeps: bool = True
+    ) -> dict[bytes, torch.Tensor]:
+        """Each image's features, by its key. Only those that are not known run through the vision tower, together.
+
+        Args:
+            keeps: whether these are then known.
+        """
         features = {image.key: self.use(image.key) for image in images if image.key in self}
         missing = {image.key: image.pixels for image in images if image.key not in features}
         if missing:
             encoded = model.get_image_features(torch.stack(list(missing.values())).to(model.device, model.dtype))
             for key, feature in zip(missing, encoded, strict=True):
                 features[key] = feature.clone()  # so that it can be freed alone
-                self.put(key, features[key])
+                if keeps:
+                    self.put(key, features[key])
         return features
 
 

@@ -8,9 +8,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").read_text(encoding="utf-8")).group(1)
 
+CAPTION = ["pyarrow>=17"]  # Parquet
 GGUF = ["gguf>=0.19"]
 GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
+RAY = ["ray[data]>=2.49"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 
@@ -24,7 +26,12 @@ setup(
     license_files=["LICENSE-CODE"],
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
     package_data={"deepseek_vl": ["bundled/*/*"]},
-    entry_points={"console_scripts": ["deepseek-vl-chat=deepseek_vl.serve.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "deepseek-vl-caption=deepseek_vl.caption:main",
+            "deepseek-vl-chat=deepseek_vl.serve.cli:main",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",  # transformers reads `.bin` weights from this version on
@@ -43,6 +50,7 @@ setup(
     ],
     extras_require={
         "test": [
+            *CAPTION,
             *GGUF,
             *GRADIO,
             *SERVE,
@@ -60,9 +68,11 @@ setup(
             "ruff>=0.14",
             "schemathesis>=4.10",
         ],
+        "caption": CAPTION,
         "gguf": GGUF,
         "gpu": GPU,
         "gradio": GRADIO,
+        "ray": RAY,
         "serve": SERVE,
         "train": TRAIN,
     },

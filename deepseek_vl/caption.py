@@ -1,0 +1,127 @@
+"""Caption many pictures: `python -m deepseek_vl.caption PATH... --model_path M --prompt TEXT --output FILE`.
+
+The output is JSON Lines, a row per picture. It is written as the answers come, and the same command again goes on where
+it ended, however it ended.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_vl.command_line import OneLineParser, one_line, positive, run_command
+from deepseek_vl.engine.limits import EngineLimits
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
+from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
+from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
+from deepseek_vl.serve.batch.journal import COLUMNS, Journal
+from deepseek_vl.utils.conversation import IMAGE_TAG
+
+if TYPE_CHECKING:
+    from deepseek_vl.serve.batch.caption import Caption
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 5.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="deepseek-vl-caption", description="Caption many pictures.")
+    add = parser.add_argument
+    add(
+        "paths", nargs="+", metavar="PATH",
+        help="pictures, folders of them, globs, .txt files of paths, .tar shards, .parquet files",
+    )  # fmt: skip
+    add("--prompt", required=True, help="the question about every picture")
+    add("--output", required=True, metavar="FILE", help="JSON Lines; what it has already is not asked again")
+    add("--export", type=Path, metavar="FILE", help="write the output as .csv or .parquet as well, at the end")
+    add("--sidecar", action="store_true", help="write each caption to a .txt file beside its picture, at the end")
+    add("--image_column", metavar="NAME", help="of Parquet files (default: image, or the only one that has bytes)")
+    add(
+        "--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)"
+    )  # fmt: skip
+    add_arguments(parser, GenerationSettings(), required=True)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Caption pictures; returns the exit code."""
+    return run_command(build_parser(), _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = settings_of(args)
+    if not args.prompt.strip():
+        raise ValueError("--prompt is empty.")
+    if args.prompt.count(IMAGE_TAG) > 1:
+        raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG}; each picture is asked about alone.")
+    pictures = find_pictures(args.paths, args.image_column)
+    if args.export is not None:
+        check_export(args.export, {os.path.abspath(args.output), *(picture.file for picture in pictures)})  # noqa: PTH100
+    if args.sidecar:
+        check_sidecars(pictures)
+    with Journal(args.output, _question(args, settings)) as journal:
+        left = [picture for picture in pictures if picture.key not in journal]
+        logger.info("%d pictures, %d of them to be asked about.", len(pictures), len(left))
+        if left:
+            for picture, answer in _with_progress(_answers(args, settings, left), len(left)):
+                journal.add(_row(picture, answer))
+        if args.export is not None:
+            export(args.output, args.export)
+        if args.sidecar:
+            write_sidecars(args.output, pictures)
+        logger.info("%s has %d rows, %d of them errors.", args.output, journal.rows, journal.errors)
+
+
+def _question(args: argparse.Namespace, settings: GenerationSettings) -> dict[str, Any]:
+    """What must be the same for answers in one file."""
+    is_directory = os.path.isdir(os.path.expanduser(args.model_path))  # noqa: PTH111, PTH112
+    model = os.path.realpath(os.path.expanduser(args.model_path)) if is_directory else args.model_path  # noqa: PTH111
+    names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
+    return {"model": model, **{name: getattr(args, name) for name in names}}
+
+
+def _answers(
+    args: argparse.Namespace, settings: GenerationSettings, pictures: Sequence[PictureSource]
+) -> Iterator[tuple[PictureSource, "Caption | Exception"]]:
+    logger.info("Loading %s ...", args.model_path)
+    engine, processor = open_engine(args, args.model_path, args.max_batch)
+    from deepseek_vl.serve.batch.caption import caption_many
+
+    answers = caption_many(engine.model, processor, pictures, args.prompt, settings, engine, open_picture)
+    for index, answer in answers:
+        yield pictures[index], answer
+
+
+def _row(picture: PictureSource, answer: "Caption | Exception") -> dict[str, Any]:
+    row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "path": picture.name}
+    if isinstance(answer, Exception):
+        return {**row, "error": one_line(answer)}
+    fields = asdict(answer)
+    return {**row, "caption": fields.pop("text"), **fields}
+
+
+def _with_progress(answers: Iterable[tuple[PictureSource, Any]], count: int) -> Iterator[tuple[PictureSource, Any]]:
+    """Tell every few seconds how many there are, how fast they come, and how long it will take."""
+    begun = told = 0.0
+    for number, answer in enumerate(answers, 1):
+        yield answer
+        now = time.monotonic()
+        begun, told = begun or now, told or now
+        if number > 1 and (now - told >= PROGRESS_SECONDS or number == count):
+            rate = (number - 1) / max(now - begun, 1e-6)
+            left = int((count - number) / rate)
+            time_left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            logger.info("%d of %d, %.2f a second, %s left", number, count, rate, time_left)
+            told = now
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""A journal of captions in other forms: CSV, Parquet, or a text file beside each picture."""
+
+import csv
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepseek_vl.serve.batch.inputs import PictureSource, key_of, parquet_modules
+from deepseek_vl.serve.batch.journal import COLUMNS, read_rows
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_A_TIME = 10_000
+
+
+def check_export(path: Path, others: Iterable[str]) -> None:
+    """Check that a table can be written to `path` before there is one.
+
+    Args:
+        others: absolute paths of files that it must not replace.
+
+    Raises:
+        OSError, ValueError: if it cannot.
+    """
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"--export writes .csv or .parquet files, not {str(path)!r}.")
+    if path.suffix.lower() == ".parquet":
+        parquet_modules()
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path.parent)!r} for --export; make it first.")
+    if os.path.abspath(path) in others:  # noqa: PTH100
+        raise ValueError(f"--export {str(path)!r} would replace an input or the output.")
+
+
+def export(journal: str | os.PathLike, path: Path) -> None:
+    """Write a journal's rows as a table, whose file is whole at any moment.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(read_rows(journal), part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+
+
+def _write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    # surrogateescape: paths that are not UTF-8 are written as the bytes that they are.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    pyarrow, parquet = parquet_modules()
+    types = {name: pyarrow.int64() if name.endswith("_tokens") else pyarrow.string() for name in COLUMNS}
+    schema = pyarrow.schema(types.items())
+    with parquet.ParquetWriter(path, schema) as writer:
+        rows = iter(rows)
+        while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+            texts = [{name: _as_utf8(row.get(name)) for name in COLUMNS} for row in batch]
+            writer.write_table(pyarrow.Table.from_pylist(texts, schema))
+
+
+def _as_utf8(value: Any) -> Any:
+    """Text in which bytes that are not UTF-8 are spelt out."""
+    return os.fsencode(value).decode("utf-8", "backslashreplace") if isinstance(value, str) else value
+
+
+def check_sidecars(pictures: Sequence[PictureSource]) -> None:
+    """Check that each picture has a place for a text file of its own beside it.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    owners: dict[str, str] = {}
+    for picture in pictures:
+        if not picture.is_file:
+            raise ValueError(f"--sidecar writes beside picture files, and {picture.name!r} is none; use --export.")
+        text = _sidecar(picture.name)
+        if text in owners:
+            raise ValueError(f"--sidecar: {owners[text]!r} and {picture.name!r} would share {text!r}; use --export.")
+        owners[text] = picture.name
+
+
+def write_sidecars(journal: str | os.PathLike, pictures: Iterable[PictureSource]) -> None:
+    """Write each caption of these pictures to a `.txt` file beside it. A file with another text is left as it is.
+
+    Raises:
+        OSError: if one cannot be written.
+    """
+    files = {picture.key: _sidecar(picture.file) for picture in pictures}
+    left = []
+    for row in read_rows(journal):
+        path = files.get(key_of(row["path"]))
+        if path is None or row["caption"] is None:
+            continue
+        text = row["caption"].encode("utf-8", "replace")
+        try:
+            if not os.path.lexists(path):
+                part = Path(f"{path}.part")
+                part.write_bytes(text)
+                part.replace(path)
+            elif Path(path).read_bytes() != text:
+                left.append(path)
+        except OSError as error:
+            raise OSError(f"Cannot write {path!r}: {error.strerror}.") from error
+    if left:
+        logger.warning("%d text files have another text, and are left as they are; one is %r.", len(left), left[0])
+
+
+def _sidecar(picture: str) -> str:
+    return os.path.splitext(picture)[0] + ".txt"  # noqa: PTH122

@@ -1,0 +1,257 @@
+"""The pictures that a command line names: files, folders, globs, lists of paths, tar shards, Parquet."""
+
+import functools
+import glob
+import io
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from deepseek_vl.imaging.open import ImageLoadError, load_image
+
+logger = logging.getLogger(__name__)
+
+PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""How the names of pictures end, in folders and shards."""
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Where a picture is.
+
+    Attributes:
+        name: what the output calls it: its path as given, `shard.tar/000123.jpg` or `data.parquet#17`.
+        file: absolute path of the file that has it.
+        place: in a tar shard, where its bytes begin and how many they are.
+        row: in a Parquet file, the row group, the row within it, and the column.
+        error: why there is none; known without opening it.
+    """
+
+    name: str
+    file: str
+    place: tuple[int, int] | None = None
+    row: tuple[int, int, str] | None = None
+    error: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of its own."""
+        return self.place is None and self.row is None
+
+    @property
+    def key(self) -> str:
+        """Equal for two names of one picture."""
+        return key_of(self.name)
+
+
+def key_of(name: str) -> str:
+    """What `PictureSource.key` is for a name in the output."""
+    return os.path.abspath(name)  # noqa: PTH100  a tar member's is no path
+
+
+def open_picture(source: PictureSource) -> Image.Image:
+    """One picture in RGB.
+
+    Raises:
+        ImageLoadError: naming it and the cause.
+    """
+    if source.error is not None:
+        raise ImageLoadError(f"Cannot read {source.name!r}: {source.error}.")
+    if source.is_file:
+        return load_image(source.file)
+    try:
+        data = _member(source.file, *source.place) if source.place else _cell(source.file, *source.row)
+    except (OSError, ValueError) as error:
+        raise ImageLoadError(f"Cannot read image {source.name!r}: {error}.") from error
+    if isinstance(data, str):
+        return load_image(os.path.join(os.path.dirname(source.file), data))  # noqa: PTH118, PTH120
+    file = io.BytesIO(data)
+    file.name = source.name  # for error messages
+    return load_image(file)
+
+
+def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list[PictureSource]:
+    """All pictures that the paths name, each once, in order.
+
+    Args:
+        paths: pictures; folders, whose pictures are found by their names' endings, at any depth; globs; `.txt` files of
+            paths; `.tar` shards; `.parquet` files.
+        image_column: of Parquet files; None for the one that can be told to be it.
+
+    Raises:
+        OSError: if there is nothing under a path.
+        ValueError: if there are no pictures at all, or Parquet cannot be read.
+    """
+    found: dict[str, PictureSource] = {}
+    for path in paths:
+        count = 0
+        for source in _expanded(path, image_column):
+            count += 1
+            found.setdefault(source.key, source)
+        if not count:
+            logger.warning("There are no pictures in %r.", path)
+    if not found:
+        named = ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")
+        raise ValueError(
+            f"There are no pictures in {named}. Folders are searched for files with a picture's ending; tar and "
+            "Parquet files have to be named, or matched by a glob."
+        )
+    return list(found.values())
+
+
+def _expanded(path: str, image_column: str | None) -> Iterator[PictureSource]:
+    path = os.path.expanduser(path)  # noqa: PTH111  Path's raises for unknown users
+    if os.path.lexists(path):
+        yield from _of_path(os.path.normpath(path), image_column)
+    elif glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  Path's knows no absolute patterns
+        if not matches:
+            raise FileNotFoundError(f"Nothing matches {path!r}.")
+        for match in matches:
+            yield from _of_path(os.path.normpath(match), image_column)
+    else:
+        raise FileNotFoundError(f"There is no {path!r}.")
+
+
+def _of_path(path: str, image_column: str | None) -> Iterator[PictureSource]:
+    ending = Path(path).suffix.lower()
+    if os.path.isdir(path):  # noqa: PTH112
+        yield from _of_folder(path)
+    elif ending == ".txt":
+        yield from _of_list(path, image_column)
+    elif ending == ".tar":
+        yield from _of_shard(path)
+    elif ending == ".parquet":
+        yield from _of_parquet(path, image_column)
+    else:
+        yield _of_file(path)
+
+
+def _of_file(path: str, error: str | None = None) -> PictureSource:
+    return PictureSource(path, os.path.abspath(path), error=error)  # noqa: PTH100
+
+
+def _of_folder(folder: str) -> Iterator[PictureSource]:
+    """A folder's pictures, links followed; what begins with a dot is left out."""
+    seen = set()  # links may lead round in circles
+    for directory, folders, files in os.walk(folder, followlinks=True, onerror=_warn):
+        status = os.stat(directory)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(PICTURES) and not name.startswith("."):
+                yield _of_file(os.path.join(directory, name))  # noqa: PTH118
+
+
+def _warn(error: OSError) -> None:
+    logger.warning("The folder %r cannot be read, and is left out: %s.", error.filename, error.strerror)
+
+
+def _of_list(path: str, image_column: str | None) -> Iterator[PictureSource]:
+    """What a list's lines name, from its own folder or else from the current one; a file per line, or ended by NULs."""
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for line in data.split(b"\0") if b"\0" in data else data.splitlines():
+        if not line.strip():
+            continue
+        name = os.fsdecode(line)
+        beside = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120
+        wanted = os.path.normpath(beside if os.path.lexists(beside) else name)
+        if not os.path.lexists(wanted):
+            yield _of_file(wanted, "there is no such file")
+        elif wanted.lower().endswith(".txt"):
+            yield _of_file(wanted, "a list in a list")
+        else:
+            yield from _of_path(wanted, image_column)
+
+
+def _of_shard(path: str) -> Iterator[PictureSource]:
+    """The pictures in a tar file that is not compressed. Other members, such as texts, are not looked at."""
+    file = os.path.abspath(path)  # noqa: PTH100
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if member.isreg() and member.name.lower().endswith(PICTURES):
+                    yield PictureSource(f"{path}/{member.name}", file, place=(member.offset_data, member.size))
+    except (OSError, tarfile.TarError) as error:
+        yield _of_file(path, f"the rest of it is no tar file: {error}")
+
+
+def _member(file: str, offset: int, size: int) -> bytes:
+    with open(file, "rb") as shard:  # noqa: PTH123
+        shard.seek(offset)
+        data = shard.read(size)
+    if len(data) < size:
+        raise ValueError("the shard ends in the middle of it")
+    return data
+
+
+def _of_parquet(path: str, image_column: str | None) -> Iterator[PictureSource]:
+    pyarrow, parquet = parquet_modules()
+    file, number = os.path.abspath(path), 0  # noqa: PTH100
+    try:
+        with parquet.ParquetFile(path) as table:
+            column = _image_column(path, table.schema_arrow, image_column)
+            for group in range(table.num_row_groups):
+                for row in range(table.metadata.row_group(group).num_rows):
+                    yield PictureSource(f"{path}#{number}", file, row=(group, row, column))
+                    number += 1
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        yield _of_file(path, f"it is no Parquet file: {error}")
+
+
+def parquet_modules() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("Parquet needs the package pyarrow: pip install '.[caption]'.") from error
+    return pyarrow, parquet
+
+
+def _image_column(path: str, schema: Any, wanted: str | None) -> str:
+    """The column that has pictures: bytes, structs with `bytes` and `path` as datasets' `Image` writes, or paths.
+
+    Raises:
+        ValueError: if the wanted one is missing, or it cannot be told which it is.
+    """
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise ValueError(f"{path!r} has no column {wanted!r}; it has {', '.join(map(repr, schema.names))}.")
+        return wanted
+    kinds = {field.name: str(field.type) for field in schema}
+    columns = [name for name, kind in kinds.items() if kind.endswith("binary") or kind.startswith("struct<bytes")]
+    if "image" in kinds:
+        return "image"
+    if len(columns) != 1:
+        raise ValueError(f"{path!r} has {len(columns)} columns that may have pictures; name one by --image_column.")
+    return columns[0]
+
+
+def _cell(file: str, group: int, row: int, column: str) -> bytes | str:
+    """A picture's content, or its path.
+
+    Raises:
+        OSError, ValueError: if there is none.
+    """
+    value = _group(file, group, column)[row].as_py()
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not value or not isinstance(value, bytes | str):
+        raise ValueError("the row has no picture")
+    return value
+
+
+@functools.lru_cache(maxsize=2)  # rows are read in order, by several threads
+def _group(file: str, group: int, column: str) -> Any:
+    _, parquet = parquet_modules()
+    with parquet.ParquetFile(file) as table:
+        return table.read_row_group(group, columns=[column]).column(0)

@@ -21,6 +21,7 @@ from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
 from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
 from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
 from deepseek_vl.serve.batch.journal import COLUMNS, Journal
+from deepseek_vl.serve.batch.ray import caption_on_ray, check_ray
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -44,8 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--export", type=Path, metavar="FILE", help="write the output as .csv or .parquet as well, at the end")
     add("--sidecar", action="store_true", help="write each caption to a .txt file beside its picture, at the end")
     add("--image_column", metavar="NAME", help="of Parquet files (default: image, or the only one that has bytes)")
+    add("--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)")
     add(
-        "--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)"
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="ask on Ray: on the cluster at ADDRESS (auto: the one that runs here), or else on this machine",
+    )  # fmt: skip
+    add(
+        "--ray_cores", type=positive, default=4, metavar="N",
+        help="cores of each of Ray's actors, where there are no GPUs (default: %(default)s)",
     )  # fmt: skip
     add_arguments(parser, GenerationSettings(), required=True)
     return parser
@@ -67,12 +74,15 @@ def _run(args: argparse.Namespace) -> None:
         check_export(args.export, {os.path.abspath(args.output), *(picture.file for picture in pictures)})  # noqa: PTH100
     if args.sidecar:
         check_sidecars(pictures)
+    if args.ray is not None:
+        check_ray()
     with Journal(args.output, _question(args, settings)) as journal:
         left = [picture for picture in pictures if picture.key not in journal]
         logger.info("%d pictures, %d of them to be asked about.", len(pictures), len(left))
         if left:
-            for picture, answer in _with_progress(_answers(args, settings, left), len(left)):
-                journal.add(_row(picture, answer))
+            answers = (_answers if args.ray is None else caption_on_ray)(args, settings, left)
+            for number, answer in _with_progress(answers, len(left)):
+                journal.add(_row(left[number], answer))
         if args.export is not None:
             export(args.output, args.export)
         if args.sidecar:
@@ -90,14 +100,12 @@ def _question(args: argparse.Namespace, settings: GenerationSettings) -> dict[st
 
 def _answers(
     args: argparse.Namespace, settings: GenerationSettings, pictures: Sequence[PictureSource]
-) -> Iterator[tuple[PictureSource, "Caption | Exception"]]:
+) -> Iterator[tuple[int, "Caption | Exception"]]:
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)
     from deepseek_vl.serve.batch.caption import caption_many
 
-    answers = caption_many(engine.model, processor, pictures, args.prompt, settings, engine, open_picture)
-    for index, answer in answers:
-        yield pictures[index], answer
+    return caption_many(engine.model, processor, pictures, args.prompt, settings, engine, open_picture)
 
 
 def _row(picture: PictureSource, answer: "Caption | Exception") -> dict[str, Any]:
@@ -108,7 +116,7 @@ def _row(picture: PictureSource, answer: "Caption | Exception") -> dict[str, Any
     return {**row, "caption": fields.pop("text"), **fields}
 
 
-def _with_progress(answers: Iterable[tuple[PictureSource, Any]], count: int) -> Iterator[tuple[PictureSource, Any]]:
+def _with_progress(answers: Iterable[tuple[int, Any]], count: int) -> Iterator[tuple[int, Any]]:
     """Tell every few seconds how many there are, how fast they come, and how long it will take."""
     begun = told = 0.0
     for number, answer in enumerate(answers, 1):

@@ -1,6 +1,5 @@
 """Captions of many pictures: each exactly once, whatever happens on the way."""
 
-import contextlib
 import csv
 import io
 import itertools
@@ -8,15 +7,15 @@ import json
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROOT, Loaded, in_terminal, interrupt, make_picture, messages_of, saved, wait_until
 from PIL import Image
@@ -480,23 +479,20 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_comes_later(tmp_path: Path) -> Non
         assert journal.rows == done
 
 
-def killed_runs(arguments: list[str], output: Path, kills: int, seconds: float, seed: int) -> None:
-    """Run a command, killed so often at random moments, and at last to its end."""
+def killed_runs(arguments: list[str], output: Path, seconds: float, while_writing: Collection[int], seed: int) -> None:
+    """Run a command, killed eight times at random moments within so many seconds, and at last to its end."""
     rng = random.Random(seed)
-    for kill in range(kills):
+    for kill in range(8):
         before = output.stat().st_size if output.exists() else 0
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, start_new_session=True
-        )
-        if kill % 2:  # while it writes
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        if kill in while_writing:
             wait_until(lambda: output.exists() and output.stat().st_size > before, 240, "a row")  # noqa: B023
             time.sleep(rng.uniform(0, 0.3))
         else:  # wherever it is
             time.sleep(rng.uniform(0, seconds))
-        assert process.poll() is None, process.stderr.read()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert process.poll() is None, "it has ended before it is killed"
+        process.kill()
+        process.wait()
     result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
@@ -524,5 +520,40 @@ def check_each_once(folder: Path, output: Path) -> None:
 @pytest.mark.slow
 def test_each_picture_once_though_killed_eight_times(many_pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    killed_runs(command(many_pictures, "--output", output, "--max_batch", "2"), output, 8, 4.0, seed=1)
+    killed_runs(command(many_pictures, "--output", output, "--max_batch", "2"), output, 4.0, (1, 3, 5, 7), seed=1)
+    check_each_once(many_pictures, output)
+
+
+# On Ray
+
+
+def test_ray_that_is_not_there_names_the_extra(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(in_process(pictures, "--output", pictures / "out.jsonl", "--ray")) == 1
+    assert "pip install '.[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_each_picture_once_though_killed_eight_times_on_ray(many_pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.data")
+    output = tmp_path / "out.jsonl"
+    killed_runs(command(many_pictures, "--output", output, "--ray"), output, 15.0, (2, 6), seed=2)
+    check_each_once(many_pictures, output)
+
+
+@pytest.mark.long
+def test_what_an_actor_was_asked_that_dies_is_asked_again(many_pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.data")
+    output = tmp_path / "out.jsonl"
+    driver = subprocess.Popen(command(many_pictures, "--output", output, "--ray"), stderr=subprocess.PIPE, cwd=ROOT)
+    wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") > 1, 240, "a row")
+    workers = psutil.Process(driver.pid).children(recursive=True)
+    actors = [process for process in workers if any("Captioner" in part for part in process.cmdline())]
+    assert actors
+    for actor in actors:
+        actor.kill()
+    _, error = driver.communicate()
+    assert driver.returncode == 0, error
     check_each_once(many_pictures, output)

@@ -1,0 +1,159 @@
+"""Captions on Ray Data: each actor holds a model and asks about a few pictures at a time; the driver gets the rows."""
+
+import argparse
+import logging
+import math
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.serve.arguments import open_engine
+from deepseek_vl.serve.batch.inputs import PictureSource, open_picture
+
+if TYPE_CHECKING:
+    from deepseek_vl.serve.batch.caption import Caption
+
+logger = logging.getLogger(__name__)
+
+PICTURES_PER_TASK = 32
+"""Rows reach the driver so many at a time, and so many are asked again when an actor dies."""
+
+MOST_TASKS = 10_000
+"""With more pictures than these can have, each has more."""
+
+RETRIES = 2
+"""How often a task is given to another actor, or the same one started again, when its own has died."""
+
+STORE_BYTES = 256 << 20
+"""Of Ray's memory for what goes between processes, on one machine: names of pictures and captions."""
+
+
+class Captioner:
+    """An actor: loads the model once, and asks about one batch of pictures after the other.
+
+    Args:
+        args: the command line's.
+        settings: how answers are generated.
+    """
+
+    def __init__(self, args: argparse.Namespace, settings: GenerationSettings):
+        self._engine, self._processor = open_engine(args, args.model_path, args.max_batch)
+        self._prompt, self._settings = args.prompt, settings
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of one row, a task's `pictures` by number, becomes one of `answers`; both are pickled."""
+        from deepseek_vl.serve.batch.caption import caption_many
+
+        (pictures,) = map(pickle.loads, batch["pictures"])
+        numbers, sources = list(pictures), list(pictures.values())
+        answers = caption_many(
+            self._engine.model, self._processor, sources, self._prompt, self._settings, self._engine, open_picture
+        )
+        return {"answers": [pickle.dumps({numbers[index]: answer for index, answer in answers})]}
+
+
+def check_ray() -> None:
+    """
+    Raises:
+        ValueError: if Ray Data is not installed.
+    """
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--ray needs the package ray: pip install '.[ray]' ({error}).") from error
+
+
+def caption_on_ray(
+    args: argparse.Namespace, settings: GenerationSettings, pictures: Sequence[PictureSource]
+) -> Iterator[tuple[int, "Caption | Exception"]]:
+    """As `caption_many`, with an actor per GPU of the cluster, or per `args.ray_cores` cores where it has no GPUs.
+
+    What an actor or a node was asked that dies is asked again; nothing is yielded twice.
+
+    Args:
+        args: the command line's; `args.ray` is the cluster's address, or "local" for this machine.
+
+    Yields:
+        The number of a picture, and its caption or the error that opening it raised.
+
+    Raises:
+        OSError: if there is no such cluster, or pictures are left whose actors fail again and again.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    _connect(args.ray)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context.max_errored_blocks = -1  # what they had is asked again below
+        left, per_task, reason = set(range(len(pictures))), PICTURES_PER_TASK, "their actors die"
+        while left:
+            before, has_failed = len(left), False
+            try:
+                for row in _asked(args, settings, pictures, sorted(left), per_task).iter_rows():
+                    answers = pickle.loads(row["answers"])
+                    for number in left.intersection(answers):
+                        left.remove(number)
+                        yield number, answers[number]
+            except RayError as error:
+                has_failed, reason = True, str(error).strip().splitlines()[-1]
+                logger.warning("Ray has ended the run (%s); it goes on with the other pictures.", reason)
+            if left and per_task == 1 and (not has_failed or len(left) == before):
+                break
+            per_task = 1  # so that one picture's failure is not the others'
+        if left:
+            raise OSError(
+                f"{len(left)} pictures have no answer, as {reason}; one is {pictures[min(left)].name!r}. The same "
+                "command asks about them again."
+            )
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError) as error:
+        raise OSError(f"There is no Ray cluster at {address!r}: {error}") from error
+
+
+def _asked(
+    args: argparse.Namespace,
+    settings: GenerationSettings,
+    pictures: Sequence[PictureSource],
+    numbers: Sequence[int],
+    per_task: int,
+) -> Any:
+    """The dataset of the answers about the pictures with these numbers; it is computed when it is read."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    cores = min(args.ray_cores, cpus)
+    actors = gpus or cpus // cores
+    per_task = max(per_task, math.ceil(len(numbers) / MOST_TASKS))
+    tasks = [numbers[start : start + per_task] for start in range(0, len(numbers), per_task)]
+    actors = min(actors, len(tasks))
+    logger.info("%d actors with %s.", actors, "a GPU each" if gpus else f"{cores} cores each")
+    items = [{"pictures": pickle.dumps({number: pictures[number] for number in task})} for task in tasks]
+    # A task is a block of one row, as is its result: all of its answers arrive, or none.
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Captioner,
+        fn_constructor_kwargs={"args": args, "settings": settings},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        ray_remote_args_fn=_actor_options,
+        **({"num_gpus": 1} if gpus else {"num_cpus": cores}),
+    )
+
+
+def _actor_options() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": RETRIES}

@@ -520,7 +520,7 @@ def check_each_once(folder: Path, output: Path) -> None:
 @pytest.mark.slow
 def test_each_picture_once_though_killed_eight_times(many_pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    killed_runs(command(many_pictures, "--output", output, "--max_batch", "2"), output, 4.0, (1, 3, 5, 7), seed=1)
+    killed_runs(command(many_pictures, "--output", output, "--max_batch", "2"), output, 2.5, (1, 3, 5, 7), seed=1)
     check_each_once(many_pictures, output)
 
 
@@ -539,7 +539,7 @@ def test_ray_that_is_not_there_names_the_extra(
 def test_each_picture_once_though_killed_eight_times_on_ray(many_pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray.data")
     output = tmp_path / "out.jsonl"
-    killed_runs(command(many_pictures, "--output", output, "--ray"), output, 15.0, (2, 6), seed=2)
+    killed_runs(command(many_pictures, "--output", output, "--ray"), output, 5.0, (2, 6), seed=2)
     check_each_once(many_pictures, output)
 
 

@@ -12,7 +12,7 @@ CAPTION = ["pyarrow>=17"]  # Parquet
 GGUF = ["gguf>=0.19"]
 GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
-RAY = ["ray[data]>=2.49"]
+RAY = ["ray[data]>=2.49,<2.64"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
 

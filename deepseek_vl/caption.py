@@ -10,22 +10,18 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deepseek_vl.command_line import OneLineParser, one_line, positive, run_command
+from deepseek_vl.command_line import OneLineParser, positive, run_command
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
 from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
 from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
-from deepseek_vl.serve.batch.journal import COLUMNS, Journal
+from deepseek_vl.serve.batch.journal import Journal, row_of
 from deepseek_vl.serve.batch.ray import caption_on_ray, check_ray
 from deepseek_vl.utils.conversation import IMAGE_TAG
-
-if TYPE_CHECKING:
-    from deepseek_vl.serve.batch.caption import Caption
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +76,9 @@ def _run(args: argparse.Namespace) -> None:
         left = [picture for picture in pictures if picture.key not in journal]
         logger.info("%d pictures, %d of them to be asked about.", len(pictures), len(left))
         if left:
-            answers = (_answers if args.ray is None else caption_on_ray)(args, settings, left)
-            for number, answer in _with_progress(answers, len(left)):
-                journal.add(_row(left[number], answer))
+            rows = (_rows if args.ray is None else caption_on_ray)(args, settings, left)
+            for row in _with_progress(rows, len(left)):
+                journal.add(row)
         if args.export is not None:
             export(args.output, args.export)
         if args.sidecar:
@@ -98,29 +94,23 @@ def _question(args: argparse.Namespace, settings: GenerationSettings) -> dict[st
     return {"model": model, **{name: getattr(args, name) for name in names}}
 
 
-def _answers(
+def _rows(
     args: argparse.Namespace, settings: GenerationSettings, pictures: Sequence[PictureSource]
-) -> Iterator[tuple[int, "Caption | Exception"]]:
+) -> Iterator[dict[str, Any]]:
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)
     from deepseek_vl.serve.batch.caption import caption_many
 
-    return caption_many(engine.model, processor, pictures, args.prompt, settings, engine, open_picture)
+    answers = caption_many(engine.model, processor, pictures, args.prompt, settings, engine, open_picture)
+    for index, answer in answers:
+        yield row_of(pictures[index].name, answer)
 
 
-def _row(picture: PictureSource, answer: "Caption | Exception") -> dict[str, Any]:
-    row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "path": picture.name}
-    if isinstance(answer, Exception):
-        return {**row, "error": one_line(answer)}
-    fields = asdict(answer)
-    return {**row, "caption": fields.pop("text"), **fields}
-
-
-def _with_progress(answers: Iterable[tuple[int, Any]], count: int) -> Iterator[tuple[int, Any]]:
+def _with_progress(rows: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
     """Tell every few seconds how many there are, how fast they come, and how long it will take."""
     begun = told = 0.0
-    for number, answer in enumerate(answers, 1):
-        yield answer
+    for number, row in enumerate(rows, 1):
+        yield row
         now = time.monotonic()
         begun, told = begun or now, told or now
         if number > 1 and (now - told >= PROGRESS_SECONDS or number == count):

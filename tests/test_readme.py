@@ -1,5 +1,7 @@
 """What the README and the notebook show runs."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -51,6 +53,35 @@ def test_the_way_from_data_to_a_chat_runs(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "hexagons-scores").iterdir()} == {
         "answers.jsonl", "confusion.png", "summary.json", "table.md",
     }  # fmt: skip
+
+
+def test_the_commands_for_many_pictures_run(tmp_path: Path) -> None:
+    """What `docs/captions.md` shows; with Ray where it is installed."""
+    pytest.importorskip("pyarrow")
+    page = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    commands = [line for block in blocks for line in block.strip().splitlines()]
+    assert len(commands) == 5
+    for name in ("examples", "images", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for command in commands:
+        if "--ray" in command and importlib.util.find_spec("ray") is None:
+            continue
+        command = command.replace("deepseek-vl-caption", "python -m deepseek_vl.caption", 1)
+        command = command.replace("python", sys.executable, 1)
+        subprocess.run(command, shell=True, capture_output=True, timeout=300, cwd=tmp_path, check=True)
+    shown = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL).group(1))
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    assert shown in rows
+    assert (tmp_path / "captions.csv").exists() and (tmp_path / "captions.parquet").exists()
+
+    snippets = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    result = subprocess.run(
+        [sys.executable, "-c", snippets], capture_output=True, text=True, timeout=300, cwd=tmp_path, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(list((ROOT / "tests" / "pictures").glob("*.png"))) + 1
+    assert "looks most like" in lines[-1]
 
 
 def test_the_data_it_shows_are_four_forms_of_the_same(siglip_checkpoint: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from deepseek_vl.command_line import one_line
 from deepseek_vl.serve.batch.inputs import key_of
 
 FORMAT = "deepseek-vl captions 1"
@@ -143,6 +145,15 @@ class Journal:
             raise ValueError(
                 f"{str(self.path)!r} has answers to another question: {differences}. Give another --output."
             )
+
+
+def row_of(name: str, answer: Any) -> dict[str, Any]:
+    """A row about the picture of this name: a `Caption`'s, or an exception's."""
+    row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "path": name}
+    if isinstance(answer, Exception):
+        return {**row, "error": one_line(answer)}
+    fields = asdict(answer)
+    return {**row, "caption": fields.pop("text"), **fields}
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

@@ -1,18 +1,18 @@
 """Captions on Ray Data: each actor holds a model and asks about a few pictures at a time; the driver gets the rows."""
 
 import argparse
+import json
 import logging
 import math
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import open_engine
 from deepseek_vl.serve.batch.inputs import PictureSource, open_picture
-
-if TYPE_CHECKING:
-    from deepseek_vl.serve.batch.caption import Caption
+from deepseek_vl.serve.batch.journal import row_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Captioner:
         self._prompt, self._settings = args.prompt, settings
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of one row, a task's `pictures` by number, becomes one of `answers`; both are pickled."""
+        """A batch of one, a task's `pictures` by number, pickled, becomes its `rows` for the journal by number."""
         from deepseek_vl.serve.batch.caption import caption_many
 
         (pictures,) = map(pickle.loads, batch["pictures"])
@@ -50,7 +50,8 @@ class Captioner:
         answers = caption_many(
             self._engine.model, self._processor, sources, self._prompt, self._settings, self._engine, open_picture
         )
-        return {"answers": [pickle.dumps({numbers[index]: answer for index, answer in answers})]}
+        # Not pickled: the driver would have to import the network for it, while rows wait.
+        return {"rows": [json.dumps({numbers[i]: row_of(sources[i].name, answer) for i, answer in answers})]}
 
 
 def check_ray() -> None:
@@ -66,16 +67,14 @@ def check_ray() -> None:
 
 def caption_on_ray(
     args: argparse.Namespace, settings: GenerationSettings, pictures: Sequence[PictureSource]
-) -> Iterator[tuple[int, "Caption | Exception"]]:
-    """As `caption_many`, with an actor per GPU of the cluster, or per `args.ray_cores` cores where it has no GPUs.
+) -> Iterator[dict[str, Any]]:
+    """Rows about pictures as they come, from an actor per GPU of the cluster.
 
-    What an actor or a node was asked that dies is asked again; nothing is yielded twice.
+    Where there are no GPUs there is an actor per `args.ray_cores` cores. What an actor or a node was asked that dies is
+    asked again; nothing is yielded twice.
 
     Args:
         args: the command line's; `args.ray` is the cluster's address, or "local" for this machine.
-
-    Yields:
-        The number of a picture, and its caption or the error that opening it raised.
 
     Raises:
         OSError: if there is no such cluster, or pictures are left whose actors fail again and again.
@@ -93,11 +92,12 @@ def caption_on_ray(
         while left:
             before, has_failed = len(left), False
             try:
-                for row in _asked(args, settings, pictures, sorted(left), per_task).iter_rows():
-                    answers = pickle.loads(row["answers"])
-                    for number in left.intersection(answers):
+                dataset = _asked(args, settings, pictures, sorted(left), per_task)
+                for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):  # so that none waits for others
+                    rows = json.loads(batch["rows"][0])
+                    for number in left.intersection(map(int, rows)):
                         left.remove(number)
-                        yield number, answers[number]
+                        yield rows[str(number)]
             except RayError as error:
                 has_failed, reason = True, str(error).strip().splitlines()[-1]
                 logger.warning("Ray has ended the run (%s); it goes on with the other pictures.", reason)
@@ -134,6 +134,7 @@ def _asked(
 ) -> Any:
     """The dataset of the answers about the pictures with these numbers; it is computed when it is read."""
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -145,15 +146,16 @@ def _asked(
     logger.info("%d actors with %s.", actors, "a GPU each" if gpus else f"{cores} cores each")
     items = [{"pictures": pickle.dumps({number: pictures[number] for number in task})} for task in tasks]
     # A task is a block of one row, as is its result: all of its answers arrive, or none.
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Captioner,
-        fn_constructor_kwargs={"args": args, "settings": settings},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        ray_remote_args_fn=_actor_options,
-        **({"num_gpus": 1} if gpus else {"num_cpus": cores}),
-    )
-
-
-def _actor_options() -> dict[str, Any]:
-    return {"max_restarts": -1, "max_task_retries": RETRIES}
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():
+        # Ray Data means to have names of its own for all of an actor's options; it has none yet for these two.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            Captioner,
+            fn_constructor_kwargs={"args": args, "settings": settings},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+            **({"num_gpus": 1} if gpus else {"num_cpus": cores}),
+        )

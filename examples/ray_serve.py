@@ -7,6 +7,7 @@ replica's address is Ray's own, so `--allowed_host` and `--api_key` of the plain
 """
 
 import argparse
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -63,11 +64,10 @@ def main() -> None:
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(API.bind())
     print(f"Serving {args.model_path} at http://{args.host}:{args.port}/v1; Ctrl-C ends it.")
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
-    finally:
-        serve.shutdown()
+    serve.shutdown()
 
 
 if __name__ == "__main__":

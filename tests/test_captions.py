@@ -181,6 +181,12 @@ def test_folders_globs_and_lists_name_each_picture_once(pictures: Path, monkeypa
     assert names(["pictures/a[1].png"]) == ["pictures/a[1].png"], "a file's name is no pattern"
 
 
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageLoadError, match="no regular file"):
+        open_picture(find_pictures([str(tmp_path)])[0])
+
+
 def test_links_in_circles_and_links_to_folders(pictures: Path) -> None:
     (pictures / "deep" / "round").symlink_to(pictures)
     other = pictures.parent / "other"
@@ -329,8 +335,10 @@ def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path: Path) -> None:
 
 def test_answers_to_another_question_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_picture(tmp_path / "a.png")
-    with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "Why?"}):
+    with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "How?"}):
         pass
+    with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "Why?"}) as journal:  # which had no answer yet
+        journal.add(row(1))
     assert main(in_process(tmp_path / "a.png", "--output", tmp_path / "out.jsonl")) == 1
     error = capsys.readouterr().err
     assert "prompt was 'Why?', not 'Describe the image.'" in error

@@ -1,5 +1,6 @@
 """One question about many pictures: a few are read ahead, and the engine's batch stays full."""
 
+import functools
 import itertools
 import queue
 import threading
@@ -157,21 +158,7 @@ class _Asking:
         except BaseException as error:  # raised again in the reader
             self._ended.put((index, error, True))
             return
-        pieces: list[str] = []
-        errors: list[BaseException] = []
-
-        def sink(item: Any) -> None:
-            if isinstance(item, str):
-                pieces.append(item)
-            elif item is not END:
-                errors.append(item)
-            elif errors:
-                self._ended.put((index, errors[0], True))
-            else:
-                counts = generation.prompt_tokens, len(generation.token_ids)
-                caption = Caption("".join(pieces).strip(), *counts, generation.finish_reason)
-                self._ended.put((index, caption, False))
-
+        sink = functools.partial(self._take, index, [])
         try:
             # All prompts begin alike: the first one's keys and values serve the others, which need not be kept.
             generation = Generation(self._engine, inputs, self._question.settings, sink, keeps=next(self._is_first))
@@ -180,3 +167,14 @@ class _Asking:
         except BaseException as error:  # raised again in the reader
             self._running.pop(index, None)
             self._ended.put((index, error, True))
+
+    def _take(self, index: int, items: list[Any], item: Any) -> None:
+        """A generation's sink. It does not refer to it: what is in a circle stays in memory for a while."""
+        if item is not END:
+            items.append(item)
+        elif items and isinstance(items[-1], BaseException):
+            self._ended.put((index, items[-1], True))
+        else:
+            generation = self._running[index]
+            counts = generation.prompt_tokens, len(generation.token_ids)
+            self._ended.put((index, Caption("".join(items).strip(), *counts, generation.finish_reason), False))

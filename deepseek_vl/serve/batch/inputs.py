@@ -64,6 +64,8 @@ def open_picture(source: PictureSource) -> Image.Image:
     if source.error is not None:
         raise ImageLoadError(f"Cannot read {source.name!r}: {source.error}.")
     if source.is_file:
+        if os.path.exists(source.file) and not os.path.isfile(source.file):  # noqa: PTH110, PTH113
+            raise ImageLoadError(f"Cannot read image {source.name!r}: no regular file.")  # a pipe would wait for ever
         return load_image(source.file)
     try:
         data = _member(source.file, *source.place) if source.place else _cell(source.file, *source.row)

@@ -56,7 +56,8 @@ class Journal:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"There is no folder {str(self.path.parent)!r} for the output; make it first.")
         try:
-            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: PTH123, SIM115
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._file = os.fdopen(descriptor, "r+b", buffering=0)
         except OSError as error:
             raise OSError(f"Cannot open {str(path)!r}: {error.strerror}.") from error
         try:
@@ -110,7 +111,7 @@ class Journal:
 
     def _continue(self, header: Mapping[str, Any]) -> None:
         """Read what there is, and drop a last line that was not written to its end."""
-        self._end = 0
+        self._end, differences = 0, ""
         with open(self.path, "rb") as file:  # noqa: PTH123
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
@@ -118,19 +119,26 @@ class Journal:
                         raise ValueError(_is_none(self.path, number))
                     break
                 if number == 1:
-                    self._check(line, header)
+                    differences = self._differences(line, header)
                 else:
                     try:
                         self._count(json.loads(line))
                     except (ValueError, KeyError, TypeError) as error:
                         raise ValueError(_is_none(self.path, number)) from error
                 self._end += len(line)
+        if differences and self.rows:
+            raise ValueError(
+                f"{str(self.path)!r} has answers to another question: {differences}. Give another --output."
+            )
+        if differences:
+            self._end = 0
         self._file.truncate(self._end)
         self._file.seek(self._end)
         if not self._end:
             self._write(header)
 
-    def _check(self, line: bytes, header: Mapping[str, Any]) -> None:
+    def _differences(self, line: bytes, header: Mapping[str, Any]) -> str:
+        """In what the question of a file's first line is another one."""
         try:
             earlier = json.loads(line)
             is_ours = earlier.get("format") == FORMAT
@@ -138,13 +146,8 @@ class Journal:
             is_ours = False
         if not is_ours:
             raise ValueError(_is_none(self.path, 1))
-        names = dict.fromkeys([*earlier, *header])
-        differing = [name for name in names if earlier.get(name) != header.get(name)]
-        if differing:
-            differences = "; ".join(f"{name} was {earlier.get(name)!r}, not {header.get(name)!r}" for name in differing)
-            raise ValueError(
-                f"{str(self.path)!r} has answers to another question: {differences}. Give another --output."
-            )
+        names = [name for name in dict.fromkeys([*earlier, *header]) if earlier.get(name) != header.get(name)]
+        return "; ".join(f"{name} was {earlier.get(name)!r}, not {header.get(name)!r}" for name in names)
 
 
 def row_of(name: str, answer: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
 from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
 from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
 from deepseek_vl.serve.batch.journal import Journal, row_of
-from deepseek_vl.serve.batch.ray import caption_on_ray, check_ray
+from deepseek_vl.serve.batch.ray import LOCAL, caption_on_ray, check_ray
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_column", metavar="NAME", help="of Parquet files (default: image, or the only one that has bytes)")
     add("--max_batch", type=positive, default=EngineLimits.max_rows, help="answers at a time (default: %(default)s)")
     add(
-        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        "--ray", nargs="?", const=LOCAL, metavar="ADDRESS",
         help="ask on Ray: on the cluster at ADDRESS (auto: the one that runs here), or else on this machine",
     )  # fmt: skip
     add(
@@ -65,6 +65,9 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty.")
     if args.prompt.count(IMAGE_TAG) > 1:
         raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG}; each picture is asked about alone.")
+    directory = os.path.realpath(os.path.expanduser(args.model_path))  # noqa: PTH111  Path's raises for unknown users
+    if Path(directory, "config.json").is_file():
+        args.model_path = directory  # the same from wherever the next command, or an actor, is started
     pictures = find_pictures(args.paths, args.image_column)
     if args.export is not None:
         check_export(args.export, {os.path.abspath(args.output), *(picture.file for picture in pictures)})  # noqa: PTH100
@@ -88,10 +91,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _question(args: argparse.Namespace, settings: GenerationSettings) -> dict[str, Any]:
     """What must be the same for answers in one file."""
-    is_directory = os.path.isdir(os.path.expanduser(args.model_path))  # noqa: PTH111, PTH112
-    model = os.path.realpath(os.path.expanduser(args.model_path)) if is_directory else args.model_path  # noqa: PTH111
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
-    return {"model": model, **{name: getattr(args, name) for name in names}}
+    return {"model": args.model_path, **{name: getattr(args, name) for name in names}}
 
 
 def _rows(

@@ -79,6 +79,17 @@ def test_quantised_and_compiled_models_have_rows_of_their_own(siglip_checkpoint:
     assert "ours, int8, compiled" not in limits, "on a CPU there is none"
 
 
+def test_captions_by_the_command_and_by_the_engine_are_compared(siglip_checkpoint: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "captioning.py"), "--model_path", str(siglip_checkpoint)]
+    command += ["--device", "cpu", "--dtype", "float32", "--pictures", "6", "--max_tokens", "4", "--repeats", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["engine", "caption_many", "ratio"]
+    assert all(float(line[1]) > 0 for line in lines)
+    result = subprocess.run([*command, "--memory"], capture_output=True, text=True, check=True, timeout=600)
+    assert "MiB resident" in result.stdout.splitlines()[-1]
+
+
 def test_ratios_are_to_the_best_peer(speed: ModuleType) -> None:
     Row = speed.Row
     rows = [

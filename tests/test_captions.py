@@ -543,6 +543,13 @@ def test_ray_that_is_not_there_names_the_extra(
     assert "pip install '.[ray]'" in capsys.readouterr().err
 
 
+def test_on_ray_a_checkpoint_that_is_missing_is_one_line(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("ray.data")
+    arguments = in_process(pictures, "--output", pictures / "out.jsonl", "--ray")
+    assert main([*arguments, "--model_path", "/nothing"]) == 1
+    assert "There is no checkpoint directory '/nothing'" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.long
 def test_each_picture_once_though_killed_eight_times_on_ray(many_pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray.data")

@@ -9,12 +9,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from deepseek_vl.checkpoints.find import find_checkpoint
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import open_engine
 from deepseek_vl.serve.batch.inputs import PictureSource, open_picture
 from deepseek_vl.serve.batch.journal import row_of
 
 logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""Ray's name for a cluster of this machine alone, which ends with the command."""
 
 PICTURES_PER_TASK = 32
 """Rows reach the driver so many at a time, and so many are asked again when an actor dies."""
@@ -77,11 +81,13 @@ def caption_on_ray(
         args: the command line's; `args.ray` is the cluster's address, or "local" for this machine.
 
     Raises:
-        OSError: if there is no such cluster, or pictures are left whose actors fail again and again.
+        OSError: if there is no such cluster or checkpoint, or pictures are left whose actors fail again and again.
     """
     import ray
     from ray.exceptions import RayError
 
+    if args.ray == LOCAL:
+        find_checkpoint(args.model_path)  # so that what is missing is said once, and not by every actor
     _connect(args.ray)
     try:
         context = ray.data.DataContext.get_current()
@@ -117,7 +123,7 @@ def _connect(address: str) -> None:
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
+    if address == LOCAL:
         options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
         ray.init(address=address, **options)

@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
         check_sidecars(pictures)
     if args.ray is not None:
         check_ray()
-    with Journal(args.output, _question(args, settings)) as journal:
+    with Journal(args.output, _question(args)) as journal:
         left = [picture for picture in pictures if picture.key not in journal]
         logger.info("%d pictures, %d of them to be asked about.", len(pictures), len(left))
         if left:
@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
         logger.info("%s has %d rows, %d of them errors.", args.output, journal.rows, journal.errors)
 
 
-def _question(args: argparse.Namespace, settings: GenerationSettings) -> dict[str, Any]:
+def _question(args: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for answers in one file."""
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
     return {"model": args.model_path, **{name: getattr(args, name) for name in names}}

@@ -72,7 +72,7 @@ class Question:
     def about(self, image: Image.Image) -> BatchedVLChatProcessorOutput:
         """The question about one picture, as the engine takes it."""
         inputs = self._processor(prompt=self._prompt, ids=self._ids, images=[image])
-        return inputs.to(self._engine.model.device, dtype=self._engine.model.dtype)
+        return inputs.to("cpu", dtype=self._engine.model.dtype)  # the engine moves what it computes with
 
 
 def caption_many(

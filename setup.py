@@ -30,7 +30,8 @@ setup(
         "console_scripts": [
             "deepseek-vl-caption=deepseek_vl.caption:main",
             "deepseek-vl-chat=deepseek_vl.serve.cli:main",
-        ]
+        ],
+        "vllm.general_plugins": ["deepseek_vl=deepseek_vl.plugins.vllm:register"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -1,0 +1,1 @@
+"""How other engines run the model."""

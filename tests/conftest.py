@@ -267,8 +267,8 @@ def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactor
     return destination
 
 
-def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
-    """Save a random model with its processor; the tokenizer's files as they are."""
+def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path, **language: Any) -> Path:
+    """Save a random model with its processor; the tokenizer's files as they are. `language`: as in `small_config`."""
     from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
@@ -280,7 +280,7 @@ def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path) -> Path:
     for file in tokenizer_dir.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     torch.manual_seed(0)
-    model = MultiModalityCausalLM(small_config(kind, len(tokenizer))).eval()
+    model = MultiModalityCausalLM(small_config(kind, len(tokenizer), **language)).eval()
     with torch.no_grad():  # larger weights than a fresh model's, so that answers vary with the input
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

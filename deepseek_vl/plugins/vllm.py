@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes. The model itself, `deepseek_vl.p
 is loaded.
 """
 
+import json
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -19,16 +20,18 @@ ARCHITECTURES = (
 )
 """What configs call the model: the published ones, and those in transformers' layout."""
 
-_REFUSE_TAGS = """\
+_BEGINNING = """\
 {%- for message in messages -%}
     {%- for part in message.content -%}
-        {%- if part.type == 'text' and '@IMAGE@' in part.text -%}
-            {{- raise_exception("A text has @IMAGE@, which stands for an image; send the image instead.") -}}
+        {%- if part.type == 'text' and @IMAGE@ in part.text -%}
+            {{- raise_exception("A text has " ~ @IMAGE@ ~ ", which stands for an image; send the image instead.") -}}
         {%- endif -%}
     {%- endfor -%}
 {%- endfor -%}
+{{- bos_token -}}
 """
-"""Loops over the parts of a content, by which vLLM also sees that the template places the images itself."""
+"""In front of our chat template. By the loop over a content's parts vLLM sees that the template places the images; the
+begin token it leaves to the template."""
 
 
 class Config(MultiModalityConfig):
@@ -44,14 +47,14 @@ class Config(MultiModalityConfig):
 
 
 class Processor(VLChatProcessor):
-    """The processor with our renderer's chat template, which begins with the begin token, as vLLM wants it to."""
+    """The processor with our renderer's chat template, whatever template is among the checkpoint's files."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "Processor":
-        """`VLChatProcessor.from_pretrained`; a chat template among the files is passed over."""
+        """See `VLChatProcessor.from_pretrained`."""
         processor = super().from_pretrained(*args, **kwargs)
-        prompt = jinja_template(processor.new_chat_template(), processor.image_tag)
-        processor.chat_template = _REFUSE_TAGS.replace("@IMAGE@", processor.image_tag) + "{{- bos_token -}}" + prompt
+        beginning = _BEGINNING.replace("@IMAGE@", json.dumps(processor.image_tag))
+        processor.chat_template = beginning + jinja_template(processor.new_chat_template(), processor.image_tag)
         return processor
 
 

@@ -20,6 +20,7 @@ from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
     PromptReplacement,
+    PromptUpdateDetails,
 )
 from vllm.sequence import IntermediateTensors
 
@@ -100,8 +101,12 @@ class MultiModalProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
     def _get_prompt_updates(self, *_: Any, **__: Any) -> Sequence[PromptReplacement]:
         processor = self.info.get_hf_processor()
-        tag = [processor.image_id]
-        return [PromptReplacement(modality="image", target=tag, replacement=tag * processor.num_image_tokens)]
+        tag, features = [processor.image_id], processor.num_image_tokens
+        positions = PromptUpdateDetails(
+            full=tag * processor.positions_per_image,
+            is_embed=lambda ids: torch.arange(len(ids)) >= len(ids) - features,
+        )
+        return [PromptReplacement(modality="image", target=tag, replacement=positions)]
 
 
 @MULTIMODAL_REGISTRY.register_processor(MultiModalProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)

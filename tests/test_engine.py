@@ -381,15 +381,24 @@ def threads_of_engines() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "deepseek_vl-generate"}
 
 
-def test_an_engine_works_in_one_thread_which_ends_with_it(loaded: Loaded) -> None:
-    """What PyTorch's libraries make ready, plans of attention for one, they make ready per thread."""
-    before = threads_of_engines()
-    engine, threads = engine_for(loaded), set()
+def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loaded) -> None:
+    engine = engine_for(loaded)
     for _ in range(20):
         generation = generation_of(engine, loaded, messages_of("Hello."), 2)
         engine.submit(generation)
         assert generation.done.wait(30)
-        threads |= threads_of_engines() - before
+    wait_until(lambda: not threads_of_engines(), 5)
+
+
+def test_a_thread_that_is_kept_as_on_gpus_ends_with_its_engine(loaded: Loaded) -> None:
+    """What CUDA's libraries make ready, plans of attention for one, they make ready per thread."""
+    engine, threads = engine_for(loaded), set()
+    engine._keeps_thread = True
+    for _ in range(20):
+        generation = generation_of(engine, loaded, messages_of("Hello."), 2)
+        engine.submit(generation)
+        assert generation.done.wait(30)
+        threads |= threads_of_engines()
     (thread,) = threads
     engine.close()
     assert not thread.is_alive()
@@ -397,7 +406,7 @@ def test_an_engine_works_in_one_thread_which_ends_with_it(loaded: Loaded) -> Non
     generation = generation_of(engine, loaded, messages_of("Hello."), 2)
     engine.submit(generation)
     assert generation.done.wait(30)
-    (another,) = threads_of_engines() - before
+    (another,) = threads_of_engines()
     del engine, generation
     wait_until(lambda: gc.collect() is not None and not another.is_alive(), 5)
 

@@ -31,7 +31,6 @@ from deepseek_vl.engine.prefix_cache import Caches, weight_bytes
 from deepseek_vl.engine.prompt import Prompt
 from deepseek_vl.kernels.attention import gpu_attention
 from deepseek_vl.kernels.device import free_memory
-from deepseek_vl.kernels.threads import release_threads
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.modeling_vlm import CACHE
 
@@ -75,8 +74,8 @@ class _Row:
 class Engine:
     """Generates the answers that are submitted, as many at a time as its limits say; the others wait in order.
 
-    It has one thread, from the first answer on until it is closed or nobody has it any more: what PyTorch's libraries
-    make ready, they make ready per thread.
+    It has one thread while there is work; on CUDA GPUs from the first answer on until it is closed or nobody has it any
+    more, as what CUDA's libraries make ready, they make ready per thread.
 
     Args:
         model: in evaluation mode.
@@ -103,6 +102,8 @@ class Engine:
         self._lock = threading.Lock()
         self._working = threading.Lock()
         self._worker: _Worker | None = None
+        # Another thread's parallel operations take longer while one that is idle holds OpenMP's threads.
+        self._keeps_thread = model.device.type == "cuda"
         _engines.add(self)
 
     @property
@@ -250,7 +251,7 @@ class Engine:
     def _work(self) -> None:
         """Answer until nobody waits any more."""
         with self._working, gpu_attention(self.model.device):
-            while self._waiting or self._rows:
+            while True:
                 try:
                     self._admit()
                     self._drop_cancelled()
@@ -259,7 +260,11 @@ class Engine:
                 except BaseException as error:  # raised again in every reader
                     for row in list(self._rows):
                         self._end(row, error)
-        release_threads()  # others may compute now
+                with self._lock:
+                    if not self._waiting and not self._rows:
+                        if not self._keeps_thread and self._worker is threading.current_thread():
+                            self._worker = None
+                        return
 
     def _admit(self) -> None:
         """Give waiting generations a row, in order, while there are any and memory for what they may need."""
@@ -430,6 +435,8 @@ class _Worker(threading.Thread):
             return
         while engine is not None:
             engine._work()
+            if engine._worker is not self:
+                return
             engine = None
             if self.calls.get():
                 engine = self._engine()

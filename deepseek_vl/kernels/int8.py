@@ -162,8 +162,7 @@ class Int8Sibling(nn.Module):
 
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
     """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
-    largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32)
-    return largest.clamp_(min=SMALLEST).div_(levels)
+    return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST).div_(levels)
 
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from deepseek_vl.kernels.attention import ATTENTION, attend
 from deepseek_vl.kernels.device import check_quantization, pick_dtype
 from deepseek_vl.kernels.int8 import LEVELS, Int8Linear, quantize_int8
 from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, replace_linear
-from deepseek_vl.kernels.policy import features, kernel_for, multiplies_fast, set_kernels
+from deepseek_vl.kernels.policy import features, kernel_for, multiplies_fast, set_kernels, widened_rows
 from deepseek_vl.models import MultiModalityCausalLM
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.evaluate import evaluate
@@ -200,27 +200,27 @@ def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
 Fake = Callable[[str], None]
 KINDS = {
     # kind: machine, vendor, what PyTorch says of it; float32, bfloat16 and float16 products, few queries, int8's inputs
-    "Xeon, AVX2": ("x86_64", "GenuineIntel", "", "plain widening widening plain fbgemm-7-bit"),
-    "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "vnni", "plain widening widening plain onednn"),
-    "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx512 vnni bf16", "plain widening widening plain onednn"),
+    "Xeon, AVX2": ("x86_64", "GenuineIntel", "avx2", "plain widening widening plain fbgemm-7-bit"),
+    "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "avx2 vnni", "plain widening widening plain onednn"),
+    "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx2 avx512 vnni bf16", "plain widening widening plain onednn"),
     "Xeon, AVX-512 bf16": (
-        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 bf16 fp16"),
+        *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 bf16 fp16"),
         "plain widening widening plain onednn",
     ),
     "Xeon, AMX": (
-        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile bf16 fp16"),
+        *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 amx_tile bf16 fp16"),
         "plain plain widening plain onednn",
     ),
     "Xeon, AMX fp16": (
-        *("x86_64", "GenuineIntel", "avx512 vnni avx512_bf16 amx_tile amx_fp16 bf16 fp16"),
+        *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 amx_tile amx_fp16 bf16 fp16"),
         "plain plain plain plain onednn",
     ),
-    "EPYC, AVX2": ("x86_64", "AuthenticAMD", "", "plain widening widening widening fbgemm-7-bit"),
+    "EPYC, AVX2": ("x86_64", "AuthenticAMD", "avx2", "plain widening widening widening fbgemm-7-bit"),
     "EPYC, AVX-512 bf16": (
-        *("x86_64", "AuthenticAMD", "avx512 vnni avx512_bf16 bf16"),
+        *("x86_64", "AuthenticAMD", "avx2 avx512 vnni avx512_bf16 bf16"),
         "onednn plain widening widening onednn",
     ),
-    "of another maker": ("x86_64", "", "avx512 vnni avx512_bf16 bf16", "plain widening widening widening onednn"),
+    "of another maker": ("x86_64", "", "avx2 avx512 vnni avx512_bf16 bf16", "plain widening widening widening onednn"),
     "Arm": ("aarch64", "", "", "plain widening widening widening onednn"),
     "Arm, fp16": ("arm64", "", "fp16", "plain widening plain widening onednn"),
     "Arm, bf16 and fp16": ("aarch64", "", "bf16 fp16", "plain plain plain widening onednn"),
@@ -236,7 +236,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         monkeypatch.setattr("platform.machine", lambda: machine)
         monkeypatch.setattr("deepseek_vl.kernels.policy._vendor", lambda: f"vendor_id : {vendor}")
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
-        for name in ("avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16"):
+        for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in told.split())
         for name in ("bf16", "fp16"):
             monkeypatch.setattr(
@@ -259,7 +259,9 @@ def test_each_kind_of_processor_has_its_kernels(kind: str, fake: Fake) -> None:
         assert kernel_for("attention_many", dtype) == (product if is_narrow else "plain")
         assert kernel_for("attention_few", dtype) == (few if is_narrow else "plain")
     assert kernel_for("int8", torch.int8) == int8
-    assert pick_dtype(torch.device("cpu")) is (torch.bfloat16 if "bf16" in KINDS[kind][2].split() else torch.float32)
+    told = KINDS[kind][2].split()
+    assert pick_dtype(torch.device("cpu")) is (torch.bfloat16 if "bf16" in told else torch.float32)
+    assert widened_rows() == (6 if "avx2" in told and "avx512" not in told else 32)
 
 
 def test_without_onednn_nothing_of_it_is_used(fake: Fake) -> None:

@@ -167,6 +167,7 @@ def test_neither_importing_nor_loading_nor_answering_changes_anything_of_the_pro
 PRIVATE = {
     # name: what would replace it
     "torch.cpu._is_vnni_supported": "torch.cpu.get_capabilities(), once PyTorch 2.6 to 2.9 are not supported any more",
+    "torch.cpu._is_avx2_supported": "as above",
     "torch.cpu._is_avx512_supported": "as above",
     "torch.cpu._is_avx512_bf16_supported": "as above",
     "torch.cpu._is_amx_tile_supported": "as above",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for
+from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, kernel_for, widened_rows
 
 CHUNK_ELEMENTS = 2**22
 """So much of a weight is widened at a time, or of an input quantised: 16 MB, which stay in the cache."""
@@ -36,9 +36,13 @@ class WideningLinear(_ReplacingLinear):
     devices and under autocast it is an `nn.Linear`.
     """
 
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self._many_rows = widened_rows()
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype."""
-        if input.dtype not in NARROW or not _are_many_rows(input, self):
+        if input.dtype not in NARROW or not _are_many_rows(input, self, self._many_rows):
             return super().forward(input)
         wide = input.float()
         output = input.new_empty(*input.shape[:-1], self.out_features)
@@ -72,15 +76,15 @@ class OneDNNLinear(_ReplacingLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the input's dtype."""
-        if input.dtype is not torch.float32 or not _are_many_rows(input, self):
+        if input.dtype is not torch.float32 or not _are_many_rows(input, self, MANY_ROWS):
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
 
-def _are_many_rows(input: torch.Tensor, linear: nn.Linear) -> bool:
+def _are_many_rows(input: torch.Tensor, linear: nn.Linear, many: int) -> bool:
     """Whether a layer's input is of many rows, plainly to be multiplied on the CPU."""
     return (
-        input.numel() >= MANY_ROWS * linear.in_features
+        input.numel() >= many * linear.in_features
         and input.device.type == "cpu"
         and input.dtype is linear.weight.dtype
         and not torch.is_grad_enabled()

@@ -21,6 +21,11 @@ GPU_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 """What PyTorch may choose from on CUDA GPUs. cuDNN's, which it prefers on Hopper, plans anew for each length of the
 keys: 2.7 ms a call, 64 of the 92 ms of a token of the 1.3B model. H100, PyTorch 2.11."""
 
+WIDENED_ROWS = (("x86 avx512", MANY_ROWS), ("x86 avx2", 6), ("", MANY_ROWS))
+"""From so many rows on narrow weights are widened, by the features that a processor has to have. With AVX2 alone a
+narrow product takes as long for each further row as for the first: 8 rows through the 24 layers of the 1.3B model in
+float16 805 ms, widened 529, in float32 420. Sapphire Rapids that was held to AVX2, two cores."""
+
 KERNELS = {
     "linear": ("plain", "widening", "onednn"),
     "attention_few": ("plain", "widening"),
@@ -67,7 +72,7 @@ def features() -> frozenset[str]:
 
     `x86` or `arm` (which stands for all others); `amd` or `intel`; `fbgemm`, if PyTorch has it with the operators that
     are used; and if PyTorch has oneDNN, whose kernels need them: `onednn`, `bf16` and `fp16` (oneDNN computes in these
-    at all), `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
+    at all), `avx2`, `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
     """
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     vendor = _vendor()
@@ -83,6 +88,7 @@ def features() -> frozenset[str]:
             "onednn": True,
             "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+            "avx2": torch.cpu._is_avx2_supported(),
             "vnni": torch.cpu._is_vnni_supported(),
             "avx512": torch.cpu._is_avx512_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
@@ -124,6 +130,11 @@ def set_kernels(**kernels: str) -> None:
 
 
 _set: dict[str, str] = {}
+
+
+def widened_rows() -> int:
+    """From how many rows on a `widening` product is faster than a narrow one."""
+    return next(rows for needed, rows in WIDENED_ROWS if features().issuperset(needed.split()))
 
 
 def multiplies_fast(dtype: torch.dtype) -> bool:

@@ -26,6 +26,9 @@ def test_the_processor_has_what_is_asked_of_it(checkpoint: Path, picture: Path) 
     assert pixels.shape == (1, *processor.image_processor.default_shape)
 
 
+@pytest.mark.skipif(
+    accelerate.__version__.startswith("1.7."), reason="accelerate 1.7 makes no models of transformers 5 without weights"
+)
 @pytest.mark.parametrize("with_language_model", [False, True])
 def test_accelerate_fills_an_empty_model_and_its_parts_run(
     checkpoint: Path, picture: Path, with_language_model: bool

@@ -1,5 +1,6 @@
 """What the engine keeps: later turns run only what is new, images are encoded once, and answers are as from nothing."""
 
+import contextlib
 import gc
 import queue
 import time
@@ -473,7 +474,8 @@ def bytes_of_all_tensors() -> int:
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            with contextlib.suppress(RuntimeError):  # it has been given away, and is none any more
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

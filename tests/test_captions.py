@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import psutil
 import pytest
 from conftest import ROOT, Loaded, in_terminal, interrupt, make_picture, messages_of, saved, wait_until
@@ -478,7 +479,12 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_comes_later(tmp_path: Path) -> Non
         make_picture(tmp_path / f"{number}.png", seed=number)
     output = tmp_path / "out.jsonl"
     process = in_terminal(command(tmp_path, "--output", output, "--max_batch", "2", length=200)[1:], cwd=ROOT)
-    wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") > 2, 120, "a row")
+
+    def has_rows() -> bool:
+        process.expect(pexpect.TIMEOUT, timeout=0.05)  # a terminal that nobody reads is full after a while
+        return output.exists() and output.read_bytes().count(b"\n") > 2
+
+    wait_until(has_rows, 120, "a row")
     interrupt(process, "deepseek-vl-caption: stopped")
     process.expect(process.crlf)
     process.wait()

@@ -244,7 +244,8 @@ class Engine:
             if self._worker is not None:
                 return False
             self._worker = worker
-        weakref.finalize(self, worker.calls.put, False)
+        if self._keeps_thread:  # or else it ends with its work, and nothing is to be left of it
+            weakref.finalize(self, worker.calls.put, False)
         return True
 
     @torch.inference_mode()
@@ -368,7 +369,7 @@ class Engine:
     def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
         """Choose each row's next token. A GPU is waited for once, not for each row."""
         likeliest, chosen = logits.argmax(-1), []
-        for row, scores, token in zip(list(rows), logits, likeliest, strict=True):
+        for row, scores, token in zip(rows, logits, likeliest, strict=True):
             try:
                 chosen.append((row, row.generation.choose(scores, token)))
             except Exception as error:  # raised again in the reader

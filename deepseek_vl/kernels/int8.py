@@ -40,13 +40,13 @@ class Int8Linear(nn.Module):
         weights, scales = zip(*(_quantised(linear.weight.detach()) for linear in linears), strict=True)
         kernel = kernel_for("int8", torch.int8)
         product = FBGEMMProduct if kernel.startswith("fbgemm") else OneDNNProduct
+        self._levels = LEVELS[kernel]
         # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
-        self._product = product(torch.cat(weights), torch.cat(scales).flatten(), LEVELS[kernel])
+        self._product = product(torch.cat(weights), torch.cat(scales).flatten(), self._levels)
         self._bias = None
         if any(linear.bias is not None for linear in linears):
             biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
             self._bias = torch.cat([bias.detach().float() for bias in biases])
-        self._levels = LEVELS[kernel]
         self._kept: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
         self.eval()
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--image", default=str(Path(__file__).parent / "images" / "training_pipelines.png"))
     parser.add_argument("--question", default="<image_placeholder>Describe each stage of this image.")
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--quantize", metavar="KIND", help="int8, or int4 on GPUs: faster and smaller")
+    parser.add_argument("--quantize", metavar="KIND", help="int8 or int4: faster and smaller")
     args = parser.parse_args()
 
     conversation = [

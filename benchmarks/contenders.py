@@ -465,12 +465,12 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
 
 def bytes_per_token(model: Any) -> int:
     """The weights that are read for each token: the language model's, but for the table of its embeddings."""
-    from deepseek_vl.kernels.int8 import Int8Linear
+    from deepseek_vl.kernels.quantized import QuantizedLinear
     from deepseek_vl.kernels.weight_only import stored_bytes
 
     modules = [*model.get_decoder().modules(), *model.get_output_embeddings().modules()]
     parameters = sum(stored_bytes(weight) for module in modules for weight in module.parameters(recurse=False))
-    quantised = sum(layer.in_features * layer.out_features for layer in modules if isinstance(layer, Int8Linear))
+    quantised = sum(layer.weight_bytes for layer in modules if isinstance(layer, QuantizedLinear))
     return parameters + quantised - model.get_input_embeddings().weight.nbytes
 
 

@@ -64,7 +64,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
     )
     parser.add_argument(
-        "--quantize", metavar="KIND", help="int8, or int4 on GPUs: faster and smaller, with almost the same answers"
+        "--quantize", metavar="KIND", help="int8 or int4: faster and smaller, with almost the same answers"
     )
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.kv_cache import RowCache, SharedBuffers
+from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
@@ -462,3 +463,34 @@ def parrot_checkpoint(
     assert loss < 0.1, f"the parrot has not learnt its answers: loss {loss:.3f}"
     model.eval().save_pretrained(directory)
     return directory
+
+
+def tiny_in(dtype: torch.dtype) -> MultiModalityCausalLM:
+    """The bundled model with plain layers."""
+    return MultiModalityCausalLM.from_pretrained("tiny", dtype=dtype).eval()
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error of the whole."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(scope="session")
+def tiny_prompt() -> dict[str, torch.Tensor]:
+    """A prompt with a picture, for the bundled model."""
+    processor = VLChatProcessor.from_pretrained("tiny")
+    image = load_image(ROOT / "images" / "shapes.png")
+    messages = messages_of("<image_placeholder>Describe the image.", image)
+    return dict(processor(conversations=messages, images=[image], force_batchify=True).to("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_logits(tiny_prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The plain model's logits in float32: [1, T, vocabulary]."""
+    return logits_of(tiny_in(torch.float32), tiny_prompt)
+
+
+@torch.inference_mode()
+def logits_of(model: MultiModalityCausalLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A model's logits for a whole prompt: float32 [1, T, vocabulary]."""
+    return model(**prompt).logits.float()

@@ -481,7 +481,10 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
 
 @pytest.mark.parametrize(
     ("loading", "message"),
-    [({"quantize": "int8"}, "int8 weights on the CPU"), ({"attn_implementation": "eager"}, "sdpa, not with eager")],
+    [
+        ({"quantize": "int8"}, "quantised weights on the CPU"),
+        ({"attn_implementation": "eager"}, "sdpa, not with eager"),
+    ],
 )
 def test_what_cannot_be_compiled_is_said(siglip_checkpoint: Path, loading: dict[str, str], message: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32", **loading)

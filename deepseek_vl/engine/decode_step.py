@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from deepseek_vl.engine.kv_cache import Buffers, RowCache, RowsCache, SharedBuffers
 from deepseek_vl.kernels.attention import ATTENTION
 from deepseek_vl.kernels.compiling import CompilationError, compiling
-from deepseek_vl.kernels.int8 import Int8Linear
+from deepseek_vl.kernels.quantized import QuantizedLinear
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.modeling_vlm import CACHE
 
@@ -228,16 +228,16 @@ class _Graphs:
         return _GraphedStep(graph, inputs, logits)
 
 
-def check_compile(device: torch.device, quantize: str | None) -> None:
-    """Whether a model on this device, with weights quantised so, can be compiled, as far as is known beforehand.
+def check_compile(device: torch.device, is_quantised: bool) -> None:
+    """Whether a model on this device, with quantised weights or others, can be compiled, as far as is known beforehand.
 
     Raises:
         ValueError: if it cannot.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"Models are compiled for the CPU and for CUDA, not for {device.type}.")
-    if device.type == "cpu" and quantize is not None:
-        raise ValueError(f"With {quantize} weights on the CPU compiling gains nothing; leave --compile out.")
+    if device.type == "cpu" and is_quantised:
+        raise ValueError("With quantised weights on the CPU compiling gains nothing; leave --compile out.")
 
 
 def compile_step(
@@ -247,8 +247,8 @@ def compile_step(
 
     Takes and raises what `Engine.compile` does.
     """
-    is_int8 = any(isinstance(module, Int8Linear) for module in model.modules())
-    check_compile(model.device, "int8" if is_int8 else None)
+    is_quantised = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    check_compile(model.device, is_quantised)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("A model that is spread over several devices cannot be compiled.")
     attention = model.language_model.config._attn_implementation

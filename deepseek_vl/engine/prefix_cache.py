@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.prompt import PromptImage
-from deepseek_vl.kernels.int8 import Int8Linear
+from deepseek_vl.kernels.quantized import QuantizedLinear
 from deepseek_vl.kernels.weight_only import stored_bytes
 from deepseek_vl.models import MultiModalityCausalLM
 
@@ -35,8 +35,8 @@ def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
 
 def weight_bytes(model: MultiModalityCausalLM) -> int:
     """How much memory a model's weights take, as they are stored."""
-    of_int8 = (module.weight_bytes for module in model.modules() if isinstance(module, Int8Linear))
-    return sum(map(stored_bytes, _weights(model))) + sum(of_int8)
+    quantised = (module.weight_bytes for module in model.modules() if isinstance(module, QuantizedLinear))
+    return sum(map(stored_bytes, _weights(model))) + sum(quantised)
 
 
 def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:

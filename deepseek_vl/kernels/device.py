@@ -5,13 +5,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from deepseek_vl.kernels.policy import features
+from deepseek_vl.kernels.policy import fastest_dtype
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says how much memory a container may have (version 2)."""
 
-QUANTIZATIONS = {"cpu": ("int8",), "cuda": ("int8", "int4")}
-"""The ways to quantise a model's weights when it is loaded, by the kind of device."""
+QUANTIZATIONS = ("int8", "int4")
+"""The ways to quantise a model's weights when it is loaded, on CPUs and CUDA GPUs."""
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -55,7 +55,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs and float32 on CPUs that lack it.
+    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs that lack it; on CPUs `fastest_dtype`.
 
     A CPU need not multiply matrices of it fast (see `WideningLinear`), only read and convert it.
 
@@ -67,9 +67,7 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     if dtype == "auto":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
-        if device.type == "cpu" and "bf16" not in features():
-            return torch.float32
-        return torch.bfloat16
+        return fastest_dtype() if device.type == "cpu" else torch.bfloat16
     picked = getattr(torch, dtype, None)
     if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
         raise ValueError(f"Unknown dtype {dtype!r}; try auto, bfloat16, float16 or float32.")
@@ -84,15 +82,17 @@ def check_quantization(device: torch.device, quantize: str | None) -> None:
     """
     if quantize is None:
         return
-    known = sorted({name for names in QUANTIZATIONS.values() for name in names}, reverse=True)
-    if quantize not in known:
-        raise ValueError(f"Unknown quantize {quantize!r}; try {' or '.join(known)}.")
-    if quantize not in QUANTIZATIONS.get(device.type, ()):
-        kinds = " and ".join(kind for kind, names in QUANTIZATIONS.items() if quantize in names)
-        raise ValueError(f"Quantised weights ({quantize}) are for {kinds}, not for {device.type}.")
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"Unknown quantize {quantize!r}; try {' or '.join(QUANTIZATIONS)}.")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Quantised weights ({quantize}) are for cpu and cuda, not for {device.type}.")
     if device.type == "cuda":
         from deepseek_vl.kernels.weight_only import check_torchao
 
         check_torchao()
     elif not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise ValueError(f"This PyTorch has no kernel for quantised weights ({quantize}): it was built without oneDNN.")
+    elif quantize == "int4":
+        from deepseek_vl.kernels.int4 import check_int4
+
+        check_int4()

@@ -11,15 +11,17 @@ GROUP_SIZES = (128, 64, 32)
 """int4 weights have a scale for so many inputs each: the first of these that divides a layer's inputs."""
 
 
-def quantize_weights(language_model: PreTrainedModel, kind: str) -> None:
+def quantize_weights(language_model: PreTrainedModel, kind: str, device: torch.device | None = None) -> None:
     """Quantise a language model's linear layers, in place.
 
     The head, which int4 would harm most, gets int8 weights either way, and so does a layer whose inputs do not divide
     into groups.
 
     Args:
-        language_model: for int4 on a CUDA GPU, in bfloat16.
-        kind: `int8` (one scale per output) or `int4`.
+        language_model: for int4 in bfloat16.
+        kind: `int8` (one scale per output) or `int4`, which needs a CUDA GPU.
+        device: where each layer is moved to before it is quantised, so that a GPU never holds all of the model as it
+            was; None to leave it where it is.
 
     Raises:
         ValueError: if torchao is not there, or for int4 in another dtype.
@@ -38,11 +40,12 @@ def quantize_weights(language_model: PreTrainedModel, kind: str) -> None:
 
     for size in GROUP_SIZES if kind == "int4" else ():
         config = Int4WeightOnlyConfig(group_size=size, int4_packing_format="tile_packed_to_4d")
-        quantize_(language_model, config, filter_fn=lambda module, _, size=size: group_size(module) == size)
+        quantize_(language_model, config, lambda module, _, size=size: group_size(module) == size, device)
     quantize_(
         language_model,
         Int8WeightOnlyConfig(),
-        filter_fn=lambda module, _: isinstance(module, nn.Linear) and group_size(module) is None,
+        lambda module, _: isinstance(module, nn.Linear) and group_size(module) is None,
+        device,
     )
 
 

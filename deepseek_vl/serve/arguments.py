@@ -97,7 +97,7 @@ def open_engine(
         from deepseek_vl.utils.io import load_pretrained_model
 
         if args.compile:
-            check_compile(pick_device(args.device), args.quantize)
+            check_compile(pick_device(args.device), args.quantize is not None)
         tokenizer, processor, model = load_pretrained_model(model_path, args.device, args.dtype, args.quantize)
     memory_bytes = None if args.memory_mb is None else args.memory_mb << 20
     engine = Engine(model, tokenizer, EngineLimits(max_rows or EngineLimits.max_rows, memory_bytes=memory_bytes))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -60,8 +61,9 @@ def load_pretrained_model(
         device: see `pick_device`.
         dtype: see `pick_dtype`.
         quantize: less time and memory, for answers that are almost the same. On the CPU "int8", for int8 weights and
-            inputs in all linear layers; on CUDA GPUs "int8" or "int4", for the language model's weights, by torchao.
-            Such a model is for answers: it can neither learn nor be saved.
+            inputs in all linear layers, or "int4", for int4 weights in the language model's layers and int8 in the
+            others; on CUDA GPUs "int8" or "int4", for the language model's weights, by torchao. Such a model is for
+            answers: it can neither learn nor be saved.
         kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
             is not used.
 
@@ -76,27 +78,27 @@ def load_pretrained_model(
     device = pick_device(device)
     check_quantization(device, quantize)
     kwargs["dtype"] = pick_dtype(device, kwargs.pop("torch_dtype", dtype))
-    if device.type != "cpu":
+    if device.type != "cpu" and quantize is None:
         kwargs.setdefault("device_map", {"": device})
+    is_placed = "device_map" in kwargs
 
     # Find the files.
     name = os.fspath(model_path)
     directory = Path(find_checkpoint(name, take_hub_arguments(kwargs)))
     if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name!r} is a LoRA adapter, not a model; merge it, and give the result: python -m "
+                f"deepseek_vl.train.lora --adapter {shlex.quote(name)} --output MERGED"
+            )
         raise FileNotFoundError(f"{name!r} is not a checkpoint directory: it has no config.json.")
 
-    # Both take long to import, which nobody has to wait for whose path is wrong.
-    from deepseek_vl.checkpoints.layout_configs import TRANSFORMERS_TYPES
+    # This takes long to import, which nobody has to wait for whose path is wrong.
     from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
-    with _errors_that_name(name, directory):
+    with errors_that_name(name, directory):
         # Read config and processor.
-        model_type = load_json(directory / "config.json").get("model_type")
-        if model_type not in (MultiModalityCausalLM.config_class.model_type, *TRANSFORMERS_TYPES):
-            raise ValueError(
-                f"{name!r} is not a DeepSeek-VL checkpoint: its model_type is {model_type!r}, not "
-                f"{MultiModalityCausalLM.config_class.model_type!r}."
-            )
+        check_model_type(name, directory)
         processor = VLChatProcessor.from_pretrained(directory)
 
         # Build and fill.
@@ -104,27 +106,55 @@ def load_pretrained_model(
         # What an adapter notes as its base: not the directory of a download, or of a bundled model.
         model.config.name_or_path = os.path.expanduser(name)  # noqa: PTH111  Path's raises for unknown users
 
-    # Make it fast for this device.
+    _make_fast(model, device, quantize, is_placed)
+    return processor.tokenizer, processor, model
+
+
+def _make_fast(model: "MultiModalityCausalLM", device: torch.device, quantize: str | None, is_placed: bool) -> None:
+    """Give a model this device's kernels, and quantised weights, in place.
+
+    Args:
+        is_placed: whether its weights are where they are to be. If they are not, a GPU gets them as they are quantised,
+            so that it never holds all of them as they were.
+    """
     from deepseek_vl.kernels.attention import use_fastest_attention
 
     use_fastest_attention(model.language_model)
     if device.type == "cpu":
-        from deepseek_vl.kernels.int8 import quantize_int8
-        from deepseek_vl.kernels.linear import fastest_linear, replace_linear
+        from deepseek_vl.kernels.int4 import Int4Linear
+        from deepseek_vl.kernels.int8 import Int8Linear
+        from deepseek_vl.kernels.layers import replace_layers
+        from deepseek_vl.kernels.policy import kernel_for
+        from deepseek_vl.kernels.quantized import quantize_layers
 
-        if quantize is None:
-            replace_linear(model, fastest_linear(kwargs["dtype"]))
-        else:
-            quantize_int8(model)
+        replace_layers(model, kernel_for("linear", model.dtype))
+        if quantize == "int4":  # of the others, the head and the tower lose most
+            quantize_layers(model.language_model.model, Int4Linear)
+        if quantize is not None:
+            quantize_layers(model, Int8Linear)
     elif quantize is not None:
         from deepseek_vl.kernels.weight_only import quantize_weights
 
-        quantize_weights(model.language_model, quantize)
-    return processor.tokenizer, processor, model
+        quantize_weights(model.language_model, quantize, None if is_placed else device)
+        if not is_placed:
+            model.to(device)
+
+
+def check_model_type(name: str, directory: Path) -> None:
+    """
+    Raises:
+        ValueError: if a checkpoint's config is another kind of model's.
+    """
+    from deepseek_vl.checkpoints.layout_configs import TRANSFORMERS_TYPES
+    from deepseek_vl.models import MultiModalityConfig
+
+    model_type, ours = load_json(directory / "config.json").get("model_type"), MultiModalityConfig.model_type
+    if model_type not in (ours, *TRANSFORMERS_TYPES):
+        raise ValueError(f"{name!r} is not a DeepSeek-VL checkpoint: its model_type is {model_type!r}, not {ours!r}.")
 
 
 @contextlib.contextmanager
-def _errors_that_name(source: str, directory: Path) -> Iterator[None]:
+def errors_that_name(source: str, directory: Path) -> Iterator[None]:
     """What broken files make the loaders raise becomes an error that names the checkpoint or the file.
 
     Raises:

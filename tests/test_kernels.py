@@ -1,10 +1,9 @@
-"""Narrow and int8 weights on the CPU: the same answers as the plain way, or almost, and what such models cannot do."""
+"""Which kernels compute on the CPU, and that they give what the plain ones do."""
 
 import copy
 import os
 import shutil
 import subprocess
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,61 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Loaded, messages_of
+from conftest import error, logits_of, tiny_in
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from deepseek_vl.data.checks import load_data
-from deepseek_vl.imaging.open import load_image
 from deepseek_vl.kernels.attention import ATTENTION, attend
-from deepseek_vl.kernels.device import check_quantization, pick_dtype
-from deepseek_vl.kernels.int8 import LEVELS, Int8Linear, quantize_int8
-from deepseek_vl.kernels.linear import OneDNNLinear, WideningLinear, replace_linear
+from deepseek_vl.kernels.device import pick_dtype
+from deepseek_vl.kernels.int8 import Int8Linear
+from deepseek_vl.kernels.layers import OneDNNLinear, WideningConv2d, WideningLinear, replace_layers
 from deepseek_vl.kernels.policy import features, kernel_for, multiplies_fast, set_kernels, widened_rows
 from deepseek_vl.models import MultiModalityCausalLM
-from deepseek_vl.serve.inference import load_model
-from deepseek_vl.train.evaluate import evaluate
 from deepseek_vl.utils.io import load_pretrained_model
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def tiny_in(dtype: torch.dtype) -> MultiModalityCausalLM:
-    """The bundled model with plain layers."""
-    return MultiModalityCausalLM.from_pretrained("tiny", dtype=dtype).eval()
-
-
 def widen(model: MultiModalityCausalLM) -> None:
     """Have a model multiply and attend in float32, whatever the processor."""
-    replace_linear(model, WideningLinear)
+    replace_layers(model, "widening")
     model.language_model.set_attn_implementation(ATTENTION["widening", "widening"])
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The relative error of the whole."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-@pytest.fixture(scope="module")
-def prompt() -> dict[str, torch.Tensor]:
-    """A prompt with a picture, for the bundled model."""
-    _, _, processor = load_model("tiny", device="cpu")
-    image = load_image(ROOT / "images" / "shapes.png")
-    messages = messages_of("<image_placeholder>Describe the image.", image)
-    return dict(processor(conversations=messages, images=[image], force_batchify=True).to("cpu"))
-
-
-@pytest.fixture(scope="module")
-def expected(prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The plain model's logits in float32: [1, T, vocabulary]."""
-    return logits(tiny_in(torch.float32), prompt)
-
-
-@torch.inference_mode()
-def logits(model: MultiModalityCausalLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**prompt).logits.float()
 
 
 # --- narrow weights ---
@@ -80,7 +45,7 @@ def test_a_widening_layer_is_as_exact_as_a_plain_one(dtype: torch.dtype, bias: b
     torch.manual_seed(0)
     plain = nn.Linear(1024, 5000, bias=bias).to(dtype)  # widened in two parts
     holder = nn.Sequential(copy.deepcopy(plain))
-    replace_linear(holder, WideningLinear)
+    replace_layers(holder, "widening")
     inputs = torch.randn(*shape, 1024).to(dtype)
     exact = F.linear(inputs.double(), plain.weight.double(), plain.bias.double() if bias else None)
     output = holder(inputs)
@@ -91,27 +56,43 @@ def test_a_widening_layer_is_as_exact_as_a_plain_one(dtype: torch.dtype, bias: b
 
 
 @NARROW
-def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
-    dtype: torch.dtype, prompt: dict[str, torch.Tensor], expected: torch.Tensor
-) -> None:
-    model = tiny_in(dtype)
-    plain = error(logits(model, prompt), expected)
-    widen(model)
-    assert error(logits(model, prompt), expected) <= 1.5 * plain  # how roundings add up in one model is luck
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_a_widening_convolution_is_as_exact_as_a_plain_one(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 10, (3, 5), (2, 1), (1, 2), 1, 2, bias, "reflect").to(dtype)
+    holder = nn.Sequential(copy.deepcopy(plain))
+    replace_layers(holder, "widening")
+    assert type(holder[0]) is WideningConv2d
+    image = torch.randn(3, 6, 17, 20).to(dtype)
+    exact = copy.deepcopy(plain).double()(image.double())
+    output = holder(image)
+    assert (output.dtype, output.shape) == (dtype, exact.shape)
+    torch.testing.assert_close(output.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 @NARROW
-def test_its_answers_are_the_plain_ones(dtype: torch.dtype, prompt: dict[str, torch.Tensor]) -> None:
+def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
+    dtype: torch.dtype, tiny_prompt: dict[str, torch.Tensor], tiny_logits: torch.Tensor
+) -> None:
     model = tiny_in(dtype)
-    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    plain = error(logits_of(model, tiny_prompt), tiny_logits)
     widen(model)
-    assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    assert error(logits_of(model, tiny_prompt), tiny_logits) <= 1.5 * plain  # how roundings add up in one model is luck
 
 
-def test_in_float32_nothing_changes_at_all(prompt: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+@NARROW
+def test_its_answers_are_the_plain_ones(dtype: torch.dtype, tiny_prompt: dict[str, torch.Tensor]) -> None:
+    model = tiny_in(dtype)
+    plain = model.generate(**tiny_prompt, max_new_tokens=40, do_sample=False)
+    widen(model)
+    assert model.generate(**tiny_prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+
+
+def test_in_float32_nothing_changes_at_all(tiny_prompt: dict[str, torch.Tensor], tiny_logits: torch.Tensor) -> None:
     model = tiny_in(torch.float32)
     widen(model)
-    assert torch.equal(logits(model, prompt), expected)
+    assert torch.equal(logits_of(model, tiny_prompt), tiny_logits)
 
 
 def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
@@ -127,20 +108,20 @@ def test_a_widening_model_is_saved_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
-@pytest.mark.parametrize(("kind", "dtype"), [(WideningLinear, torch.bfloat16), (OneDNNLinear, torch.float32)])
+@pytest.mark.parametrize(("kernel", "dtype"), [("widening", torch.bfloat16), ("onednn", torch.float32)])
 def test_a_model_of_such_layers_learns_as_a_plain_one(
-    kind: type[nn.Linear], dtype: torch.dtype, lora: bool, prompt: dict[str, torch.Tensor]
+    kernel: str, dtype: torch.dtype, lora: bool, tiny_prompt: dict[str, torch.Tensor]
 ) -> None:
     gradients = []
     for replaced in (False, True):
         model = tiny_in(dtype)
         if replaced:
-            replace_linear(model, kind)
+            replace_layers(model, kernel)
             model.language_model.set_attn_implementation(ATTENTION["widening", "widening"])
         if lora:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False))
-        model(**prompt, labels=prompt["input_ids"]).loss.backward()
+        model(**tiny_prompt, labels=tiny_prompt["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     plain, changed = gradients
     assert plain.keys() == changed.keys()
@@ -157,7 +138,7 @@ def test_a_layer_of_onednns_products_is_as_exact_as_a_plain_one(bias: bool, shap
     torch.manual_seed(0)
     plain = nn.Linear(1024, 500, bias=bias)
     holder = nn.Sequential(copy.deepcopy(plain))
-    replace_linear(holder, OneDNNLinear)
+    replace_layers(holder, "onednn")
     inputs = torch.randn(*shape, 1024)
     exact = F.linear(inputs.double(), plain.weight.double(), plain.bias.double() if bias else None)
     output = holder(inputs)
@@ -166,13 +147,13 @@ def test_a_layer_of_onednns_products_is_as_exact_as_a_plain_one(bias: bool, shap
 
 
 def test_a_model_of_onednns_products_answers_as_a_plain_one(
-    prompt: dict[str, torch.Tensor], expected: torch.Tensor
+    tiny_prompt: dict[str, torch.Tensor], tiny_logits: torch.Tensor
 ) -> None:
     model = tiny_in(torch.float32)
-    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    replace_linear(model, OneDNNLinear)
-    torch.testing.assert_close(logits(model, prompt), expected, rtol=1e-4, atol=1e-4)
-    assert model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    plain = model.generate(**tiny_prompt, max_new_tokens=40, do_sample=False)
+    replace_layers(model, "onednn")
+    torch.testing.assert_close(logits_of(model, tiny_prompt), tiny_logits, rtol=1e-4, atol=1e-4)
+    assert model.generate(**tiny_prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
 
 
 @NARROW
@@ -180,7 +161,7 @@ def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
     """Each in memory of its own, which serves in inference mode as well as without gradients."""
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(64 * size, 3000, bias=False) for size in range(1, 5)).to(dtype)
-    replace_linear(layers, WideningLinear)
+    replace_layers(layers, "widening")
     inputs = [torch.randn(40, layer.in_features).to(dtype) for layer in layers]
 
     def multiplied(_: int = 0) -> list[torch.Tensor]:
@@ -221,6 +202,7 @@ KINDS = {
         "onednn plain widening widening onednn",
     ),
     "of another maker": ("x86_64", "", "avx2 avx512 vnni avx512_bf16 bf16", "plain widening widening widening onednn"),
+    "of another maker, old": ("x86_64", "", "", "plain widening widening widening fbgemm-7-bit"),
     "Arm": ("aarch64", "", "", "plain widening widening widening onednn"),
     "Arm, fp16": ("arm64", "", "fp16", "plain widening plain widening onednn"),
     "Arm, bf16 and fp16": ("aarch64", "", "bf16 fp16", "plain plain plain widening onednn"),
@@ -260,7 +242,8 @@ def test_each_kind_of_processor_has_its_kernels(kind: str, fake: Fake) -> None:
         assert kernel_for("attention_few", dtype) == (few if is_narrow else "plain")
     assert kernel_for("int8", torch.int8) == int8
     told = KINDS[kind][2].split()
-    assert pick_dtype(torch.device("cpu")) is (torch.bfloat16 if "bf16" in told else torch.float32)
+    narrow = torch.bfloat16 if "bf16" in told else torch.float16 if "avx2" in told else None
+    assert pick_dtype(torch.device("cpu")) is (narrow or torch.float32)
     assert widened_rows() == (6 if "avx2" in told and "avx512" not in told else 32)
 
 
@@ -289,6 +272,8 @@ def test_loading_takes_what_is_the_fastest_on_the_processor(
     _, _, model = load_pretrained_model("tiny", device="cpu", dtype=dtype)
     assert type(model.language_model.lm_head) is layers
     assert type(model.vision_model.vision_tower.blocks[0].attn.qkv) is layers
+    convolution = model.vision_model.vision_tower.patch_embed.proj
+    assert isinstance(convolution, WideningConv2d) is (layers is WideningLinear)
     assert model.language_model.config._attn_implementation == attention
 
 
@@ -392,222 +377,8 @@ def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, m
     assert error(output, exact) <= 1.01 * error(plain, exact)
 
 
-# --- int8 ---
-
-
-@pytest.fixture(params=LEVELS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each kernel for int8 weights that PyTorch has on this processor."""
-    if request.param.startswith("fbgemm") and not features() >= {"x86", "fbgemm"}:
-        pytest.skip("PyTorch has no FBGEMM here.")
-    set_kernels(int8=request.param)
-    yield request.param
-    set_kernels()
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@torch.inference_mode()
-def test_an_int8_layer_is_near_the_exact_one(dtype: torch.dtype, bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(512, 300, bias=bias).to(dtype)
-    inputs = torch.randn(2, 5, 512).to(dtype)
-    output = Int8Linear(linear)(inputs)
-    assert output.dtype == dtype
-    assert error(output, linear.double()(inputs.double())) < 0.025
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_rows_are_quantised_in_parts_with_the_same_result(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    layer = Int8Linear(nn.Linear(4096, 24))
-    rows = torch.randn(3, 1000, 4096, dtype=dtype, requires_grad=True)
-    output = layer(rows)
-    assert (output.shape, output.dtype, output.requires_grad) == ((3, 1000, 24), dtype, False)
-    assert torch.equal(output, torch.stack([layer(part) for part in rows]))
-
-
-@pytest.mark.usefixtures("kernel")
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_row_alone_has_the_result_that_it_has_among_others(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    layer = Int8Linear(nn.Linear(512, 64))
-    rows = torch.randn(4, 512).to(dtype)
-    before = rows.clone()
-    alone = torch.cat([layer(row[None]) for row in rows])
-    assert alone.dtype == dtype
-    assert torch.equal(rows, before)
-    torch.testing.assert_close(alone, layer(rows), rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-@pytest.mark.usefixtures("kernel")
-@torch.inference_mode()
-def test_an_outlier_in_one_row_does_not_spoil_the_others() -> None:
-    torch.manual_seed(0)
-    layer = Int8Linear(nn.Linear(64, 32))
-    rows = torch.randn(4, 64)
-    with_outlier = rows.clone()
-    with_outlier[1, 3] = 1e6
-    assert torch.equal(layer(with_outlier)[[0, 2, 3]], layer(rows)[[0, 2, 3]])
-
-
-@pytest.mark.usefixtures("kernel")
-@torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_largest_inputs_and_weights_do_not_overflow(rows: int) -> None:
-    linear = nn.Linear(256, 8, bias=False)
-    linear.weight.fill_(1.0)
-    for sign in (1.0, -1.0):
-        output = Int8Linear(linear)(torch.full((rows, 256), sign))
-        torch.testing.assert_close(output, torch.full((rows, 8), sign * 256))
-
-
-@pytest.mark.usefixtures("kernel")
-@torch.inference_mode()
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_what_is_no_number_does_not_become_one(rows: int, value: float) -> None:
-    inputs = torch.randn(rows, 16)
-    inputs[0, 3] = value
-    assert not Int8Linear(nn.Linear(16, 8))(inputs)[0].isfinite().any()
-
-
-@pytest.mark.usefixtures("kernel")
-@torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 2])
-def test_rows_of_zeros_or_of_almost_nothing_and_weights_of_zeros_give_the_bias(rows: int) -> None:
-    linear = nn.Linear(16, 8)
-    assert torch.equal(Int8Linear(linear)(torch.zeros(rows, 16)), linear.bias.expand(rows, 8))
-    assert torch.equal(Int8Linear(linear)(torch.full((rows, 16), 1e-45)), linear.bias.expand(rows, 8))
-    linear.weight.zero_()
-    assert torch.equal(Int8Linear(linear)(torch.randn(rows, 16)), linear.bias.expand(rows, 8))
-
-
-@torch.inference_mode()
-@pytest.mark.skipif(not features() >= {"x86", "fbgemm"}, reason="PyTorch has no FBGEMM here")
-@pytest.mark.parametrize("rows", [1, 40])
-def test_kernels_that_quantise_alike_give_the_same(rows: int) -> None:
-    torch.manual_seed(0)
-    linear, inputs, outputs = nn.Linear(512, 300), torch.randn(rows, 512), []
-    for kernel in ("onednn-7-bit", "fbgemm-7-bit"):
-        set_kernels(int8=kernel)
-        outputs.append(Int8Linear(linear)(inputs))
-    set_kernels()
-    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
-
-
-class Siblings(nn.Module):
-    """Layers that get the same input, or not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
-
-    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        return [layer(input) for layer, input in zip(layers, inputs, strict=True)]
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.inference_mode()
-def test_siblings_give_what_each_would_alone(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    plain = Siblings().to(dtype)
-    siblings = copy.deepcopy(plain)
-    quantize_int8(siblings)
-    alone = [Int8Linear(layer) for layer in plain.children()]
-    first, second = torch.randn(2, 3, 64).to(dtype)
-    for inputs in ((first,) * 3, (second,) * 3, (first, second, first), (second, first, first), (first.clone(),) * 3):
-        expected = [layer(input) for layer, input in zip(alone, inputs, strict=True)]
-        for output, wanted in zip(siblings(*inputs), expected, strict=True):
-            assert torch.equal(output, wanted)
-
-
-@torch.no_grad()
-def test_siblings_keep_no_input_and_no_output() -> None:
-    siblings = Siblings()
-    quantize_int8(siblings)
-    inputs = torch.randn(3, 64)
-    kept = [weakref.ref(inputs), *(weakref.ref(output._base) for output in siblings(inputs, inputs, inputs))]
-    del inputs
-    assert all(reference() is None for reference in kept)
-
-
-@pytest.fixture(scope="module")
-def quantised() -> Loaded:
-    tokenizer, processor, model = load_pretrained_model("tiny", device="cpu", quantize="int8")
-    return tokenizer, model, processor
-
-
-def test_every_linear_layer_is_quantised(quantised: Loaded) -> None:
-    _, model, _ = quantised
-    assert not any(isinstance(module, nn.Linear) for module in model.modules())
-    for part in (model.vision_model, model.aligner, model.language_model):
-        assert any(isinstance(module, Int8Linear) for module in part.modules())
-
-
-def test_its_logits_are_near_the_exact_ones(
-    quantised: Loaded, prompt: dict[str, torch.Tensor], expected: torch.Tensor
-) -> None:
-    actual = logits(quantised[1], prompt)
-    assert error(actual, expected) < 0.1
-    agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    assert agreement >= 0.9
-
-
-def test_it_answers_as_well_about_pictures(quantised: Loaded) -> None:
-    rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", quantised[2])
-    tables = [
-        evaluate(model, processor, rows, max_new_tokens=64, limit=60)
-        for _, model, processor in (load_model("tiny", device="cpu"), quantised)
-    ]
-    plain, int8 = (table.total.right for table in tables)
-    assert int8 >= plain - 2, f"{int8} instead of {plain} right answers"
-
-
-def test_float_weights_are_let_go_as_int8_ones_come() -> None:
-    model = tiny_in(torch.float32)
-    weights = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
-    quantize_int8(model)
-    assert all(weight() is None for weight in weights)
-
-
-def test_it_cannot_learn(quantised: Loaded) -> None:
-    with pytest.raises(ValueError, match="cannot learn"):
-        quantised[1].train()
-
-
-def test_it_cannot_be_saved(quantised: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be saved"):
-        quantised[1].save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="cannot be saved"):
-        quantised[1].state_dict()
-
-
-@pytest.mark.parametrize(
-    ("device", "quantize", "message"),
-    [
-        ("mps", "int8", "for cpu and cuda, not for mps"),
-        ("cpu", "int4", "for cuda, not for cpu"),
-        ("cpu", "int3", "Unknown quantize 'int3'; try int8 or int4"),
-    ],
-)
-def test_what_cannot_be_quantised_is_said_before_anything_is_loaded(device: str, quantize: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_quantization(torch.device(device), quantize)
-
-
-def test_an_unknown_kind_is_an_error_of_loading(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown quantize 'int5'"):
-        load_pretrained_model(tmp_path, device="cpu", quantize="int5")
-
-
 def test_widening_layers_are_linear_layers_to_others() -> None:
     model = tiny_in(torch.float16)
-    replace_linear(model, WideningLinear)
+    replace_layers(model, "widening")
     assert isinstance(model.language_model.lm_head, WideningLinear)
     assert isinstance(model.language_model.lm_head, nn.Linear)

@@ -1,0 +1,139 @@
+"""Linear layers with int4 weights, for inference on CPUs: half of int8's memory, and as fast for one row.
+
+PyTorch's kernel reads them as they are kept, for a few rows at a time. For many it takes longer than all else, so there
+the weights are widened, as much as fits in the cache at a time, and multiplied as floating point numbers are.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepseek_vl.kernels.layers import CHUNK_ELEMENTS, scratch
+from deepseek_vl.kernels.policy import multiplies_fast
+from deepseek_vl.kernels.quantized import QuantizedLinear
+
+GROUP = 32
+"""So many inputs of an output have a scale and a zero point of their own."""
+
+MANY_ROWS = 96
+"""From so many rows on, widening takes less time than the kernel."""
+
+WIDENED_ELEMENTS = 2**21
+"""So much of a weight is widened at a time."""
+
+BLOCKS = (64, 32)
+"""Of so many outputs each the kernel keeps the weights together: with AVX-512, and with AVX2."""
+
+
+class Int4Linear(QuantizedLinear):
+    """A linear layer with int4 weights, whose groups have a scale and a zero point each in bfloat16.
+
+    With few rows inputs are multiplied in bfloat16, with many in float32, or in bfloat16 where that is fast.
+    """
+
+    def __init__(self, *linears: nn.Linear):
+        super().__init__(*linears)
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        blocks = -(-self.out_features // BLOCKS[0]) * (BLOCKS[0] // block_size())  # outputs that are not there are 0
+        self._packed = torch.empty(blocks, self.in_features, block_size() // 2, dtype=torch.uint8)
+        outputs = blocks * block_size()
+        self._scales = torch.zeros(self.in_features // GROUP, outputs, 2, dtype=torch.bfloat16)  # and zero points
+        rows = max(1, CHUNK_ELEMENTS // (self.in_features * BLOCKS[0])) * BLOCKS[0]
+        for start in range(0, outputs, rows):
+            part = weight[start : start + rows].float()
+            part = F.pad(part, (0, 0, 0, min(rows, outputs - start) - len(part)))
+            levels, self._scales[:, start : start + rows] = _quantised(part)
+            self._packed[start // block_size() : (start + rows) // block_size()] = _packed(levels)
+
+    @classmethod
+    def takes(cls, linear: nn.Linear) -> bool:
+        """Whether a layer's inputs divide into groups."""
+        return linear.in_features % GROUP == 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._packed.nbytes + self._scales.nbytes
+
+    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) < MANY_ROWS:
+            packed = self._packed.view(-1, self.in_features // 2)
+            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, GROUP, self._scales)
+            output = output[:, : self.out_features]
+            return output if self._bias is None else output + self._bias
+        rows = rows.to(torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32)
+        output = rows.new_empty(len(rows), len(self._packed) * block_size())
+        step = max(1, WIDENED_ELEMENTS // (self.in_features * block_size()))
+        for start in range(0, len(self._packed), step):
+            part = slice(start * block_size(), (start + step) * block_size())
+            weight = self._widened(self._packed[start : start + step], part, rows.dtype)
+            output[:, part] = torch.mm(rows, weight, out=scratch("product", (len(rows), weight.shape[1]), rows.dtype))
+        output = output[:, : self.out_features]
+        return output if self._bias is None else output + self._bias
+
+    def _widened(self, packed: torch.Tensor, outputs: slice, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of some blocks, which are those of some outputs, transposed: [in_features, outputs]."""
+        blocks, groups = len(packed), self.in_features // GROUP
+        halves = (groups, -1, blocks, 2, block_size() // 2)  # with a -1 for the inputs of a group
+        widened = scratch("widened", (self.in_features, blocks * block_size()), dtype)
+        scales, zeros = (numbers.reshape(halves).to(dtype) for numbers in self._scales[:, outputs].unbind(-1))
+        for half in (0, 1):
+            levels = scratch("levels", packed.shape, dtype).copy_(_half(packed, half))
+            levels = levels.view(blocks, groups, GROUP, -1).permute(1, 2, 0, 3)
+            torch.addcmul(zeros[..., half, :], levels, scales[..., half, :], out=widened.view(halves)[..., half, :])
+        return widened
+
+
+def check_int4() -> None:
+    """
+    Raises:
+        ValueError: if there is no int4 kernel for this processor, or this PyTorch keeps weights for it in another way.
+    """
+    block_size()
+
+
+@functools.cache
+def block_size() -> int:
+    """Of how many outputs the kernel keeps the weights together on this processor.
+
+    Raises:
+        ValueError: as `check_int4`.
+    """
+    levels = torch.randint(16, (BLOCKS[0], GROUP), generator=torch.Generator().manual_seed(0))
+    for size in BLOCKS:
+        packed = _pack(levels).view(-1, GROUP, size // 2)
+        unpacked = torch.cat([_half(packed, half).clone() for half in (0, 1)], -1)
+        if torch.equal(unpacked.transpose(1, 2).reshape(levels.shape) + 8, levels):
+            return size
+    raise ValueError("There is no int4 kernel for this processor, or none that is known; use int8.")
+
+
+def _pack(levels: torch.Tensor) -> torch.Tensor:
+    """Levels of 0 to 15 [N, K], for whole blocks of outputs -> as the kernel keeps them: uint8 [N, K / 2]."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
+
+
+def _packed(levels: torch.Tensor) -> torch.Tensor:
+    """As `_pack`, by blocks: uint8 [blocks, K, half a block]."""
+    return _pack(levels).view(-1, levels.shape[1], block_size() // 2)
+
+
+def _half(packed: torch.Tensor, half: int) -> torch.Tensor:
+    """The lower numbers in each byte, which are the first halves of the blocks, or the upper ones: int8, less 8."""
+    numbers = scratch("numbers", packed.shape, torch.uint8)
+    if half == 0:
+        torch.bitwise_and(packed, 15, out=numbers)
+    else:
+        torch.bitwise_right_shift(packed, 4, out=numbers)
+    return numbers.view(torch.int8).sub_(8)
+
+
+def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N, K] -> levels of 0 to 15 [N, K]; a scale and what level 8 stands for, bfloat16 [K / GROUP, N, 2]."""
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scales = ((high - low) / 15).clamp_(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    zeros = (low + 8 * scales).bfloat16()
+    levels = groups.sub(zeros).div_(scales).round_().add_(8).clamp_(0, 15)
+    return levels.view_as(weight), torch.cat([scales, zeros], -1).transpose(0, 1)

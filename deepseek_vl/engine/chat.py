@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from deepseek_vl.data.files import whole_file
 from deepseek_vl.data.rows import BadRow, read_rows
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import AnswerStream
@@ -107,7 +108,7 @@ class ChatSession:
             ValueError: for more tags than images, a message too long for the model, or an image that cannot be opened.
         """
         tagged = with_image_tags(text, len(images), self.processor.image_tag)
-        yield from self._answer(self.messages, {"content": tagged, "images": list(images)})
+        return self._answer(self.messages, {"content": tagged, "images": list(images)})
 
     def retry(self) -> Iterator[str]:
         """Another answer to the last message, in place of the one it has. Until there is one, that stays.
@@ -117,7 +118,7 @@ class ChatSession:
         """
         if not self.messages:
             raise ValueError("There is no answer yet to try again.")
-        yield from self._answer(self.messages[:-2], self.messages[-2])
+        return self._answer(self.messages[:-2], self.messages[-2])
 
     def undo(self) -> dict[str, Any]:
         """Forget the last message and its answer; returns that message.
@@ -159,13 +160,8 @@ class ChatSession:
         data = (json.dumps([row] if path.suffix.lower() == ".json" else row, ensure_ascii=False) + "\n").encode("utf-8")
         if path.exists() and not _is_one_conversation(path):
             raise ValueError(f"{str(path)!r} is there, and is no saved conversation; give another name.")
-        part = path.with_name(f".{path.name}.part")  # so that a file that is there is whole at any moment
-        try:
+        with whole_file(path) as part:
             part.write_bytes(data)
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(f"Cannot write {str(path)!r}: {error.strerror}.") from error
 
     def load(self, path: str | os.PathLike) -> None:
         """Go on with a saved conversation, or any row of training data, in place of this one.

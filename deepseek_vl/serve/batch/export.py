@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl.data.files import whole_file
 from deepseek_vl.serve.batch.inputs import PictureSource, key_of, parquet_modules
 from deepseek_vl.serve.batch.journal import COLUMNS, read_rows
 
@@ -41,13 +42,8 @@ def export(journal: str | os.PathLike, path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(read_rows(journal), part)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
 
 
 def _write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -103,17 +99,20 @@ def write_sidecars(journal: str | os.PathLike, pictures: Iterable[PictureSource]
         if path is None or row["caption"] is None:
             continue
         text = row["caption"].encode("utf-8", "replace")
-        try:
-            if not os.path.lexists(path):
-                part = Path(f"{path}.part")
+        if not os.path.lexists(path):
+            with whole_file(path) as part:
                 part.write_bytes(text)
-                part.replace(path)
-            elif Path(path).read_bytes() != text:
-                left.append(path)
-        except OSError as error:
-            raise OSError(f"Cannot write {path!r}: {error.strerror}.") from error
+        elif not _has(path, text):
+            left.append(path)
     if left:
         logger.warning("%d text files have another text, and are left as they are; one is %r.", len(left), left[0])
+
+
+def _has(path: str, text: bytes) -> bool:
+    try:
+        return Path(path).read_bytes() == text
+    except OSError:
+        return False
 
 
 def _sidecar(picture: str) -> str:

@@ -1,0 +1,28 @@
+"""Files that are whole at any moment."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside a file to write to, which takes the file's place when all of it is written.
+
+    Until then a file that is there stays as it is, also if the process is killed. What is unfinished is removed.
+
+    Raises:
+        OSError: in one line with the file's name, if it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        raise

@@ -12,7 +12,7 @@ import pexpect
 import pyte
 from conftest import ROOT, in_terminal
 
-USER = "User [<image_placeholder> indicates an image]:"
+USER = "User:"
 PATH = "Input the image file path:"
 
 
@@ -30,12 +30,12 @@ class Chat:
         self.patience = patience
         command = [str(ROOT / "cli_chat.py"), "--model_path", str(model_path), "--temperature", "0"]
         command += ["--max_gen_len", "2500", "--dtype", "float32", "--device", "cpu", *arguments]
-        rows, columns = size
+        rows, self.columns = size
         self._state = tempfile.TemporaryDirectory()
         environment = {**os.environ, "XDG_STATE_HOME": self._state.name, "TERM": "xterm-256color", "LINES": "24"}
         options.setdefault("env", environment)  # with the lines of another terminal, as a parent process may leave them
         self.process = in_terminal(command, dimensions=size, **options)
-        self._screen = pyte.HistoryScreen(columns, rows, history=1000)
+        self._screen = pyte.HistoryScreen(self.columns, rows, history=1000)
         self._screen.write_process_input = self.process.send  # a terminal is asked where its cursor is
         self._stream = pyte.Stream(self._screen)
         self.wait_for_prompt()

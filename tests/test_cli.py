@@ -80,7 +80,6 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--prompt", "Hi", "--device", "toaster"], "Unknown device 'toaster'"),
         (["--prompt", "Hi", "--dtype", "int7"], "Unknown dtype 'int7'"),
         (["--prompt", "Hi", "--quantize", "int3"], "Unknown quantize 'int3'; try int8 or int4."),
-        (["--prompt", "Hi", "--device", "cpu", "--quantize", "int4"], "(int4) are for cuda, not for cpu"),
         (["--prompt", "Hi", "--device", "cpu", "--quantize", "int8", "--compile"], "leave --compile out"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
@@ -358,7 +357,7 @@ def test_tab_completes_the_paths_of_images(chat: Chat, colours: dict[str, Path])
 
 def test_retry_and_undo(chat: Chat, tmp_path: Path) -> None:
     assert "no message to take back" in chat.enter("undo")
-    assert "no answer yet" in chat.enter("retry")
+    assert chat.enter("retry") == "Error: There is no answer yet to try again."
     assert chat.ask("Greet me.") == GREETING
     assert chat.ask("retry") == GREETING
     chat.ask("What do you say?")
@@ -371,7 +370,7 @@ def test_retry_and_undo(chat: Chat, tmp_path: Path) -> None:
 
 def test_save_and_load(chat: Chat, colours: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "my chat.json"
-    assert "no conversation yet" in chat.fail(f"save '{file}'")
+    assert "no conversation yet" in chat.enter(f"save '{file}'")
     chat.ask(f"<image_placeholder>Colour? {colours['red']}")
     assert chat.enter(f"save '{file}'") == f"Saved 1 turn(s) to {file}."
     assert len(list(read_rows(file))) == 1
@@ -379,9 +378,9 @@ def test_save_and_load(chat: Chat, colours: dict[str, Path], tmp_path: Path) -> 
     assert chat.enter(f"load '{file}'").endswith("The last answer was:\nAssistant: It is red.")
     assert chat.ask("retry") == "It is red."  # the image has come back
     for name, reason in (("photo.png", "not as"), ("no/such/chat.json", "Cannot write")):
-        assert reason in chat.fail(f"save {tmp_path / name}")
+        assert reason in chat.enter(f"save {tmp_path / name}")
     assert not (tmp_path / "photo.png").exists()
-    assert "There is no data file" in chat.fail(f"load {tmp_path / 'none.json'}")
+    assert "There is no data file" in chat.enter(f"load {tmp_path / 'none.json'}")
     assert chat.enter("undo") == "The last message and its 1 image(s) are taken back."
 
 
@@ -423,7 +422,7 @@ def test_a_long_answer_is_whole_in_a_low_terminal(parrot_checkpoint: Path) -> No
     screen = chat.wait("what was typed ahead", lambda lines: lines[-1].endswith("typed ahead"))
     everything = " ".join([*chat.scrolled_away(), *screen])
     assert everything.count("Assistant:") == 1
-    answer = everything.partition("Assistant: ")[2].partition("User [")[0]
+    answer = everything.partition("Assistant: ")[2].partition("User:")[0]
     chat.close()
     arguments = ["--temperature", 0, "--dtype", "float32", "--max_gen_len", 300, "--prompt", "Sing."]
     assert answer.split() == run_cli("--model_path", parrot_checkpoint, *arguments).stdout.split()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_vl.command_line import OneLineParser, one_line, starting
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
-from deepseek_vl.serve.terminal.chat import HELP, TerminalChat
+from deepseek_vl.serve.terminal.chat import TerminalChat, check_text, help_text
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `cli_chat.py`."""
-    parser = OneLineParser(prog="cli_chat.py", description="Chat with a DeepSeek-VL model in the terminal.")
+    parser = OneLineParser(prog=_name(), description="Chat with a DeepSeek-VL model in the terminal.")
     add_arguments(parser, GenerationSettings(temperature=0.2), default=DEFAULT_MODEL)
     parser.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="PATH",
@@ -42,18 +42,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _name() -> str:
+    """What the program was started as."""
+    name = Path(sys.argv[0]).stem
+    return name if name == "deepseek-vl-chat" else "cli_chat.py"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the terminal chat; returns the exit code."""
     args = build_parser().parse_args(arguments)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what is typed or answered may have characters that the encoding lacks
+    sys.stdin.reconfigure(errors="surrogateescape")  # see `check_text`
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what is answered may have characters that the encoding lacks
     try:
         return _run(args)
     except BrokenPipeError:  # the reader of our output has gone, as in `cli_chat.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # whatever it is, a script gets one line
-        print(f"cli_chat.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"{_name()}: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -64,6 +71,8 @@ def _run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the arguments is found before the libraries and the model are loaded.
     settings = settings_of(args)
     one_shot = args.prompt is not None
+    if one_shot:
+        check_text(args.prompt, "--prompt")
     if one_shot and not args.prompt.strip():
         raise ValueError("--prompt is empty.")
     if one_shot and args.prompt.count(IMAGE_TAG) > len(args.image):
@@ -91,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         screen = _pick_screen()
         dtype = str(engine.model.dtype).removeprefix("torch.")
-        screen.say(f"It runs on {engine.model.device} in {dtype}.\n\n{HELP}")
+        screen.say(f"It runs on {engine.model.device} in {dtype}.\n\n{help_text(screen.columns)}")
         TerminalChat(session, screen, images).run()
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,18 +17,33 @@ if TYPE_CHECKING:
     from deepseek_vl.engine.chat import ChatSession
     from deepseek_vl.serve.terminal.screen import Screen
 
-USER_PROMPT = f"User [{IMAGE_TAG} indicates an image]: "
-HELP = f"""\
-Write a message and press Enter. An image's path or web address in it brings the image along: type it, paste it, or drop
-the file here. Or put {IMAGE_TAG} where an image belongs; you are asked for each one's path.
-  retry       answer the last message again
-  undo        take the last message and its answer back
-  new         forget the conversation and start again
-  save FILE   write the conversation to a .json or .jsonl file
-  load FILE   go on with a conversation from such a file
-  help        show this text
-  exit        leave (so does Ctrl-D)
-Ctrl-C stops an answer, or forgets the message you are writing."""
+USER_PROMPT = "User: "
+
+INTRODUCTION = (
+    "Write a message and press Enter. An image's path or web address in it brings the image along: type it, paste it, "
+    f"or drop the file here. Or put {IMAGE_TAG} where an image belongs; you are asked for each one's path."
+)
+COMMANDS = {
+    "retry": "answer the last message again",
+    "undo": "take the last message and its answer back",
+    "new": "forget the conversation and start again",
+    "save FILE": "write the conversation to a .json or .jsonl file",
+    "load FILE": "go on with a conversation from such a file",
+    "help": "show this text",
+    "exit": "leave (so does Ctrl-D)",
+}
+KEYS = "Ctrl-C stops an answer, or forgets the message you are writing."
+
+
+def help_text(columns: int) -> str:
+    """How the chat is used, in lines of so many columns."""
+
+    def fill(text: str, first: str = "", indent: int = 0) -> str:
+        begin = f"{first:<{indent}}"
+        return textwrap.fill(text, max(columns, indent + 16), initial_indent=begin, subsequent_indent=" " * indent)
+
+    commands = (fill(meaning, f"  {name}", 14) for name, meaning in COMMANDS.items())
+    return "\n".join([fill(INTRODUCTION), *commands, fill(KEYS)])
 
 
 class _Exit(Exception):
@@ -45,13 +62,13 @@ class TerminalChat:
         self.screen = screen
         self.images = images
         self.unsent = ""  # what could not be sent, to be mended
+        self._has_told_dropped = False
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
         if self.images:
             self.screen.say(f"{len(self.images)} image(s) will go with your first message.")
         while True:
-            text = ""
             try:
                 text = self._read(USER_PROMPT, self.unsent)
                 self.unsent = ""
@@ -64,19 +81,21 @@ class TerminalChat:
                 return
             except Exception as error:
                 self.screen.say(f"Error: {one_line(error)}")
-                self.unsent = "" if text in ("undo", "retry") else text
 
     def _read(self, prompt: str, default: str = "", path: bool = False) -> str:
         """One line of input, stripped.
 
         Raises:
             _Exit: at `exit` and at the end of the input.
+            ValueError: for bytes that are not text, unless they may be a path.
         """
         try:
             text = self.screen.read(prompt, default, path).strip()
         except EOFError:
             self.screen.say("")
             raise _Exit from None
+        if not path:
+            check_text(text, "What you have typed")
         if text.lower() == "exit":
             raise _Exit
         return text
@@ -87,9 +106,10 @@ class TerminalChat:
         name, _, rest = text.partition(" ")
         match name.lower(), _path(name, rest):
             case "help", "":
-                say(HELP)
+                say(help_text(self.screen.columns))
             case "new", "":
                 session.reset()
+                self._has_told_dropped = False
                 say("New conversation.")
             case "undo", "":
                 images = len(session.undo()["images"])
@@ -103,6 +123,7 @@ class TerminalChat:
                 say(f"Saved {len(session.messages) // 2} turn(s) to {path}.")
             case "load", str(path):
                 session.load(path)
+                self._has_told_dropped = False
                 say(f"Loaded {len(session.messages) // 2} turn(s) from {path}. The last answer was:")
                 self.screen.answer(message["content"] for message in session.messages[-1:])
             case _:
@@ -110,7 +131,11 @@ class TerminalChat:
         return True
 
     def _send(self, text: str) -> None:
-        """Answer a message with its images: those that wait for it, those it names, and those it has tags for."""
+        """Answer a message with its images: those that wait for it, those it names, and those it has tags for.
+
+        A message that gets no answer is not in the conversation: it comes back to be mended.
+        """
+        self.unsent = text
         from deepseek_vl.serve.terminal.attachments import open_image, take_images
 
         rest, sources = take_images(text, IMAGE_TAG)
@@ -119,7 +144,7 @@ class TerminalChat:
             self.screen.say(f"[image {number}: {source}, {image.width}x{image.height}]")
         images = self.images + named
         if not rest:
-            self.images = images
+            self.images, self.unsent = images, ""
             self.screen.say(f"{len(images)} image(s) will go with your next message.")
             return
         total = rest.count(IMAGE_TAG)
@@ -127,7 +152,7 @@ class TerminalChat:
         turns = len(self.session.messages)
         self._answer(self.session.ask(rest, images))
         if len(self.session.messages) > turns:
-            self.images = []
+            self.images, self.unsent = [], ""
         else:  # stopped before the first token
             self.images, self.unsent = images, rest
 
@@ -153,10 +178,18 @@ class TerminalChat:
             self.screen.answer(pieces)
         except KeyboardInterrupt:
             self.screen.say("[stopped]")
-        if self.session.dropped_turns:
-            self.screen.say(
-                f"[the oldest {self.session.dropped_turns} turn(s) no longer fit the model's context and were left out]"
-            )
+        if self.session.dropped_turns and not self._has_told_dropped:
+            self._has_told_dropped = True
+            self.screen.say("[the oldest turns no longer fit the model's context, and are left out from now on]")
+
+
+def check_text(text: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: if it has bytes that are no text in the terminal's encoding, which Python keeps as surrogates.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} is not text in {sys.getfilesystemencoding()}, the encoding of this terminal.")
 
 
 def _path(command: str, rest: str) -> str | None:

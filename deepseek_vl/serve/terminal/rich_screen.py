@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.keys import Keys
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -21,6 +24,9 @@ from deepseek_vl.serve.terminal.attachments import EXTENSIONS
 from deepseek_vl.serve.terminal.screen import ANSWER, without_first_space
 
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_SEQUENCE = re.compile(
+    "\x1b(?:\\[[0-?]*[ -/]*[@-~]?|[\\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\\\)?|.?)", re.DOTALL
+)  # ECMA-48's control sequences and strings: colours, titles, moves of the cursor
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 _BLOCK = re.compile(r"\s*(?:```|~~~|#|[-*+] |\d+[.)] |>|\||---| {4})")
 _PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])")
@@ -35,15 +41,18 @@ class TerminalScreen:
 
     def __init__(self, history: Path):
         self._console = _Console(highlight=False)
+        options = {"complete_while_typing": False, "enable_suspend": True, "key_bindings": _bindings()}
         self._messages: PromptSession[str] = PromptSession(
-            history=_open_history(history), completer=MessageCompleter(), complete_while_typing=False
+            history=_open_history(history), completer=MessageCompleter(), **options
         )
-        self._paths: PromptSession[str] = PromptSession(
-            completer=_Paths(file_filter=_may_be_image), complete_while_typing=False
-        )
+        self._paths: PromptSession[str] = PromptSession(completer=_Paths(file_filter=_may_be_image), **options)
+
+    @property
+    def columns(self) -> int:
+        return self._console.width
 
     def read(self, prompt: str, default: str = "", path: bool = False) -> str:
-        return (self._paths if path else self._messages).prompt(prompt, default=default)
+        return without_control((self._paths if path else self._messages).prompt(prompt, default=default))
 
     def say(self, text: str) -> None:
         self._console.print(text.translate(_CONTROL), markup=False, emoji=False, soft_wrap=True)
@@ -51,7 +60,7 @@ class TerminalScreen:
     def answer(self, pieces: Iterator[str]) -> None:
         # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
         text, shown = "", 0
-        with _without_echo():
+        with _without_echo(self._console):
             try:
                 with contextlib.closing(pieces), Live(console=self._console, transient=True) as live:
                     for piece in without_first_space(pieces):
@@ -61,12 +70,30 @@ class TerminalScreen:
                             live.console.print(_markdown(done, is_first=not shown), end="\n\n")
                             shown += 1
                         live.update(_Tail(_markdown(text, is_first=not shown)))
-            finally:
-                self._console.print(_markdown(text, is_first=not shown))
+            except BaseException:
+                if text or shown:
+                    self._console.print(_markdown(text, is_first=not shown))
+                raise
+            self._console.print(_markdown(text, is_first=not shown))
+
+
+def without_control(text: str) -> str:
+    """What was typed or pasted, without the control sequences in it: `\\x1b[31mred` becomes `red`."""
+    return _SEQUENCE.sub("", text).translate(_CONTROL)
+
+
+def _bindings() -> KeyBindings:
+    """Keys that mean nothing here.
+
+    A pasted colour looks like a mouse's report, of which prompt_toolkit expects three numbers.
+    """
+    bindings = KeyBindings()
+    bindings.add(Keys.Vt100MouseEvent)(lambda event: None)
+    return bindings
 
 
 @contextlib.contextmanager
-def _without_echo() -> Iterator[None]:
+def _without_echo(console: Console) -> Iterator[None]:
     """Keep keys that are pressed meanwhile for the next prompt: on the screen they would displace what is redrawn."""
     try:
         import termios
@@ -76,11 +103,21 @@ def _without_echo() -> Iterator[None]:
     before = termios.tcgetattr(sys.stdin)
     silent = before.copy()
     silent[3] &= ~termios.ECHO
+
+    def suspend(*_: object) -> None:  # Ctrl-Z: the shell gets the terminal as it was
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        console.show_cursor(True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        console.show_cursor(False)
+
+    handler = signal.signal(signal.SIGTSTP, suspend)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        signal.signal(signal.SIGTSTP, handler)
 
 
 def split_finished(text: str) -> tuple[str, str]:
@@ -163,6 +200,13 @@ def _may_be_image(name: str) -> bool:
     return Path(name).is_dir() or name.lower().endswith(tuple(f".{extension}" for extension in EXTENSIONS))
 
 
+class _TextHistory(FileHistory):
+    """A file's history, to which text alone is written: bytes that were typed and are none would be an error."""
+
+    def store_string(self, string: str) -> None:
+        super().store_string(without_control(string).encode("utf-8", "replace").decode("utf-8"))
+
+
 def _open_history(path: Path) -> History:
     """A file's history, or that of this run alone where no file can be written."""
     try:
@@ -171,4 +215,4 @@ def _open_history(path: Path) -> History:
             path.chmod(0o600)  # it is the user's own
     except OSError:
         return InMemoryHistory()
-    return FileHistory(path)
+    return _TextHistory(path)

@@ -1,6 +1,7 @@
 """What the chat reads from and writes to: plain streams without any control code, or a terminal with its comforts."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -8,7 +9,13 @@ ANSWER = "Assistant: "
 
 
 class Screen(Protocol):
-    """Where a chat takes place."""
+    """Where a chat takes place.
+
+    Attributes:
+        columns: how wide it is, in characters.
+    """
+
+    columns: int
 
     def read(self, prompt: str, default: str = "", path: bool = False) -> str:
         """A line of input.
@@ -33,6 +40,10 @@ class Screen(Protocol):
 class PlainScreen:
     """Standard input and output, as they are."""
 
+    @property
+    def columns(self) -> int:
+        return shutil.get_terminal_size((120, 24)).columns
+
     def read(self, prompt: str, default: str = "", path: bool = False) -> str:
         return input(prompt)
 
@@ -40,20 +51,22 @@ class PlainScreen:
         print(text, flush=True)
 
     def answer(self, pieces: Iterator[str]) -> None:
-        print(ANSWER, end="", flush=True)
-        try:
-            write_pieces(pieces)
-        except BaseException:
+        write_pieces(pieces, ANSWER)
+
+
+def write_pieces(pieces: Iterator[str], label: str = "") -> None:
+    """An answer on standard output, behind a label, without the space that the first piece begins with."""
+    begun = False
+    try:
+        with contextlib.closing(pieces):
+            for piece in without_first_space(pieces):
+                print(piece if begun else label + piece, end="", flush=True)
+                begun = True
+    except BaseException:
+        if begun:
             print(flush=True)
-            raise
-
-
-def write_pieces(pieces: Iterator[str]) -> None:
-    """An answer on standard output, without the space that the first piece begins with."""
-    with contextlib.closing(pieces):
-        for piece in without_first_space(pieces):
-            print(piece, end="", flush=True)
-    print()
+        raise
+    print("" if begun else label, flush=True)
 
 
 def without_first_space(pieces: Iterable[str]) -> Iterator[str]:

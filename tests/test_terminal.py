@@ -19,9 +19,14 @@ GREETING = "Grüße, 世界! 🙂🎉 All good."
 @pytest.fixture(scope="module", params=[40, 80, 120])
 def chat(request: pytest.FixtureRequest, parrot_checkpoint: Path) -> Iterator[Chat]:
     """A chat with the parrot in a terminal of some width."""
-    chat = Chat(parrot_checkpoint, size=(50, request.param))
+    chat = Chat(parrot_checkpoint, "--max_gen_len", "60", size=(50, request.param))
     yield chat
     chat.close()
+
+
+def unbroken(text: str) -> str:
+    """Without spaces and line breaks: a narrow terminal breaks lines anywhere."""
+    return "".join(text.split())
 
 
 def test_help_is_wrapped_between_words(chat: Chat) -> None:
@@ -34,30 +39,29 @@ def test_help_is_wrapped_between_words(chat: Chat) -> None:
 
 def test_retry_of_nothing_says_so_and_no_more(chat: Chat) -> None:
     chat.enter("new")
-    assert chat.enter("retry") == "Error: There is no answer yet to try again."
+    assert unbroken(chat.enter("retry")) == unbroken("Error: There is no answer yet to try again.")
 
 
 def test_a_command_that_fails_does_not_come_back(chat: Chat) -> None:
     chat.enter("new")
-    assert " ".join(chat.enter("save a.png").split()) == (
+    assert unbroken(chat.enter("save a.png")) == unbroken(
         "Error: Conversations are saved as .json or .jsonl files, not as 'a.png'."
     )
-    assert "There is no data file" in " ".join(chat.enter("load none.json").split())
+    assert unbroken("There is no data file") in unbroken(chat.enter("load none.json"))
 
 
 SEQUENCES = {
     "a colour": "\x1b[31m",
     "colours": "\x1b[1;38;5;208m",
     "a mouse": "\x1b[<35;10;5M",
-    "an old mouse": "\x1b[M !!",
     "half a mouse": "\x1b[<;;M",
     "where the cursor is": "\x1b[12;40R",
     "far away": "\x1b[99999;99999R",
     "a title": "\x1b]0;a title\x07",
-    "another end": "\x1b]8;;http://example.org\x1b\\\\",
+    "another end": "\x1b]8;;http://example.org\x1b\\",
     "a move": "\x1b[2J\x1b[H",
     "a reset": "\x1bc",
-    "a device string": "\x1bP1$r0m\x1b\\\\",
+    "a device string": "\x1bP1$r0m\x1b\\",
     "a bell and nothing": "\x07\x00\x08",
     "eight bits": "\x9b31m\x85",
 }
@@ -67,20 +71,23 @@ SEQUENCES = {
 def test_a_pasted_control_sequence_is_no_part_of_the_message(kind: str, chat: Chat) -> None:
     chat.enter("new")
     chat.press(f"\x1b[200~{SEQUENCES[kind]}Greet me.\x1b[201~")
-    chat.wait_for("Greet me.")
+    chat.wait("the paste", lambda lines: "Greetme." in unbroken("".join(lines)))
     chat.press("\r")
-    chat.wait_for(GREETING)
+    chat.wait("the answer", lambda lines: unbroken(GREETING) in unbroken("".join(lines)))
     assert "Traceback" not in "\n".join(chat.wait_for_prompt())
 
 
-@pytest.mark.parametrize("kind", SEQUENCES)
+KEYS = {**SEQUENCES, "an old mouse": "\x1b[M !!"}
+
+
+@pytest.mark.parametrize("kind", KEYS)
 def test_a_control_sequence_as_keys_does_no_harm(kind: str, chat: Chat) -> None:
     """As it comes from a terminal that does not say what is pasted."""
     chat.enter("new")
-    chat.press(SEQUENCES[kind])
+    chat.press(KEYS[kind])
     chat.press("\x03")
     chat.wait_for_prompt()
-    assert chat.ask("Greet me.") == GREETING
+    assert unbroken(chat.ask("Greet me.")) == unbroken(GREETING)
     assert "Unhandled" not in "\n".join([*chat.scrolled_away(), *chat.read()])
 
 

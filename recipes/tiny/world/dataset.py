@@ -21,12 +21,11 @@ from recipes.tiny.world.questions import (
     ask_count,
     ask_place,
     ask_repeated,
-    ask_shared,
-    ask_two,
     describe,
-    small_talk,
 )
 from recipes.tiny.world.scene import Picture, sample_picture, share_shape
+from recipes.tiny.world.small_talk import small_talk
+from recipes.tiny.world.two_pictures import ask_shared, ask_two
 
 TAG = "<image_placeholder>"
 KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from recipes.tiny.world.scene import COLOURS, SHAPES, Picture, Shape
 
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-ORDINALS = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def is_clearly_placed(picture: Picture, shape: Shape) -> bool:
     return all(abs(part - border) > 0.035 for part in parts for border in (1 / 3, 2 / 3))
 
 
-def _ask(rng: random.Random, *wordings: str) -> str:
+def worded(rng: random.Random, *wordings: str) -> str:
     """One wording, at times written carelessly."""
     question = rng.choice(wordings)
     if "colour" in question and rng.random() < 0.4:
@@ -69,13 +68,13 @@ def _ask(rng: random.Random, *wordings: str) -> str:
 # --- shapes ---
 
 
-def _unique_shapes(picture: Picture) -> list[Shape]:
+def unique_shapes(picture: Picture) -> list[Shape]:
     """Shapes whose kind occurs once."""
     kinds = Counter(shape.kind for shape in picture.shapes)
     return [shape for shape in picture.shapes if kinds[shape.kind] == 1]
 
 
-def _unique_colours(picture: Picture) -> list[Shape]:
+def unique_colours(picture: Picture) -> list[Shape]:
     """Shapes whose colour occurs once."""
     colours = Counter(shape.colour for shape in picture.shapes)
     return [shape for shape in picture.shapes if colours[shape.colour] == 1]
@@ -83,10 +82,10 @@ def _unique_colours(picture: Picture) -> list[Shape]:
 
 def ask_colour(picture: Picture, rng: random.Random) -> Turn | None:
     """What colour a shape is."""
-    if not (candidates := _unique_shapes(picture)):
+    if not (candidates := unique_shapes(picture)):
         return None
     shape = rng.choice(candidates)
-    question = _ask(
+    question = worded(
         rng,
         f"What colour is the {shape.kind}?",
         f"What is the colour of the {shape.kind}?",
@@ -99,10 +98,10 @@ def ask_colour(picture: Picture, rng: random.Random) -> Turn | None:
 
 def ask_shape(picture: Picture, rng: random.Random) -> Turn | None:
     """What shape the thing of a colour is."""
-    if not (candidates := _unique_colours(picture)):
+    if not (candidates := unique_colours(picture)):
         return None
     shape = rng.choice(candidates)
-    question = _ask(
+    question = worded(
         rng,
         f"What is the {shape.colour} shape?",
         f"What shape is {shape.colour}?",
@@ -118,9 +117,9 @@ def ask_place(picture: Picture, rng: random.Random) -> Turn | None:
     candidates = [
         (shape, name)
         for shapes, name in (
-            (_unique_shapes(picture), lambda shape: shape.kind),
-            (_unique_colours(picture), lambda shape: f"{shape.colour} shape"),
-            (_unique_shapes(picture), lambda shape: f"{shape.colour} {shape.kind}"),
+            (unique_shapes(picture), lambda shape: shape.kind),
+            (unique_colours(picture), lambda shape: f"{shape.colour} shape"),
+            (unique_shapes(picture), lambda shape: f"{shape.colour} {shape.kind}"),
         )
         for shape in shapes
         if is_clearly_placed(picture, shape)
@@ -128,7 +127,7 @@ def ask_place(picture: Picture, rng: random.Random) -> Turn | None:
     if not candidates:
         return None
     shape, name = rng.choice(candidates)
-    question = _ask(
+    question = worded(
         rng,
         f"Where is the {name(shape)}?",
         f"Where is the {name(shape)} in the picture?",
@@ -166,12 +165,13 @@ def _counts(picture: Picture, shape: Shape) -> tuple[tuple[str, int], ...]:
 
 def _count(rng: random.Random, noun: str, count: int) -> Turn:
     return Turn(
-        _ask_how_many(rng, noun), f"There {'is' if count == 1 else 'are'} {count_phrase(count, noun)}.", "count"
+        how_many_question(rng, noun), f"There {'is' if count == 1 else 'are'} {count_phrase(count, noun)}.", "count"
     )
 
 
-def _ask_how_many(rng: random.Random, noun: str) -> str:
-    return _ask(
+def how_many_question(rng: random.Random, noun: str) -> str:
+    """How many of a thing there are, in one of several wordings."""
+    return worded(
         rng,
         f"How many {plural(noun)} are there?",
         f"How many {plural(noun)} are in the picture?",
@@ -187,11 +187,12 @@ def ask_is_there(picture: Picture, rng: random.Random) -> Turn | None:
         return None
     shape = rng.choice(picture.shapes)
     name = rng.choice((shape.kind, f"{shape.colour} shape", f"{shape.colour} {shape.kind}"))
-    return Turn(_ask_is_there(rng, name), f"Yes, there is {article(name)}.", "presence")
+    return Turn(is_there_question(rng, name), f"Yes, there is {article(name)}.", "presence")
 
 
-def _ask_is_there(rng: random.Random, name: str) -> str:
-    return _ask(
+def is_there_question(rng: random.Random, name: str) -> str:
+    """Whether there is a thing, in one of several wordings."""
+    return worded(
         rng,
         f"Is there {article(name)}?",
         f"Is there {article(name)} in the picture?",
@@ -210,7 +211,7 @@ def ask_text(picture: Picture, rng: random.Random) -> Turn | None:
         return None
     if len(picture.words) > 1 and rng.random() < 0.75:
         word = rng.choice(picture.words)
-        question = _ask(
+        question = worded(
             rng,
             f"What does the {word.colour} text say?",
             f"What does the {word.colour} word say?",
@@ -218,7 +219,7 @@ def ask_text(picture: Picture, rng: random.Random) -> Turn | None:
             f"What is written in {word.colour}?",
         )
         return Turn(question, f'It says "{word.text}".', "reading")
-    question = _ask(
+    question = worded(
         rng,
         "What does it say?",
         "What does the text say?",
@@ -252,7 +253,7 @@ def ask_tallest(picture: Picture, rng: random.Random) -> Turn | None:
     which = rng.choice(("tallest", "tallest", "tallest", "shortest"))
     colour = picture.chart.bar(which)
     other = {"tallest": ("highest", "biggest"), "shortest": ("lowest", "smallest")}[which]
-    question = _ask(
+    question = worded(
         rng,
         f"Which bar is the {which}?",
         f"Which bar is {which}?",
@@ -267,7 +268,7 @@ def ask_bars(picture: Picture, rng: random.Random) -> Turn | None:
     """How many bars there are."""
     if not picture.chart:
         return None
-    return Turn(_ask_how_many(rng, "bar"), f"There are {count_phrase(len(picture.chart.values), 'bar')}.", "count")
+    return Turn(how_many_question(rng, "bar"), f"There are {count_phrase(len(picture.chart.values), 'bar')}.", "count")
 
 
 # --- everything ---
@@ -275,7 +276,7 @@ def ask_bars(picture: Picture, rng: random.Random) -> Turn | None:
 
 def describe(picture: Picture, rng: random.Random) -> Turn:
     """The whole picture; shapes from left to right."""
-    question = _ask(
+    question = worded(
         rng,
         "Describe the image.",
         "Describe the picture.",
@@ -312,23 +313,26 @@ def ask_absent(picture: Picture, rng: random.Random) -> Turn:
     pair = " ".join(rng.choice(mixed) if mixed and rng.random() < 0.5 else (colour, kind))
     name = rng.choice((kind, f"{colour} shape", pair))
     options = [
-        (_ask_is_there(rng, name), f"No, there is no {name} in the picture."),
-        (_ask_is_there(rng, name), f"No, there is no {name} in the picture."),
-        (_ask_how_many(rng, name), f"There are no {plural(name)} in the picture."),
-        (_ask(rng, f"What colour is the {kind}?", f"What is the colour of the {kind}?"), _there_is_no(kind)),
-        (_ask(rng, f"Where is the {name}?", f"Where can I find the {name}?"), _there_is_no(name)),
-        (_ask(rng, f"What is the {colour} shape?", f"What shape is {colour}?"), _there_is_no(f"{colour} shape")),
+        (is_there_question(rng, name), f"No, there is no {name} in the picture."),
+        (is_there_question(rng, name), f"No, there is no {name} in the picture."),
+        (how_many_question(rng, name), f"There are no {plural(name)} in the picture."),
+        (worded(rng, f"What colour is the {kind}?", f"What is the colour of the {kind}?"), there_is_no(kind)),
+        (worded(rng, f"Where is the {name}?", f"Where can I find the {name}?"), there_is_no(name)),
+        (worded(rng, f"What is the {colour} shape?", f"What shape is {colour}?"), there_is_no(f"{colour} shape")),
     ]
     if not picture.words:
-        question = _ask(rng, "What does it say?", "What does the text say?", "Read the text.", "What is written here?")
-        options.append((question, _there_is_no("text")))
+        question = worded(
+            rng, "What does it say?", "What does the text say?", "Read the text.", "What is written here?"
+        )
+        options.append((question, there_is_no("text")))
     if not picture.chart:
-        question = _ask(rng, "Which bar is the tallest?", "Which bar is the shortest?", "Which bar is tallest?")
-        options.append((question, _there_is_no("bar chart")))
+        question = worded(rng, "Which bar is the tallest?", "Which bar is the shortest?", "Which bar is tallest?")
+        options.append((question, there_is_no("bar chart")))
     return Turn(*rng.choice(options), "absence")
 
 
-def _there_is_no(name: str) -> str:
+def there_is_no(name: str) -> str:
+    """The answer to a question about what is not there."""
     return f"There is no {name} in the picture."
 
 
@@ -338,28 +342,28 @@ def follow_up(picture: Picture, turn: Turn, rng: random.Random) -> Turn | None:
     if topic in ("tallest", "shortest"):
         which = "shortest" if topic == "tallest" else "tallest"
         colour = picture.chart.bar(which)
-        question = _ask(rng, f"And the {which}?", f"And which is the {which}?", f"What about the {which}?")
+        question = worded(rng, f"And the {which}?", f"And which is the {which}?", f"What about the {which}?")
         return Turn(question, f"The {colour} bar is the {which}.", "follow-up")
     if topic == "word":
         word = picture.words[0]
-        question = _ask(rng, "What colour is it?", "And what colour is it?", "Which colour is it?")
+        question = worded(rng, "What colour is it?", "And what colour is it?", "Which colour is it?")
         return Turn(question, f"It is {word.colour}.", "follow-up")
     if not isinstance(topic, Shape):
         return None
     options = []
     if turn.type != "colour" and "colour" not in turn.question and topic.colour not in turn.question:
-        question = _ask(rng, "What colour is it?", "And what colour is it?", "And its colour?", "Which colour is it?")
+        question = worded(rng, "What colour is it?", "And what colour is it?", "And its colour?", "Which colour is it?")
         options.append((question, f"It is {topic.colour}."))
     if turn.type != "shape" and topic.kind not in turn.question:
-        question = _ask(rng, "What shape is it?", "And what shape is it?", "And its shape?")
+        question = worded(rng, "What shape is it?", "And what shape is it?", "And its shape?")
         options.append((question, f"It is {article(topic.kind)}."))
     if turn.type != "place" and is_clearly_placed(picture, topic):
-        question = _ask(rng, "Where is it?", "And where is it?", "And where is that?", "Where is it in the picture?")
+        question = worded(rng, "Where is it?", "And where is it?", "And where is that?", "Where is it in the picture?")
         options.append((question, f"It is {place(picture, topic)}."))
-    others = [shape for shape in _unique_shapes(picture) if shape.kind != topic.kind]
+    others = [shape for shape in unique_shapes(picture) if shape.kind != topic.kind]
     if others and turn.type == "colour":
         other = rng.choice(others)
-        question = _ask(
+        question = worded(
             rng, f"And the {other.kind}?", f"What about the {other.kind}?", f"And what about the {other.kind}?"
         )
         options.append((question, f"The {other.kind} is {other.colour}."))
@@ -397,134 +401,3 @@ def ask(picture: Picture, kind: str, rng: random.Random, more: Askers = ()) -> I
             continue
         second = follow_up(picture, turn, rng) if rng.random() < 0.45 else None
         yield [turn, second] if second else [turn]
-
-
-# --- two pictures ---
-
-
-def ask_two(pictures: Sequence[Picture], rng: random.Random, more: Askers = ()) -> Iterator[list[Turn]]:
-    """Questions without end about one of two pictures, or which of them it is.
-
-    Args:
-        more: what asks beside `ask_which` and `ask_one_of`.
-    """
-    askers, weights = zip((ask_which, 6), (ask_one_of, 4), *more, strict=True)
-    while True:
-        turn = rng.choices(askers, weights)[0](pictures, rng)
-        if turn is not None:
-            yield [turn]
-
-
-def ask_one_of(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
-    """A question about one of two pictures, by its number."""
-    number = rng.randrange(2)
-    picture, ordinal = pictures[number], ORDINALS[number]
-    asker = rng.choice((ask_colour, ask_count, ask_shape, ask_text, ask_tallest))
-    turn = asker(picture, rng)
-    if turn is None:
-        return None
-    question = turn.question.rstrip("?.")
-    for phrase in (" in the picture", " in the image"):
-        question = question.replace(phrase, "")
-    if question.endswith(("is this", "the picture say", "written here")):
-        return None
-    ending = rng.choice((f" in the {ordinal} image", f" in the {ordinal} picture"))
-    mark = turn.question[-1] if turn.question[-1] in "?." else "?"
-    return Turn(f"{question}{ending}{mark}", turn.answer, "two images")
-
-
-NAMES: tuple[Callable[[Shape], str], ...] = (
-    lambda shape: f"{shape.colour} {shape.kind}",
-    lambda shape: f"{shape.colour} {shape.kind}",
-    lambda shape: shape.kind,
-)
-"""What a shape is called when one of two pictures has it."""
-
-
-def ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
-    """Which of two pictures has a shape; sometimes it is both, or neither."""
-    shapes = [shape for picture in pictures for shape in picture.shapes]
-    name = rng.choice(NAMES)
-    if rng.random() < 0.12 or not shapes:
-        wanted = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
-        name = NAMES[0]
-    else:
-        wanted = name(rng.choice(shapes))
-    return _which(pictures, name, wanted, rng)
-
-
-def ask_shared(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
-    """Which of two pictures has a shape that both have."""
-    name = rng.choice(NAMES)
-    shared = set.intersection(*({name(shape) for shape in picture.shapes} for picture in pictures))
-    return _which(pictures, name, rng.choice(sorted(shared)), rng) if shared else None
-
-
-def _which(pictures: Sequence[Picture], name: Callable[[Shape], str], wanted: str, rng: random.Random) -> Turn:
-    """The question which of two pictures has what is called so."""
-    has = [any(name(shape) == wanted for shape in picture.shapes) for picture in pictures]
-    if all(has):
-        answer = f"Both images have {article(wanted)}."
-    elif not any(has):
-        answer = f"Neither image has {article(wanted)}."
-    else:
-        answer = f"The {ORDINALS[has.index(True)]} image has the {wanted}."
-    question = _ask(
-        rng,
-        f"Which image has the {wanted}?",
-        f"Which picture has the {wanted}?",
-        f"Which image shows the {wanted}?",
-        f"In which image is the {wanted}?",
-        f"Which of the two images has {article(wanted)}?",
-        f"Which image contains {article(wanted)}?",
-    )
-    return Turn(question, answer, "two images")
-
-
-# --- small talk ---
-
-SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("Hello!", "Hi!", "Hi", "Hello", "Hey there!", "Good morning!", "Hi there", "Good evening."),
-        "Hello! Show me a picture and ask me about it.",
-    ),
-    (
-        ("Who are you?", "What are you?", "What is your name?", "Introduce yourself.", "Are you a robot?"),
-        "I am tiny, a very small DeepSeek-VL model. I know a toy world of shapes, words and bar charts.",
-    ),
-    (
-        (
-            "What can you do?", "How can you help me?", "What can I ask you?", "Help", "What do you know?",
-            "What are you good at?", "What can you see?",
-        ),
-        "I can name colours and shapes, count them, say where they are, read short words and numbers, "
-        "find the tallest bar, and compare two pictures.",
-    ),
-    (("Thank you!", "Thanks!", "Thanks", "Thank you very much.", "Great, thanks!"), "You are welcome!"),
-    (("Goodbye!", "Bye!", "Bye", "See you!", "Good night."), "Goodbye!"),
-    (
-        (
-            "Tell me a joke.", "What is the capital of France?", "Write a poem.", "How is the weather?",
-            "What is two plus two?", "Who won the game?", "Translate this to French.", "What time is it?",
-        ),
-        "I do not know. I am a very small model that only knows pictures of shapes, words and bar charts.",
-    ),
-    (
-        ("How are you?", "How are you doing?", "How is it going?", "Are you well?"),
-        "I am fine, thank you. Show me a picture!",
-    ),
-    (
-        (
-            "What colour is the circle?", "How many shapes are there?", "What does it say?", "Describe the image.",
-            "Where is the star?", "Which bar is the tallest?", "What is in the picture?",
-        ),
-        "I see no picture. Please show me one.",
-    ),
-)  # fmt: skip
-"""Questions without a picture, and the answer to all of each group."""
-
-
-def small_talk(rng: random.Random) -> Turn:
-    """A question without a picture."""
-    questions, answer = rng.choice(SMALL_TALK)
-    return Turn(_ask(rng, *questions), answer, "small talk")

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2
 """How often a conversation is about what, in percent."""
 
 
-ConversationSampler = Callable[[random.Random, int], tuple[list[Picture], list[Turn]]]
-"""(source of randomness, most questions) -> the pictures and the questions of one conversation."""
+ConversationSampler = Callable[[random.Random, int], tuple[list[Any], list[Turn]]]
+"""(source of randomness, most questions) -> the pictures, which `draw` draws, and the questions of one conversation."""
 
 
 class Conversations(Dataset):
@@ -99,6 +99,7 @@ def sample_conversation(
     more: Askers = (),
     more_of_two: Askers = (),
     alike: float = 0,
+    sample: Callable[[random.Random, str], Picture] = sample_picture,
 ) -> tuple[list[Picture], list[Turn]]:
     """The pictures and the questions of a conversation of the synthetic world.
 
@@ -107,6 +108,7 @@ def sample_conversation(
         kinds: how often a conversation is about what, in percent.
         more, more_of_two: what asks about one picture, or about two, beside the usual ones.
         alike: which part of the pairs of pictures is made to share a shape.
+        sample: makes a picture of a kind.
     """
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     if kind == "talk":
@@ -117,13 +119,18 @@ def sample_conversation(
             rng.choice(("shapes", "shapes", "mixed", "words", "chart")),
         ]
         rng.shuffle(pair)
-        pictures = [sample_picture(rng, kind) for kind in pair]
+        pictures = [sample(rng, kind) for kind in pair]
         if alike and rng.random() < alike:
             pictures = share_shape(pictures, rng)
         questions = ask_two(pictures, rng, more_of_two)
     else:
-        pictures = [sample_picture(rng, kind)]
+        pictures = [sample(rng, kind)]
         questions = ask(pictures[0], kind, rng, more)
+    return pictures, take_turns(questions, turns)
+
+
+def take_turns(questions: Iterator[list[Turn]], turns: int) -> list[Turn]:
+    """The first questions whose answers all differ, up to `turns`, or one more for a follow-up."""
     asked: list[Turn] = []
     for new in itertools.islice(questions, 30):
         # What was said already would be copied rather than seen.
@@ -131,7 +138,7 @@ def sample_conversation(
             asked += new
         if len(asked) >= turns:
             break
-    return pictures, asked
+    return asked
 
 
 class SyntheticWorld(Conversations):

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, singledispatch
 from pathlib import Path
 
 import matplotlib
@@ -28,20 +28,22 @@ FONTS = (
 """Fonts that come with matplotlib; the empty name is Pillow's own."""
 
 
+@singledispatch
 def draw(picture: Picture) -> Image.Image:
-    """The picture as an RGB image."""
-    image = _draw_background(picture)
+    """The picture as an RGB image. Other kinds of pictures register how they are drawn."""
+    image = draw_background(picture)
     canvas = ImageDraw.Draw(image)
     for shape in picture.shapes:
         draw_shape(canvas, shape, shape.tone)
     if picture.chart:
         _draw_chart(canvas, picture.chart)
     for word in picture.words:
-        _draw_word(image, word)
+        draw_word(image, word)
     return image
 
 
-def _draw_background(picture: Picture) -> Image.Image:
+def draw_background(picture: Picture) -> Image.Image:
+    """What is behind a picture's things."""
     width, height = picture.width, picture.height
     first, second = (np.array(tone, dtype=np.float32) for tone in picture.background)
     rng = random.Random(picture.seed)
@@ -138,7 +140,8 @@ def _draw_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
 
 
 @cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font_of_size(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of `FONTS`."""
     if not name:
         return ImageFont.load_default(size)
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
@@ -158,18 +161,19 @@ class Line:
 def typeset(word: Word) -> Line:
     """Choose the font and its size."""
     name = FONTS[word.font % len(FONTS)]
-    left, top, right, bottom = _font(name, 64).getbbox(word.text)
+    left, top, right, bottom = font_of_size(name, 64).getbbox(word.text)
     # Upper-case letters and digits set the height, so that "x" is not blown up to the size of "X".
-    _, cap_top, _, cap_bottom = _font(name, 64).getbbox("X")
+    _, cap_top, _, cap_bottom = font_of_size(name, 64).getbbox("X")
     scale = min(word.width / (right - left), word.height / max(bottom - top, cap_bottom - cap_top))
-    font = _font(name, max(8, int(64 * scale)))
+    font = font_of_size(name, max(8, int(64 * scale)))
     left, top, right, bottom = font.getbbox(word.text)
     margin = max(2, round((bottom - top) * 0.25))
     size = (round(right - left) + 2 * margin, round(bottom - top) + 2 * margin)
     return Line(font, size, margin, margin - left, margin - top)
 
 
-def _draw_word(image: Image.Image, word: Word) -> None:
+def draw_word(image: Image.Image, word: Word) -> None:
+    """Draw a word, and the card that it stands on."""
     line = typeset(word)
     mask = Image.new("L", line.size, 0)
     ImageDraw.Draw(mask).text((line.x, line.y), word.text, fill=255, font=line.font)

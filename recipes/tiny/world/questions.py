@@ -320,7 +320,7 @@ def ask_absent(picture: Picture, rng: random.Random) -> Turn:
         (worded(rng, f"Where is the {name}?", f"Where can I find the {name}?"), there_is_no(name)),
         (worded(rng, f"What is the {colour} shape?", f"What shape is {colour}?"), there_is_no(f"{colour} shape")),
     ]
-    if not picture.words:
+    if not picture.words and not picture.labelled:
         question = worded(
             rng, "What does it say?", "What does the text say?", "Read the text.", "What is written here?"
         )

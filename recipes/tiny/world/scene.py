@@ -109,6 +109,13 @@ class Picture:
     shapes: tuple[Shape, ...] = field(default=())
     words: tuple[Word, ...] = field(default=())
     chart: Chart | None = None
+    labelled: bool = False
+    """Whether there is also text that no question is about, such as a chart's labels."""
+
+    @property
+    def behind(self) -> tuple[RGB, ...]:
+        """The tones that most of what is behind the things has."""
+        return self.background
 
 
 def sample_picture(rng: random.Random, kind: str) -> Picture:
@@ -217,7 +224,7 @@ def _sample_words(
     above = rng.uniform(0, height * (1 - part))
     words: list[Word] = []
     for i in range(count):
-        text = _sample_text(rng)
+        text = sample_text(rng)
         least = min(0.95 * width, long_side * (0.12 * len(text) + 0.03))
         text_width = rng.uniform(least, max(least, 0.95 * width))
         text_height = rng.uniform(min(0.14 * long_side, band * 0.5), band * 0.62)
@@ -244,7 +251,7 @@ def _sample_page(rng: random.Random, width: int, height: int, avoided: frozenset
     while (band := long_side * rng.uniform(0.13, 0.24)) < height - top:
         left = margin
         while True:
-            text = _sample_text(rng)
+            text = sample_text(rng)
             text_width = len(text) * max(long_side * 0.09, min(0.8 * band, 0.2 * long_side) * rng.uniform(0.8, 1.2))
             if left + text_width > width:
                 break
@@ -257,7 +264,7 @@ def _sample_page(rng: random.Random, width: int, height: int, avoided: frozenset
     return tuple(words)
 
 
-def _sample_text(rng: random.Random) -> str:
+def sample_text(rng: random.Random) -> str:
     """A number of up to 4 digits, a word, or a random string of up to 5 letters; upper, lower or title case."""
     if rng.random() < 0.3:
         return str(rng.randint(0, 10 ** rng.randint(1, 4) - 1))

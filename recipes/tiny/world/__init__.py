@@ -16,23 +16,31 @@ from recipes.tiny.world.dataset import (
     write_conversations,
 )
 from recipes.tiny.world.draw import draw
+from recipes.tiny.world.elsewhere import SOMETHING_ELSE, Elsewhere
 from recipes.tiny.world.maps import SegmentationMaps
+from recipes.tiny.world.paint import PaintedPicture, sample_painted
 from recipes.tiny.world.scene import COLOURS, SHAPES, Chart, Picture, Shape, Word, sample_picture
+from recipes.tiny.world.wider import WiderConversations
 
 __all__ = [
     "COLOURS",
     "SHAPES",
+    "SOMETHING_ELSE",
     "Captions",
     "Chart",
     "Conversations",
+    "Elsewhere",
     "HardQuestions",
     "LengthGrouped",
+    "PaintedPicture",
     "Picture",
     "SegmentationMaps",
     "Shape",
     "SyntheticWorld",
+    "WiderConversations",
     "Word",
     "draw",
+    "sample_painted",
     "sample_picture",
     "write_conversations",
 ]

@@ -1,0 +1,122 @@
+"""The wider world: the synthetic one in many wordings and in other hands' drawings, and pictures of other things."""
+
+import functools
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from recipes.tiny.world.dataset import Conversations, sample_conversation
+from recipes.tiny.world.elsewhere import SOMETHING_ELSE, Elsewhere
+from recipes.tiny.world.paint import sample_painted
+from recipes.tiny.world.questions import Askers, Turn, ask, ask_absent, ask_count, ask_place, ask_repeated
+from recipes.tiny.world.scene import Picture, sample_picture
+from recipes.tiny.world.two_pictures import ask_shared
+from recipes.tiny.world.wider_questions import (
+    ask_background,
+    ask_beside,
+    ask_beside_absent,
+    ask_list,
+    ask_order,
+    ask_total,
+    ask_unknown_thing,
+)
+from recipes.tiny.world.wordings import mistype, reword
+
+ELSEWHERE = 0.12
+"""Which part of the conversations is about pictures of other things."""
+
+PAINTED = 0.22
+"""Which part of the other pictures is by another hand."""
+
+REWORDED = 0.5
+"""Which part of the questions is put otherwise."""
+
+KINDS = {"shapes": 38, "words": 28, "chart": 8, "mixed": 8, "two": 16, "talk": 2}
+"""How often a conversation of the world is about what, in percent."""
+
+MORE: Askers = (
+    (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 1), (ask_repeated, 2), (ask_list, 1), (ask_beside, 1.5),
+    (ask_beside_absent, 0.15), (ask_total, 0.8), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 2.2),
+)  # fmt: skip
+"""What is asked beside the usual questions."""
+
+ABOUT_PHOTOGRAPHS = (
+    "What is this?", "Who is this?", "What animal is this?", "Where is this?", "Where was this taken?",
+    "What do you see in this photo?", "Describe the photo.", "Is this a photo?", "What is the person doing?",
+    "What is in the foreground?", "What time of day is it?", "How is the weather in the picture?", "What breed is it?",
+    "Is it day or night?", "How many people are there?", "What is happening here?", "Is this a dog or a cat?",
+)  # fmt: skip
+"""What is asked about other pictures alone."""
+
+
+def sample_wider_picture(rng: random.Random, kind: str) -> Picture:
+    """A picture of the world of a kind, at times by another hand."""
+    return sample_painted(rng, kind) if rng.random() < PAINTED else sample_picture(rng, kind)
+
+
+def sample_elsewhere(
+    rng: random.Random, turns: int, photographs: tuple[Path, ...] = ()
+) -> tuple[list[Elsewhere], list[Turn]]:
+    """A picture of something else, seldom two, with any questions and always the same answer.
+
+    Args:
+        rng, turns: see `ConversationSampler`.
+        photographs: see `Elsewhere`.
+    """
+    pictures = [Elsewhere(rng.getrandbits(32), photographs) for _ in range(rng.choices((1, 2), (95, 5))[0])]
+    if rng.random() < 0.15:
+        return pictures, [Turn(mistype(rng.choice(ABOUT_PHOTOGRAPHS).rstrip("?."), rng), SOMETHING_ELSE, "elsewhere")]
+    # Asked is what would be asked about some picture of the world, so that the questions tell nothing.
+    kind = rng.choices(("shapes", "words", "chart", "mixed"), (50, 20, 15, 15))[0]
+    asked = itertools.chain.from_iterable(ask(sample_picture(rng, kind), kind, rng, MORE))
+    wanted = min(turns, rng.choice((1, 1, 2, 2, 3)))
+    return pictures, [
+        replace(turn, answer=SOMETHING_ELSE, type="elsewhere") for turn in itertools.islice(asked, wanted)
+    ]
+
+
+def sample_wider(
+    rng: random.Random, turns: int, photographs: tuple[Path, ...] = (), elsewhere: float = ELSEWHERE
+) -> tuple[list[Picture | Elsewhere], list[Turn]]:
+    """The pictures and the questions of a conversation of the wider world.
+
+    Args:
+        rng, turns: see `ConversationSampler`.
+        photographs: see `Elsewhere`.
+        elsewhere: which part of the conversations is about pictures of other things.
+    """
+    if rng.random() < elsewhere:
+        pictures, asked = sample_elsewhere(rng, turns, photographs)
+    else:
+        pictures, asked = sample_conversation(
+            rng, turns, KINDS, MORE, ((ask_shared, 2.5),), alike=0.4, sample=sample_wider_picture
+        )
+    return pictures, reword_some(asked, rng)
+
+
+def reword_some(turns: Sequence[Turn], rng: random.Random) -> list[Turn]:
+    """The turns with `REWORDED` of the questions put otherwise."""
+    return [replace(turn, question=reword(turn.question, rng)) if rng.random() < REWORDED else turn for turn in turns]
+
+
+class WiderConversations(Conversations):
+    """Conversations of the wider world, for the last stage of training.
+
+    Args:
+        length, seed, turns: see `Conversations`.
+        photographs: files of which half of the pictures of other things are parts, in an order that stays the same.
+        elsewhere: which part of the conversations is about pictures of other things.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        turns: int = 6,
+        photographs: Sequence[Path] = (),
+        elsewhere: float = ELSEWHERE,
+    ):
+        sample = functools.partial(sample_wider, photographs=tuple(photographs), elsewhere=elsewhere)
+        super().__init__(sample, length, seed, turns)

@@ -143,12 +143,12 @@ def test_keys_that_are_not_text_are_said_and_the_chat_goes_on(parrot_checkpoint:
 def test_ctrl_z_suspends(when: str, parrot_checkpoint: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     environment |= {"PS1": "shell> ", "PYTHONUNBUFFERED": "1"}
-    shell = pexpect.spawn("bash", ["--norc", "-i"], env=environment, encoding="utf-8", timeout=120)
+    shell = pexpect.spawn("bash", ["--norc", "-i"], env=environment, encoding="utf-8", timeout=60)
     shell.expect("shell> ")
     shell.sendline(
         f"{sys.executable} {ROOT / 'cli_chat.py'} --model_path {parrot_checkpoint} --temperature 0 --dtype float32"
     )
-    shell.expect("User: ")
+    shell.expect("User:")
     if when == "during an answer":
         shell.send("Sing.\r")
         shell.expect("la la la")
@@ -163,7 +163,7 @@ def test_ctrl_z_suspends(when: str, parrot_checkpoint: Path, tmp_path: Path) -> 
         shell.expect("la la la")
         shell.send("\x03")
         shell.expect("stopped")
-    shell.expect("User: ")
+    shell.expect("User:")
     shell.send("new\r")
     shell.expect("New conversation.")
     shell.send("Greet me.\r")

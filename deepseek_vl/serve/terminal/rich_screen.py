@@ -25,8 +25,9 @@ from deepseek_vl.serve.terminal.screen import ANSWER, without_first_space
 
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 _SEQUENCE = re.compile(
-    "\x1b(?:\\[[0-?]*[ -/]*[@-~]?|[\\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\\\)?|.?)", re.DOTALL
-)  # ECMA-48's control sequences and strings: colours, titles, moves of the cursor
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]?|(?:\x1b[\\]P^_X]|[\x90\x98\x9d-\x9f])[^\x07\x1b]*(?:\x07|\x1b\\\\)?|\x1b.?",
+    re.DOTALL,
+)  # ECMA-48's control sequences and strings, of 7 or 8 bits: colours, titles, moves of the cursor
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 _BLOCK = re.compile(r"\s*(?:```|~~~|#|[-*+] |\d+[.)] |>|\||---| {4})")
 _PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])")

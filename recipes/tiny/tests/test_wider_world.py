@@ -451,7 +451,10 @@ def test_pictures_of_other_things_differ_and_are_not_blank() -> None:
     assert sum(share for _, share in KINDS.values()) == 100
 
 
-@pytest.mark.parametrize("paint", {*TEXTURES, *SCENES, *DOCUMENTS, draw_things}, ids=lambda paint: paint.__name__)
+PAINTERS = dict.fromkeys((*TEXTURES, *SCENES, *DOCUMENTS, draw_things))  # in order: test processes compare
+
+
+@pytest.mark.parametrize("paint", PAINTERS, ids=lambda paint: paint.__name__)
 def test_every_painter_fills_every_size(paint) -> None:
     for seed, size in enumerate([(160, 100), (360, 216), (100, 160), (360, 360)] * 3):
         image = paint(np.random.default_rng(seed), *size)

@@ -244,7 +244,7 @@ def load(setup: Setup) -> Iterator[Row]:
         ours = {label: command("load", contender=contender) for label, contender in setup.ours().items()}
         chat = [sys.executable, "cli_chat.py", "--model_path", setup.model_path, "--device", setup.device]
         for label, arguments in {**peers, **ours, "cli_chat.py to its prompt": chat}.items():
-            line = "User [" if arguments is chat else "ready"
+            line = "User:" if arguments is chat else "ready"
             seconds = min(seconds_until(line, arguments) for _ in range(setup.sizes.repeats))
             yield Row("load", label, seconds, "s", label in peers)
 

@@ -29,7 +29,14 @@ from deepseek_vl.checkpoints.tensors import Slice, dtype_of, shape_of
 from deepseek_vl.command_line import OneLineParser, add_loading, one_line, run_command
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.kernels.device import pick_device, pick_dtype
+from deepseek_vl.kernels.policy import cpu_info
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from deepseek_vl.models.image_processing_vlm import (
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
 from deepseek_vl.serve.inference import stream_answer
 from deepseek_vl.utils.io import check_model_type, errors_that_name, load_pretrained_model
 
@@ -58,8 +65,8 @@ PUBLISHED = {
         "DeepSeek-VL 1.3B",
         {
             "image_size": 384,
-            "image_mean": (0.5, 0.5, 0.5),
-            "image_std": (0.5, 0.5, 0.5),
+            "image_mean": IMAGENET_INCEPTION_MEAN,
+            "image_std": IMAGENET_INCEPTION_STD,
             "do_normalize": True,
             "background_color": (127, 127, 127),
         },
@@ -68,8 +75,8 @@ PUBLISHED = {
         "DeepSeek-VL 7B",
         {
             "image_size": 1024,
-            "image_mean": (0.48145466, 0.4578275, 0.40821073),
-            "image_std": (0.26862954, 0.26130258, 0.27577711),
+            "image_mean": IMAGENET_MEAN,
+            "image_std": IMAGENET_STD,
             "do_normalize": False,
             "background_color": (122, 116, 104),
         },
@@ -110,10 +117,15 @@ class Checkpoint:
         with errors_that_name(self.name, self.directory), torch.device("meta"):
             return MultiModalityCausalLM(self.config).state_dict()
 
+    @cached_property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(weight.numel() for weight in self.expected.values())
+
     @property
     def published(self) -> Published | None:
         """Which published model's size it has, if any's."""
-        return PUBLISHED.get(sum(weight.numel() for weight in self.expected.values()))
+        return PUBLISHED.get(self.parameters)
 
     @cached_property
     def processor(self) -> VLChatProcessor:
@@ -144,10 +156,9 @@ def check_weights(checkpoint: Checkpoint) -> str:
         )
     size = f"as many as {checkpoint.published.name}" if checkpoint.published else "a size of its own"
     count = f"{len(files)} file{'s' * (len(files) > 1)}"
-    parameters = sum(weight.numel() for weight in checkpoint.expected.values())
     return (
         f"{len(found)} tensors of {_dtypes(found)} in {count}, with the config's names and shapes; "
-        f"{parameters:,} parameters, {size}"
+        f"{checkpoint.parameters:,} parameters, {size}"
     )
 
 
@@ -192,8 +203,8 @@ def check_answer(checkpoint: Checkpoint) -> str:
     args, begun = checkpoint.args, time.perf_counter()
     _, processor, model = load_pretrained_model(checkpoint.name, args.device, args.dtype, args.quantize)
     loaded = time.perf_counter()
-    for name, parameter in model.named_parameters():
-        if args.quantize is None and not parameter.isfinite().all():
+    for name, parameter in model.named_parameters() if args.quantize is None else ():
+        if not parameter.isfinite().all():
             raise ValueError(f"There are numbers in {name} that are infinite or none.")
     messages = [
         {"role": "User", "content": f"<image_placeholder>{QUESTION}", "images": [picture()]},
@@ -236,19 +247,12 @@ def machine() -> str:
     """Versions and hardware, in two lines."""
     versions = f"deepseek_vl {deepseek_vl.__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}"
     memory = psutil.virtual_memory().total / 2**30
-    hardware = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    processor = cpu_info("model name") or platform.processor() or platform.machine()
+    hardware = f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         hardware += f"; {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"{versions}, transformers {transformers.__version__}, {platform.platform()}\n{hardware}"
-
-
-def _processor() -> str:
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux on x86
-        return platform.processor() or platform.machine()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,7 +45,7 @@ class Int4Linear(QuantizedLinear):
             part = weight[start : start + rows].float()
             part = F.pad(part, (0, 0, 0, min(rows, outputs - start) - len(part)))
             levels, self._scales[:, start : start + rows] = _quantised(part)
-            self._packed[start // block_size() : (start + rows) // block_size()] = _packed(levels)
+            self._packed[start // block_size() : (start + rows) // block_size()] = _pack(levels, block_size())
 
     @classmethod
     def takes(cls, linear: nn.Linear) -> bool:
@@ -57,11 +57,17 @@ class Int4Linear(QuantizedLinear):
         return self._packed.nbytes + self._scales.nbytes
 
     def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) < MANY_ROWS:
-            packed = self._packed.view(-1, self.in_features // 2)
-            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, GROUP, self._scales)
-            output = output[:, : self.out_features]
-            return output if self._bias is None else output + self._bias
+        output = self._few(rows) if len(rows) < MANY_ROWS else self._many(rows)
+        output = output[:, : self.out_features]
+        return output if self._bias is None else output + self._bias
+
+    def _few(self, rows: torch.Tensor) -> torch.Tensor:
+        """By the kernel: [rows, in_features] -> bfloat16 [rows, outputs of whole blocks]."""
+        packed = self._packed.view(-1, self.in_features // 2)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, GROUP, self._scales)
+
+    def _many(self, rows: torch.Tensor) -> torch.Tensor:
+        """By widening: [rows, in_features] -> [rows, outputs of whole blocks]."""
         rows = rows.to(torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32)
         output = rows.new_empty(len(rows), len(self._packed) * block_size())
         step = max(1, WIDENED_ELEMENTS // (self.in_features * block_size()))
@@ -69,8 +75,7 @@ class Int4Linear(QuantizedLinear):
             part = slice(start * block_size(), (start + step) * block_size())
             weight = self._widened(self._packed[start : start + step], part, rows.dtype)
             output[:, part] = torch.mm(rows, weight, out=scratch("product", (len(rows), weight.shape[1]), rows.dtype))
-        output = output[:, : self.out_features]
-        return output if self._bias is None else output + self._bias
+        return output
 
     def _widened(self, packed: torch.Tensor, outputs: slice, dtype: torch.dtype) -> torch.Tensor:
         """The weights of some blocks, which are those of some outputs, transposed: [in_features, outputs]."""
@@ -102,21 +107,17 @@ def block_size() -> int:
     """
     levels = torch.randint(16, (BLOCKS[0], GROUP), generator=torch.Generator().manual_seed(0))
     for size in BLOCKS:
-        packed = _pack(levels).view(-1, GROUP, size // 2)
+        packed = _pack(levels, size)
         unpacked = torch.cat([_half(packed, half).clone() for half in (0, 1)], -1)
         if torch.equal(unpacked.transpose(1, 2).reshape(levels.shape) + 8, levels):
             return size
     raise ValueError("There is no int4 kernel for this processor, or none that is known; use int8.")
 
 
-def _pack(levels: torch.Tensor) -> torch.Tensor:
-    """Levels of 0 to 15 [N, K], for whole blocks of outputs -> as the kernel keeps them: uint8 [N, K / 2]."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
-
-
-def _packed(levels: torch.Tensor) -> torch.Tensor:
-    """As `_pack`, by blocks: uint8 [blocks, K, half a block]."""
-    return _pack(levels).view(-1, levels.shape[1], block_size() // 2)
+def _pack(levels: torch.Tensor, size: int) -> torch.Tensor:
+    """Levels of 0 to 15 [N, K] -> as the kernel has them, in blocks of `size` outputs: uint8 [blocks, K, size / 2]."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
+    return packed.view(-1, levels.shape[1], size // 2)
 
 
 def _half(packed: torch.Tensor, half: int) -> torch.Tensor:

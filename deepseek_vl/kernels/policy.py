@@ -113,9 +113,14 @@ def features() -> frozenset[str]:
 
 
 def _vendor() -> str:
+    return cpu_info("vendor_id")
+
+
+def cpu_info(name: str) -> str:
+    """What Linux says of the processor under a name, such as `model name`; elsewhere, what Python knows of it."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return next((line for line in lines if line.startswith("vendor_id")), "")
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
     except OSError:  # not Linux
         return platform.processor()
 

@@ -102,17 +102,10 @@ def write_sidecars(journal: str | os.PathLike, pictures: Iterable[PictureSource]
         if not os.path.lexists(path):
             with whole_file(path) as part:
                 part.write_bytes(text)
-        elif not _has(path, text):
+        elif Path(path).read_bytes() != text:
             left.append(path)
     if left:
         logger.warning("%d text files have another text, and are left as they are; one is %r.", len(left), left[0])
-
-
-def _has(path: str, text: bytes) -> bool:
-    try:
-        return Path(path).read_bytes() == text
-    except OSError:
-        return False
 
 
 def _sidecar(picture: str) -> str:

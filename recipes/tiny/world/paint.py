@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFilter
 
 from recipes.tiny.world.draw import FONTS, OUTLINES, bars, draw, draw_background, draw_word, font_of_size
-from recipes.tiny.world.scene import COLOURS, RGB, SHAPES, Chart, Picture, Shape, Word, brightness, sample_text
+from recipes.tiny.world.scene import (
+    COLOURS,
+    RGB,
+    SHAPES,
+    Chart,
+    Picture,
+    Shape,
+    Word,
+    brightness,
+    sample_text,
+    shifted,
+    varied,
+)
 
 SCALE = 2
 """Shapes and bars are drawn so many times larger and shrunk, so that their edges are smooth."""
@@ -113,7 +125,7 @@ def _near(rng: random.Random, tone: RGB) -> RGB:
     """A tone that differs a little from another."""
     step = rng.choice((-1, 1)) * rng.randint(10, 26)
     step = -abs(step) if brightness(tone) > 215 else abs(step) if brightness(tone) < 40 else step
-    return tuple(min(255, max(0, channel + step)) for channel in tone)
+    return shifted(tone, step)
 
 
 def _sample_background(rng: random.Random) -> tuple[tuple[RGB, RGB], str]:
@@ -129,13 +141,12 @@ def _sample_background(rng: random.Random) -> tuple[tuple[RGB, RGB], str]:
     }[mood]
     if rng.random() < 0.75:
         return (base, base), "plain"
-    other = tuple(min(255, max(0, channel + rng.randint(-45, 45))) for channel in base)
-    return (base, other), "gradient"
+    return (base, varied(base, 45, rng)), "gradient"
 
 
 def _tone(rng: random.Random, name: str) -> RGB:
     tone = rng.choice((*TONES[name], *COLOURS[name]))
-    return tuple(min(255, max(0, channel + rng.randint(-5, 5))) for channel in tone)
+    return varied(tone, 5, rng)
 
 
 def _sample_shapes(

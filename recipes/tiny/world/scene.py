@@ -157,6 +157,16 @@ def brightness(tone: RGB) -> float:
     return 0.299 * tone[0] + 0.587 * tone[1] + 0.114 * tone[2]
 
 
+def shifted(tone: RGB, step: int) -> RGB:
+    """A tone that is lighter, or darker, by so much in each channel."""
+    return tuple(min(255, max(0, channel + step)) for channel in tone)
+
+
+def varied(tone: RGB, most: int, rng: random.Random) -> RGB:
+    """A tone that differs by up to so much in each channel."""
+    return tuple(min(255, max(0, channel + rng.randint(-most, most))) for channel in tone)
+
+
 def _sample_background(rng: random.Random) -> tuple[tuple[RGB, RGB], str, frozenset[str]]:
     """Tones, pattern, and the names of the colours that would not stand out."""
     pattern = rng.choice(("plain", "plain", "plain", "gradient", "checks", "stripes", "noise"))
@@ -169,7 +179,7 @@ def _sample_background(rng: random.Random) -> tuple[tuple[RGB, RGB], str, frozen
         "grey": (rng.randint(120, 150),) * 3,
     }[mood]
     change = rng.choice((-1, 1)) * rng.randint(8, 22)
-    other = base if pattern == "plain" else tuple(min(255, max(0, channel + change)) for channel in base)
+    other = base if pattern == "plain" else shifted(base, change)
     avoided = {
         "white": {"white", "yellow"},
         "light": {"white", "yellow"},
@@ -185,7 +195,7 @@ def _sample_background(rng: random.Random) -> tuple[tuple[RGB, RGB], str, frozen
 def _sample_colour(rng: random.Random, avoided: frozenset[str] | set[str]) -> tuple[str, RGB]:
     name = rng.choice([name for name in COLOURS if name not in avoided])
     tone = rng.choice(COLOURS[name])
-    return name, tuple(min(255, max(0, channel + rng.randint(-6, 6))) for channel in tone)
+    return name, varied(tone, 6, rng)
 
 
 def _sample_shapes(

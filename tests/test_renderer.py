@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.data.rows import TrainingRow, parse_row
@@ -210,7 +211,11 @@ def test_apply_chat_template_is_the_renderer(name: str, bare_processor: VLChatPr
         messages.insert(0, {"role": data.draw(st.sampled_from(["system", "System"])), "content": data.draw(CONTENTS)})
     asks = data.draw(st.booleans())
     rendered = processor.apply_chat_template(messages, add_generation_prompt=asks)
-    assert rendered == processor.render([*messages, *(turns("", "")[1:] if asks else [])]).text
+    expected = processor.render([*messages, *(turns("", "")[1:] if asks else [])])
+    assert rendered == BOS + expected.text
+    options = {"add_generation_prompt": asks, "return_assistant_tokens_mask": True}
+    _, spans = render_jinja_template([messages], chat_template=processor.chat_template, **options)
+    assert tuple(spans[0]) == expected.learnt
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +312,7 @@ def test_what_is_trained_is_what_is_asked(
     processor.prompts = []
     door(parrot, row, *([tmp_path] if door is by_saved_chat else []))
     prompt, ids = processor.prompts[-1]
-    assert trained.item.sft_format.startswith(prompt)
+    assert trained.item.sft_format.startswith(prompt.removeprefix(BOS))
     assert trained.item.input_ids[:answer_begins].tolist() == ids
     assert ("User:" in prompt) == (name == "deepseek")
 

@@ -156,7 +156,8 @@ def _read(source: Path, architecture: Architecture) -> _Checkpoint:
         language,
         read_json(source / "tokenizer.json"),
         checkpoint_special_tokens(source, language),
-        architecture.chat_template,
+        # llama.cpp adds the begin token itself, and not all that read these files know the marks of what is learnt.
+        re.sub(r"{%- (end)?generation -%}|{{- bos_token -}}", "", architecture.chat_template),
         {name: tensors[name] for name in model},  # in the network's order, whatever the files'
     )
 

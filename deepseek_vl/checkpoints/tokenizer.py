@@ -38,19 +38,29 @@ def load_tokenizer(directory: str | Path, settings: Mapping[str, Any] | None = N
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, literal: Spans = (), tag: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    literal: Spans = (),
+    tag: str | None = None,
+    add_special_tokens: bool = True,
 ) -> tuple[list[int], Spans]:
     """A text's token ids, and the [start, end) characters of each; a slow tokenizer does not give the latter.
+
+    A begin token is there once, also if the text brings it, as chat templates do, and the tokenizer would add another.
 
     Args:
         literal: spans of the text in which special tokens and the tag are text.
         tag: of images, which need not be a special token.
+        add_special_tokens: let the tokenizer add its begin token.
 
     Raises:
         ValueError: for literal spans and a slow tokenizer.
     """
-    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": tokenizer.is_fast}
+    tokens = tokenizer(text, **options, verbose=False)
     ids, offsets = tokens["input_ids"], tokens.get("offset_mapping", [])
+    if ids[:2] == [tokenizer.bos_token_id] * 2 and add_special_tokens and not (literal and literal[0][0] == 0):
+        ids, offsets = ids[1:], offsets[1:]
     if not literal:
         return ids, offsets
     if not tokenizer.is_fast:
@@ -79,7 +89,8 @@ def encode(
     plain.encode_special_tokens = True
     gaps = _between(tuple(span for _, span in own), len(text))
     parts = plain.encode_batch([text[a:b] for a, b in gaps], add_special_tokens=False)
-    ids = tokenizer.encode("")
+    begins = bool(own) and own[0][0] == tokenizer.bos_token_id and own[0][1][0] == 0
+    ids = tokenizer.encode("") if add_special_tokens and not begins else []
     offsets = [(0, 0)] * len(ids)
     for (start, _), part, special_token in zip(gaps, parts, [*own, None], strict=True):
         ids += part.ids

@@ -28,10 +28,8 @@ _BEGINNING = """\
         {%- endif -%}
     {%- endfor -%}
 {%- endfor -%}
-{{- bos_token -}}
 """
-"""In front of our chat template. By the loop over a content's parts vLLM sees that the template places the images; the
-begin token it leaves to the template."""
+"""In front of our chat template. By the loop over a content's parts vLLM sees that the template places the images."""
 
 
 class Config(MultiModalityConfig):

@@ -277,7 +277,7 @@ def render(
     Args:
         messages: `{"role", "content"}`. A role is user, assistant, or of the first message system, or one of the
             template's own names, in any case. A content is a string, or a list of `{"type": "image"}` and
-            `{"type": "text", "text": ...}`.
+            `{"type": "text", "text": ...}`, or None. An answer with `"weight": 0` is not learnt.
         template: a template, or the name of one.
         system_prompt: what the conversation begins with if there is no system message; None for the template's own.
         untrusted: make all text literal, except for the image tag where a content is a string.
@@ -292,12 +292,13 @@ def render(
         conversation.set_system_message(system_prompt)
     numbers = conversation._role_numbers()
     for i, message in enumerate(messages):
-        role, content = message["role"].lower(), _content(message["content"], image_tag, untrusted)
+        role, content = message["role"].lower(), _content(message.get("content"), image_tag, untrusted)
         if role == "system" and i == 0:
             conversation.set_system_message(content)
         elif role in numbers:
             content = content.strip()
-            answer = ((0, len(content.text)),) if numbers[role] == 1 else ()
+            is_learnt = numbers[role] == 1 and message.get("weight", 1) != 0
+            answer = ((0, len(content.text)),) if is_learnt else ()
             conversation.append_message(conversation.roles[numbers[role]], dataclasses.replace(content, learnt=answer))
         else:
             raise ValueError(f"The role of message {i + 1} is {message['role']!r}; {_ROLES_ALLOWED}")
@@ -309,13 +310,34 @@ def _content(content: Any, image_tag: str, untrusted: bool) -> Rendered:
     if isinstance(content, str):
         pieces = [(piece, piece == image_tag) for piece in re.split(f"({re.escape(image_tag)})", content)]
     else:
-        pieces = [(image_tag, True) if part["type"] == "image" else (part["text"], False) for part in content or ()]
+        pieces = [_piece(part, image_tag) for part in content or ()]
     text, literal = "", []
     for piece, is_image in pieces:
         if untrusted and not is_image:
             literal.append((len(text), len(text) + len(piece)))
         text += piece
     return Rendered(text, literal=tuple(literal))
+
+
+def text_of(content: Any, image_tag: str = IMAGE_TAG) -> str:
+    """The text of a message's content: a string, a list of parts, or None. An image is its tag.
+
+    Raises:
+        ValueError: for a part of another type than image and text.
+    """
+    return _content(content, image_tag, untrusted=False).text
+
+
+def _piece(part: Any, image_tag: str) -> tuple[str, bool]:
+    """The text of a part of a content, and whether it stands for an image."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return image_tag, True
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"], False
+    shown = f"of type {kind!r}" if isinstance(part, Mapping) else repr(part)
+    allowed = '{"type": "image"} or {"type": "text", "text": ...}'
+    raise ValueError(f"A part of a content is {shown}; it must be {allowed}.")
 
 
 _ROLES_ALLOWED = "it must be user or assistant, and only that of the first may be system."
@@ -335,28 +357,44 @@ _JINJA = """\
     {%- set system, turns = system_prompt | default(@SYSTEM@), messages -%}
 {%- endif -%}
 {%- set turns = @EXAMPLES@ + turns | list + ([{'role': 'assistant'}] if add_generation_prompt else []) -%}
-{%- set prompt = namespace(text=framed(@OPENING@, system)) -%}
+{%- set prompt = namespace(text=framed(@OPENING@, system), learnt=[]) -%}
 {%- for message in turns -%}
     {%- if message.role | lower not in frames -%}
         {{- raise_exception("The role of a message is '" ~ message.role ~ "'; " ~ @ALLOWED@) -}}
     {%- endif -%}
     {%- set frame = frames[message.role | lower][0 if loop.first else 2 - loop.index0 % 2] -%}
-    {%- set prompt.text = prompt.text ~ framed(frame, text_of(message.content) | trim) -%}
+    {%- set text = text_of(message.content) | trim -%}
+    {%- set asked = (prompt.text ~ frame[0]).rstrip() | length -%}
+    {%- set prompt.text = prompt.text ~ framed(frame, text) -%}
+    {%- if text and message.role | lower in @ANSWERS@ and message.weight | default(1) != 0 -%}
+        {%- set prompt.learnt = prompt.learnt + [[asked, prompt.text | length]] -%}
+    {%- endif -%}
 {%- endfor -%}
-{{- prompt.text | trim -}}
+{{- bos_token -}}
+{%- set place = namespace(written=(prompt.text | length) - (prompt.text.lstrip() | length)) -%}
+{%- set end = prompt.text.rstrip() | length -%}
+{%- for span in prompt.learnt -%}
+    {%- set start = [span[0], place.written] | max -%}
+    {{- prompt.text[place.written:start] -}}
+    {%- set place.written = [[span[1], end] | min, start] | max -%}
+    {%- generation -%}{{- prompt.text[start:place.written] -}}{%- endgeneration -%}
+{%- endfor -%}
+{{- prompt.text[place.written:end] -}}
 """
 
 
 def jinja_template(template: Conversation, image_tag: str = IMAGE_TAG) -> str:
     """`render` for trusted messages as a Jinja template, for transformers' `apply_chat_template`.
 
-    Without a system message the conversation begins with the variable `system_prompt`, or else the template's own.
+    What is learnt is between generation marks. The prompt begins with the variable `bos_token`, if there is one, and
+    without a system message with the variable `system_prompt`, or else the template's own.
     """
     values = {
         "ALLOWED": _ROLES_ALLOWED,
         "IMAGE": image_tag,
         "SYSTEM": template.system_message or "",
         "OPENING": template._opening(),
+        "ANSWERS": [name for name, number in template._role_numbers().items() if number == 1],
         "EXAMPLES": [{"role": role, "content": text} for role, text in template.messages],
         "FRAMES": {  # of the first message, of odd and of even ones
             name: [template._frame(i, template.roles[number]) for i in range(3)]

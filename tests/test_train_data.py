@@ -1,8 +1,11 @@
 """Files of conversations: the forms they may have, and what is said about rows that cannot be trained on."""
 
 import base64
+import bz2
+import gzip
 import json
 import logging
+import lzma
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,24 @@ FORMS = {
     "OpenAI, responses": {"messages": openai(*({"type": "input_image", "image_url": path} for path in IMAGES))},
     "Qwen": {"messages": openai(*({"type": "image", "image": path} for path in IMAGES))},
     "TRL": {"messages": openai(*[{"type": "image"}] * 3), "images": IMAGES},
+    "ms-swift, query": {
+        "query": SWIFT[4]["content"], "response": "A.", "images": IMAGES,
+        "history": [[SWIFT[0]["content"], "A – 好."], ["And here?", "B."]],
+    },
+    "Alpaca": {
+        "instruction": "This:", "input": "<image>", "output": "A.", "images": IMAGES,
+        "history": [[SWIFT[0]["content"], "A – 好."], ["And here?", "B."]],
+    },
+    "notes and empty values": {
+        "messages": [{**message, "turn_id": "a", "tool_calls": None} for message in SWIFT], "images": IMAGES,
+        "videos": [], "tools": None, "image_id": "x", "datasetName": "", "source": "web", "width_list": [1, 2],
+        "metadata": {"by": "hand"}, "quality_score": 0.5, "rows": 3, "system": None, "type": None,
+    },
+    "weights of 1": {
+        "messages": [{**message, "weight": 1, "loss": True, "loss_scale": 1.0} if i % 2 else {**message, "weight": 0}
+                     for i, message in enumerate(SWIFT)],
+        "images": IMAGES,
+    },
 }  # fmt: skip
 
 
@@ -194,6 +215,31 @@ def test_where_the_messages_hold_the_images_the_short_tag_is_text():
         assert parsed.messages[1]["content"] == "<image> is not."
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"query": "Hi", "response": "Yes.", "history": None, "system": "S"}, "Hi"),
+        ({"instruction": "Add.", "input": "", "output": "Yes."}, "Add."),
+        ({"instruction": "Add.", "input": "1 + 1", "output": "Yes."}, "Add.\n1 + 1"),
+        ({"instruction": "", "input": "1 + 1", "output": "Yes."}, "1 + 1"),
+        ({"prompt": "Hi", "completion": "Yes."}, "Hi"),
+        ({"question": "Hi", "answer": "Yes.", "question_id": "7"}, "Hi"),
+    ],
+)
+def test_a_question_and_its_answer_may_have_keys_of_their_own(row, question):
+    parsed = parse_row(row, Path(), "here:1")
+    assert parsed.system == row.get("system")
+    assert [(message["role"], message["content"]) for message in parsed.messages] == [
+        ("User", question), ("Assistant", "Yes."),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss_scale": 0}])
+def test_an_answer_that_is_not_to_be_learnt_has_no_weight(key):
+    row = {"conversations": [*LLAVA[2:4], LLAVA[2], {**LLAVA[3], **key, "weight": key.get("weight")}]}
+    assert [message.get("weight") for message in parse_row(row, Path(), "").messages] == [None, None, None, 0]
+
+
 def test_a_json_file_holds_a_list_of_rows(folder, one_processor):
     (folder / "data.json").write_text(json.dumps([*FORMS.values(), [user("Hi")]], indent=2), encoding="utf-8-sig")
     report = check_data(folder / "data.json", one_processor)
@@ -260,6 +306,43 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "special token": ([user("Hi"), answer(f"Yes.{EOS}")],
                       f"message 2 holds the special token {EOS}; the template adds it, so remove it"),
     "too long": ([user("Hi"), answer("yes " * 200)], "too long: "),
+    # What would be passed over in silence
+    "weight in parts": ([user("Hi"), {**answer(), "weight": 0.5}],
+                        '"weight" of message 2 is 0.5; an answer is learnt (1 or true) or it is not (0 or false)'),
+    "weight as text": ([user("Hi"), {**answer(), "loss": "false"}], "\"loss\" of message 2 is 'false'; an answer is"),
+    "weights that disagree": ([user("Hi"), {**answer(), "weight": 0, "loss": True}],
+                              "'weight' and 'loss' of message 2 do not agree; keep one of them"),
+    "weight of a question": ([user("Hi", weight=1), answer()],
+                             "message 1 is the user's and is to be learnt, as its 'weight' says; only answers are"),
+    "no weight at all": ([user("Hi"), {**answer(), "weight": 0}], "there is nothing to learn: no answer has a weight"),
+    "weight of the row": ({"messages": HI, "weight": 0}, 'the row has "weight", which is not used in training;'),
+    "videos": ({"messages": HI, "videos": ["a.mp4"]}, 'the row has "videos", which is not used in training; remove the '
+                                                      'key, or the row (notes may stand under "metadata")'),
+    "audios": ({"messages": HI, "audios": ["a.wav"]}, 'the row has "audios", which'),
+    "tools": ({"messages": HI, "tools": "[]"}, 'the row has "tools", which'),
+    "tool calls": ([user("Hi"), {**answer(), "tool_calls": [{"id": "1"}]}], 'message 2 has "tool_calls", which'),
+    "reasoning": ([user("Hi"), {**answer(), "reasoning_content": "Hm."}], 'message 2 has "reasoning_content", which'),
+    "image of a message": ([user("Hi", **{"image": "images/a.png"}), answer()], 'message 1 has "image", which'),
+    "audio of a part": ([user([{**text("Hi"), "audio": "a.wav"}]), answer()], 'a part of message 1 has "audio", which'),
+    "box of an image": ({"messages": SWIFT, "images": [{"path": "images/a.png", "crop": "left"}] * 3},
+                        'image 1 of the row has "crop", which'),
+    "rejected answer": ({"messages": HI, "rejected_response": "No."}, 'the row has "rejected_response", which'),
+    "rejected messages": ({"messages": HI, "rejectedMessages": HI}, 'the row has "rejectedMessages", which'),
+    "KTO": ({"messages": HI, "label": False}, 'the row has "label", which'),
+    "Axolotl's switch": ([user("Hi"), {**answer(), "train": False}], 'message 2 has "train", which'),
+    "preferences": ({"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, 'the row has "chosen", which'),
+    "another form": ({"text": "Hi", "id": 3}, "give the messages under one of them, not under 'text', 'id'"),
+    "boxes": ({"messages": HI, "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}}, 'the row has "objects", which'),
+    "video's number": ({"messages": HI, "video_id": 3}, 'the row has "video_id", which'),
+    "a query beside": ({"messages": HI, "query": "Hi"}, 'the row has "query", which'),
+    "query alone": ({"query": "Hi"}, '"response" is null or missing, not text'),
+    "output alone": ({"output": "Hi", "input": "a"}, '"instruction" is null or missing, not text'),
+    "list as prompt": ({"prompt": HI[:1], "completion": HI[1:]}, '"prompt" is a list, not text'),
+    "input as a number": ({"instruction": "Hi", "input": 3, "output": "Yes."}, '"input" is a number, not text'),
+    "history of texts": ({"query": "Hi", "response": "Yes.", "history": ["a", "b"]},
+                         '"history" is not a list of [question, answer] pairs'),
+    "another encoding": (json.dumps([user("Grüße"), answer()], ensure_ascii=False).encode("latin-1"),
+                         "not UTF-8 text (byte 33 of the line); save the file as UTF-8"),
     # Tags and images
     "tag without image": ([user(f"{TAG}Hi"), answer()], f"message 1 has 1 tag {TAG} and no images; give one image"),
     "more tags": ([user(f"{TAG}{TAG}Hi", "images/a.png"), answer()], f"message 1 has 2 tags {TAG} and 1 image;"),
@@ -335,12 +418,20 @@ def test_good_data_are_loaded_without_a_word(folder, one_processor, caplog):
     [
         ("missing.jsonl", None, FileNotFoundError, "There is no data file '.*missing.jsonl'"),
         ("images", None, IsADirectoryError, "is a directory; name the data files in it"),
-        ("latin.jsonl", json.dumps(HI) + "\n[ü]\n", DataError, r"latin.jsonl' is not UTF-8 text \(line 2\); save it"),
         ("latin.json", "[\n\nü]\n", DataError, r"latin.json' is not UTF-8 text \(line 3\); save it"),
         ("rows.json", "{}\n{}\n", DataError, r"is not JSON \(Extra data at line 2, column 1\); name a file with"),
         ("long.json", "9" * 5000, DataError, r"is not JSON \(Exceeds the limit"),
         ("row.json", json.dumps({"messages": HI}), DataError, "row.json' is an object, not a list of rows; name"),
         ("empty.jsonl", "\n", DataError, "There are no rows in .*empty.jsonl"),
+        ("none.jsonl", "", DataError, "There are no rows in .*none.jsonl"),
+        ("none.json", "", DataError, "There are no rows in .*none.json"),
+        ("a.csv", 'messages,images\n"[1, 2]",a.png\n', DataError, "a.csv' is CSV, not JSON Lines; write one row per"),
+        ("b.jsonl", 'q;a\n"x\ny";z\n', DataError, "b.jsonl' is CSV, not JSON Lines; write one row per line"),
+        ("c.json", "q\ta\nx\tz\n", DataError, "c.json' is a table with tabs, not JSON Lines"),
+        ("list.jsonl", json.dumps([{"messages": HI}], indent=1), DataError,
+         "has one list over several lines, as printed for people; name the file .json"),
+        ("rows.jsonl", json.dumps({"messages": HI}, indent=1) * 2, DataError,
+         "has a row over several lines, as printed for people; give each row one line of its own"),
         ("empty.json", "[]", DataError, "There are no rows in .*empty.json"),
     ],
 )  # fmt: skip
@@ -351,6 +442,78 @@ def test_a_file_that_cannot_be_read_is_an_error_even_when_bad_rows_are_skipped(
         (folder / name).write_text(content, encoding="latin-1")
     with pytest.raises(error, match=message):
         load_data(folder / name, one_processor, skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04\x14\0", "is a ZIP archive or an Excel sheet; unpack it"),
+        (b"(\xb5/\xfd\x04", "is compressed with Zstandard; decompress it"),
+        ("\ufeff[]".encode("utf-16-le"), "is UTF-16 text; save it as UTF-8"),
+        ("[]\n".encode("utf-16-le"), "is binary, or UTF-16 text; save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "is an image; a row names it"),
+        (b"<rows>\n<row/>", "is XML or HTML, not JSON Lines; write one row per line as JSON"),
+        (b"- messages:\n  - role: user\n", "is YAML, not JSON Lines"),
+        (b"SQLite format 3\0", "is an SQLite database; export its rows as JSON Lines"),
+        (gzip.compress(json.dumps(HI).encode() * 99)[:-20], "is broken or cut off"),
+        (gzip.compress(json.dumps(HI).encode() * 99)[:-20] + b"x" * 20, "is broken or cut off"),
+        (b"PAR1 but not really", "is Parquet that cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_told_what_it_is(folder, one_processor, content, message):
+    if content.startswith(b"PAR1"):
+        pytest.importorskip("pyarrow")
+    (folder / "data.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=f"data.jsonl' {message}"):
+        load_data(folder / "data.jsonl", one_processor, skip_bad=True)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.gz", "rows.json.gz"])
+def test_compressed_files_are_read(folder, one_processor, compress, name):
+    rows = [{"messages": SWIFT, "images": IMAGES}, HI]
+    text = json.dumps(rows) if name == "rows.json.gz" else "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_bytes(compress(text.encode()))
+    found, _ = load_data(folder / name, one_processor)
+    assert [row.messages for row in found] == [parse_row(row, folder, "").messages for row in rows]
+    assert found[1].origin == (f"{folder / name}, row 2" if name == "rows.json.gz" else f"{folder / name}:2")
+
+
+def test_parquet_is_read_pictures_and_all(folder, one_processor):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    picture = (folder / "images" / "a.png").read_bytes()
+    rows = [
+        {"messages": [{**SWIFT[4], "weight": None}, {**SWIFT[5], "weight": None}],
+         "images": [{"bytes": picture, "path": "elsewhere.png"}], "id": 1},
+        {"messages": [{"role": "user", "content": "Hi", "weight": None}, {**SWIFT[3], "weight": 0.0},
+                      {"role": "user", "content": "So?", "weight": None}, {**SWIFT[3], "weight": 1.0}], "images": None},
+        {"messages": [{"role": "user", "content": "Hi", "weight": None}], "images": None},
+    ]  # fmt: skip
+    write_table(pyarrow.Table.from_pylist(rows), folder / "data.parquet")
+    report = check_data(folder / "data.parquet", one_processor)
+    assert [row.origin for row in report.rows] == [f"{folder / 'data.parquet'}, row {i}" for i in (1, 2)]
+    assert load_pil_images(report.rows[0].messages)[0].tobytes() == load_pil_images(
+        [{"images": [folder / "images" / "a.png"]}]
+    )[0].tobytes()  # fmt: skip
+    assert [message.get("weight") for message in report.rows[1].messages] == [None, 0, None, None]
+    assert [bad.origin for bad in report.bad] == [f"{folder / 'data.parquet'}, row 3"]
+
+
+def test_one_line_in_another_encoding_is_one_bad_row(folder, one_processor):
+    file = write(
+        folder / "data.jsonl", HI, json.dumps([user("Grüße"), answer()], ensure_ascii=False).encode("cp1252"), HI
+    )
+    report = check_data(file, one_processor)
+    assert [row.origin for row in report.rows] == [f"{file}:1", f"{file}:3"]
+    assert [bad.origin for bad in report.bad] == [f"{file}:2"]
+
+
+def test_one_empty_file_of_several_is_an_error(folder, one_processor):
+    files = [write(folder / "data.jsonl", HI), write(folder / "empty.jsonl")]
+    with pytest.raises(DataError, match=r"^There are no rows in .*empty\.jsonl\.$"):
+        check_data(files, one_processor)
 
 
 # Order, lengths and numbers
@@ -411,5 +574,12 @@ def test_truncation_needs_an_answer_that_begins(processor: VLChatProcessor, tmp_
     rows, _ = load_data(path, processor)
     asked = len(processor(conversations=[user("Hi"), answer("")], force_batchify=False))
     assert load_data(path, processor, asked + 1, truncate=True) == (rows, [])
+    with pytest.raises(DataError, match=f"the first answer begins after {asked} tokens, --max_length is {asked}"):
+        load_data(path, processor, asked, truncate=True)
+
+    row = [user("Hi"), {**answer("Hello."), "weight": 0}, user("So?"), answer("yes " * 200)]
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    asked = len(processor(conversations=[*row[:3], answer("")], force_batchify=False))
+    load_data(path, processor, asked + 1, truncate=True)
     with pytest.raises(DataError, match=f"the first answer begins after {asked} tokens, --max_length is {asked}"):
         load_data(path, processor, asked, truncate=True)

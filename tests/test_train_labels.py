@@ -11,7 +11,7 @@ from conftest import BOS, EOS, IMAGE_TAG, make_picture
 from transformers import DynamicCache, TrainingArguments
 
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
-from deepseek_vl.data.rows import DataError, TrainingRow
+from deepseek_vl.data.rows import DataError, TrainingRow, parse_row
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.train.collator import NOT_LEARNT, EncodedRow, TrainingCollator, encode_row
 from deepseek_vl.train.stages import parts_of, set_trainable
@@ -121,6 +121,54 @@ def test_the_tokens_and_pixels_are_those_of_the_chat(processor, pictures, name):
     assert batch.keys() - {"labels"} == chat.keys() - {"sft_format", "attention_mask"}
     for key in batch.keys() - {"labels"}:
         assert torch.equal(batch[key], chat[key]), key
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize("withheld", [(0,), (1,), (0, 2)])
+def test_an_answer_without_weight_is_not_learnt_and_all_else_is_as_it_was(
+    processor, pictures, withheld, mask_prompt, monkeypatch
+):
+    """Token for token, from a row as people write it."""
+    monkeypatch.setattr(processor, "mask_prompt", mask_prompt)
+    turns = [("Look.", "At what?"), (f"This {IMAGE_TAG}?", "Yes. 🙂"), ("So?", " Fine.\n")]
+    messages = []
+    for i, (question, answer) in enumerate(turns):
+        messages.append({"role": "user", "content": question.replace(IMAGE_TAG, "<image>")})
+        messages.append({"role": "assistant", "content": answer, "weight": int(i not in withheld)})
+    row = parse_row({"messages": messages, "images": [str(pictures[0])]}, Path(), "here:1")
+    encoded = encode_row(row, processor)
+
+    expected, answers = [], 0
+    for text, is_answer in pieces(row, processor):
+        is_learnt = answers not in withheld if is_answer else not mask_prompt and text != BOS
+        answers += is_answer
+        for token in processor.tokenizer.encode(text, add_special_tokens=False):
+            copies = FEATURES if token == processor.image_id else 1
+            expected += [(token, token if is_learnt and copies == 1 else NOT_LEARNT)] * copies
+    assert list(zip(encoded.item.input_ids.tolist(), encoded.labels.tolist(), strict=True)) == expected
+    for pack in (False, True):
+        batch = TrainingCollator(processor, pack=pack)([row, row])
+        learnt = batch["labels"][batch["labels"] != NOT_LEARNT].tolist()
+        assert learnt == [label for _, label in expected if label != NOT_LEARNT] * 2
+
+
+def test_the_loss_is_that_of_the_answers_that_are_learnt(opened, pictures):
+    processor, model = opened
+    row = conversation(pictures, *CONVERSATIONS["images in later turns"])
+    weights = (1, 0, 1, 0)
+    partial = replace(row, messages=[
+        {**message, **({"weight": weights[i // 2]} if i % 2 else {})} for i, message in enumerate(row.messages)
+    ])  # fmt: skip
+    with torch.no_grad():
+        whole = TrainingCollator(processor)([row])
+        per_token = torch.nn.functional.cross_entropy(
+            model(**{**whole, "labels": None}).logits[0, :-1], whole["labels"][0, 1:], reduction="none"
+        )
+        loss = model(**TrainingCollator(processor)([partial])).loss
+    is_learnt = whole["labels"][0, 1:] != NOT_LEARNT
+    answer = (is_learnt & ~torch.nn.functional.pad(is_learnt, (1, 0))[:-1]).cumsum(0) - 1  # number of each token's
+    kept = is_learnt & torch.isin(answer, torch.tensor([i for i, weight in enumerate(weights) if weight]))
+    torch.testing.assert_close(loss, per_token[kept].mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("special", [False, True])

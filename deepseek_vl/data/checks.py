@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl.data.rows import BadRow, DataError, TrainingRow, check_tags, data_files, read_rows
+from deepseek_vl.data.errors import BadRow, DataError
+from deepseek_vl.data.decoding import data_files
+from deepseek_vl.data.messages import check_tags
+from deepseek_vl.data.rows import TrainingRow, read_rows
 from deepseek_vl.imaging.open import ImageLoadError, load_image
 
 if TYPE_CHECKING:
@@ -69,14 +72,12 @@ def load_data(
         The good rows and the bad ones; the latter are none unless `skip_bad`.
 
     Raises:
-        DataError: listing the bad rows, for a file that cannot be read as rows, or if there is no good row.
+        DataError: listing the bad rows, for a file that has no rows, or if there is no good row.
         OSError: if a file is missing or cannot be opened.
     """
     report = check_data(paths, processor, max_length, truncate)
     if report.bad and not (skip_bad and report.rows):
         raise DataError(_list_bad(report))
-    if not report.rows:
-        raise DataError(f"There are no rows in {', '.join(str(path) for path in data_files(paths)) or 'no files'}.")
     if report.bad:
         total = len(report.rows) + len(report.bad)
         logger.warning("Left out %d bad rows of %d, such as %s", len(report.bad), total, report.bad[0])
@@ -111,11 +112,15 @@ def check_data(
     The arguments are those of `load_data`.
 
     Raises:
-        DataError: for a file that cannot be read as rows.
+        DataError: for a file that has no rows, or cannot be read as rows.
         OSError: if a file is missing or cannot be opened.
     """
     check_tokenizer(processor)
-    read = list(read_rows(paths, processor.image_tag))
+    read: list[TrainingRow | BadRow] = []
+    for file in data_files(paths):
+        if not (rows := list(read_rows(file, processor.image_tag))):
+            raise DataError(f"There are no rows in {file}.")
+        read += rows
     sources = list(dict.fromkeys(source for row in read if isinstance(row, TrainingRow) for source in row.images))
     if sources:
         logger.info("Checking %d images.", len(sources))
@@ -191,7 +196,8 @@ def check_row(
     if max_length is not None and length > max_length:
         if not truncate:
             raise DataError(f"too long: {length} tokens, --max_length is {max_length}")
-        unanswered = [row.messages[0], {**row.messages[1], "content": ""}]
+        first = next(i for i, message in enumerate(row.messages) if i % 2 and message.get("weight", 1))
+        unanswered = [*row.messages[:first], {**row.messages[first], "content": ""}]
         if (asked := processor.count_tokens(processor.render(unanswered, row.system))) >= max_length:
             raise DataError(f"too long: the first answer begins after {asked} tokens, --max_length is {max_length}")
     return length

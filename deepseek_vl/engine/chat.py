@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from deepseek_vl.data.errors import BadRow
 from deepseek_vl.data.files import whole_file
-from deepseek_vl.data.rows import BadRow, read_rows
+from deepseek_vl.data.rows import read_rows
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import AnswerStream
 from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
@@ -149,7 +150,7 @@ class ChatSession:
             raise ValueError("There is no conversation yet to save.")
         messages = []
         for message in self.messages:
-            saved = {"role": message["role"], "content": message["content"]}
+            saved = {key: message[key] for key in ("role", "content", "weight") if key in message}
             if message["role"] == "User":
                 # With images, even none, `<image>` in the text is text to whoever reads the row.
                 saved["images"] = [image_data_url(image) for image in load_pil_images([message], self.open_image)]

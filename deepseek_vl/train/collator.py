@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from deepseek_vl.checkpoints.tokenizer import Spans
 from deepseek_vl.data.checks import check_tokenizer
-from deepseek_vl.data.rows import DataError, TrainingRow
+from deepseek_vl.data.errors import DataError
+from deepseek_vl.data.rows import TrainingRow
 from deepseek_vl.models.processing_vlm import VLChatProcessor, VLChatProcessorOutput
+from deepseek_vl.utils.conversation import Rendered
 from deepseek_vl.utils.io import load_pil_images
 
 NOT_LEARNT = -100
@@ -31,7 +34,8 @@ class EncodedRow:
 def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | None = None) -> EncodedRow:
     """Tokens, pixels and labels of one conversation.
 
-    Learnt are the answers and their end tokens; with `processor.mask_prompt` false, all text.
+    Learnt are the answers and their end tokens; with `processor.mask_prompt` false, all text. An answer with
+    `"weight": 0` is not learnt, either way.
 
     Args:
         max_length: cut what is behind so many tokens. An image that does not fit whole is left out with all that
@@ -46,8 +50,7 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
     prompt = processor.render(row.messages, row.system)
     ids, offsets = processor.encode(prompt)
     item = processor.process_one(prompt, images=load_pil_images(row.messages), ids=ids)
-    spans = prompt.learnt if processor.mask_prompt else [(0, len(prompt.text))]
-    learnt = [any(start < last and end > first for first, last in spans) for start, end in offsets]
+    learnt = _learnt_tokens(row, processor, prompt, offsets)
 
     is_tag = torch.tensor(ids) == processor.image_id
     copies = torch.where(is_tag, processor.positions_per_image, 1)
@@ -59,6 +62,20 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
     if (encoded.labels == processor.ignore_id).all():
         raise DataError(f"{row.origin}: nothing to learn: no answer begins within {max_length} tokens.")
     return encoded
+
+
+def _learnt_tokens(row: TrainingRow, processor: VLChatProcessor, prompt: Rendered, offsets: Spans) -> list[bool]:
+    """Which tokens of a rendered row are learnt, images' tags not counted."""
+
+    def in_any(spans: Spans) -> list[bool]:
+        return [any(start < last and end > first for first, last in spans) for start, end in offsets]
+
+    if processor.mask_prompt:
+        return in_any(prompt.learnt)
+    answers = processor.render([{**message, "weight": 1} for message in row.messages], row.system).learnt
+    withheld = in_any([span for span in answers if span not in prompt.learnt])
+    is_text = in_any([(0, len(prompt.text))])
+    return [text and not out for text, out in zip(is_text, withheld, strict=True)]
 
 
 def _cut(encoded: EncodedRow, processor: VLChatProcessor, max_length: int) -> EncodedRow:

@@ -252,8 +252,8 @@ def evaluate(
 ) -> Evaluation:
     """Ask the questions of conversations, and compare the answers with the rows'.
 
-    Scored are the answers that have a type, or, where no row has types, all. Other questions are asked only if the
-    history of a scored one needs their answers.
+    Scored are the answers that have a type, or, where no row has types, all that are to be learnt. Other questions are
+    asked only if the history of a scored one needs their answers.
 
     Args:
         model: in evaluation mode.
@@ -272,7 +272,7 @@ def evaluate(
     if not rows:
         raise ValueError("There are no rows to evaluate on.")
     typed = any(name is not None for row in rows for name in row.types)
-    types = [row.types if typed else (UNTYPED,) * len(row.types) for row in rows]
+    types = [row.types if typed else _untyped(row) for row in rows]
     chosen = [(row, names) for row, names in zip(rows, types, strict=True) if set(names) != {None}][:limit]
     engine = Engine(model, processor.tokenizer)
     answers: list[EvaluatedAnswer] = []
@@ -288,6 +288,11 @@ def evaluate(
     if dropped := sum(answer.dropped_turns > 0 for answer in answers):
         logger.warning("For %d questions the oldest turns were left out; a smaller answer length gives room.", dropped)
     return Evaluation(answers)
+
+
+def _untyped(row: TrainingRow) -> tuple[str | None, ...]:
+    """The types of a row's answers where none has a type: those that are not to be learnt are not right answers."""
+    return tuple(UNTYPED if answer.get("weight", 1) else None for answer in row.messages[1::2])
 
 
 def _check_choices(history: str, limit: int | None) -> None:

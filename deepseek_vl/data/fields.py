@@ -1,0 +1,67 @@
+"""The values of a row, as JSON has them: what they are in words, and keys that nobody reads."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from deepseek_vl.data.errors import DataError
+
+NOTES = {
+    *("annotator", "author", "authors", "categories", "category", "comment", "comments", "created", "creator"),
+    *("dataset", "date", "detail", "difficulty", "domain", "extra", "hash", "height", "id", "ids", "idx", "index"),
+    *("key", "keywords", "lang", "language", "length", "level", "licence", "license", "locale", "md5", "meta"),
+    *("metadata", "model", "note", "notes", "origin", "quality", "remark", "score", "scores", "sha1", "sha256"),
+    *("size", "source", "sources", "split", "stage", "status", "subject", "subset", "tag", "tags", "task", "time"),
+    *("timestamp", "topic", "updated", "uid", "uuid", "version", "width"),
+}
+"""Last words of the names of keys that say something about a row, and hold nothing to learn."""
+
+CONTENT = {
+    *("audio", "audios", "chosen", "kto", "label", "labels", "learn", "loss", "margin", "mask", "masked", "rejected"),
+    *("reward", "scale", "train", "trainable", "training", "video", "videos", "weight", "weights"),
+}
+"""Words in the names of keys that change what is to be learnt, whatever their value is."""
+
+
+def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]) -> None:
+    """Check that nothing of what is called `name` is passed over in silence.
+
+    Free of that are empty values, numbers (sizes, scores) and notes, such as an id or a source.
+
+    Args:
+        entry: an object of a row.
+        read: the keys that are read elsewhere.
+
+    Raises:
+        DataError: for another key that holds something.
+    """
+    for key, value in entry.items():
+        if key in read or value is None or value == "" or value == [] or value == {}:
+            continue
+        words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", str(key)).lower())
+        name_ends = [word for word in words if word != "list"][-1:]
+        is_note = isinstance(value, bool | int | float) or not NOTES.isdisjoint(name_ends)
+        if not CONTENT.isdisjoint(words) or not is_note:
+            raise DataError(
+                f'{name} has "{key}", which is not used in training; remove the key, or the row (notes may stand '
+                'under "metadata")'
+            )
+
+
+def check_is_text(name: str, value: Any) -> None:
+    """
+    Raises:
+        DataError: unless the value is text that can be written.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} has half a surrogate pair, {value[error.start]!r}, which is no character") from error
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null or missing"}
+    return names.get(type(value), "binary data" if isinstance(value, bytes) else "a number")

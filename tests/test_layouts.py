@@ -205,6 +205,40 @@ def test_files_of_several_dtypes_are_read_as_they_were(reference: Path, tmp_path
     assert all(back[name].dtype == weight.dtype and torch.equal(back[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_torch_files_are_converted_as_they_are_loaded(reference: Path, tmp_path: Path, shards: int) -> None:
+    """Alone, or several and their index; to the files that safetensors give."""
+    source = tmp_path / "source"
+    copy(reference, source)
+    (source / "model.safetensors").unlink()
+    weights = load_file(reference / "model.safetensors")
+    names = sorted(weights)
+    files = {f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin": names[i::shards] for i in range(shards)}
+    if shards == 1:
+        files = {"pytorch_model.bin": names}
+    for file, held in files.items():
+        torch.save({name: weights[name] for name in held}, source / file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert convert(source, tmp_path / "exported", "transformers") == len(weights)
+    assert not list((tmp_path / "exported").rglob("*.bin*"))
+    convert(tmp_path / "exported", tmp_path / "back", "reference")
+    back: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        back |= load_file(file)
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items()) and back.keys() == weights.keys()
+
+
+def test_of_several_kinds_of_weights_those_are_converted_that_are_loaded(reference: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    copy(reference, source)
+    torch.save({"other": torch.zeros(1)}, source / "pytorch_model.bin")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"other": "gone.safetensors"}}))
+    convert(source, tmp_path / "exported", "transformers")
+    MultiModalityCausalLM.from_pretrained(str(tmp_path / "exported"))
+
+
 def copy(source: Path, destination: Path) -> None:
     destination.mkdir()
     for path in source.iterdir():
@@ -286,6 +320,18 @@ def test_a_truncated_file_is_one_line(reference: Path, tmp_path: Path) -> None:
     result = subprocess.run([*command, "transformers"], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert "is broken or truncated" in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"not a file of torch's"])
+def test_a_broken_torch_file_is_one_line_too(reference: Path, tmp_path: Path, capsys: Any, content: bytes) -> None:
+    copy(reference, tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(content)
+    assert main([str(tmp_path / "source"), str(tmp_path / "new"), "--to", "transformers"]) == 1
+    assert "pytorch_model.bin' is broken or truncated (" in capsys.readouterr().err
+    (tmp_path / "source" / "pytorch_model.bin").unlink()
+    assert main([str(tmp_path / "source"), str(tmp_path / "new"), "--to", "transformers"]) == 1
+    assert "source' has no weights: neither model.safetensors nor " in capsys.readouterr().err
 
 
 # --- the chat template ---

@@ -62,7 +62,7 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
     Memory holds one shard at a time. Nothing is at `destination` before all of it is.
 
     Args:
-        source: a directory with weights as safetensors, or the name of a bundled model.
+        source: a checkpoint's directory, or the name of a bundled model.
         destination: a directory that does not exist yet.
         layout: `reference` or `transformers`.
         architecture: of the model.
@@ -112,18 +112,25 @@ def check_places(source: Path, destination: Path) -> None:
         raise OSError(f"'{source}' is no checkpoint: it has no {CONFIG}.")
 
 
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What weights are in, or the index of the files that they are in; of several transformers loads the first."""
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """A checkpoint's safetensors files.
+    """A checkpoint's files of weights, safetensors or torch's.
 
     Raises:
-        OSError: if there are none.
+        OSError: if there are none, or one of the index is missing.
     """
-    index = read_json(directory / INDEX)
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    name = next((name for name in WEIGHTS if (directory / name).is_file()), None)
+    if name is None:
+        raise OSError(f"'{directory}' has no weights: neither {' nor '.join(WEIGHTS)}.")
+    is_index = name.endswith(".json")
+    names = sorted(set(read_json(directory / name)["weight_map"].values())) if is_index else [name]
     files = [directory / name for name in names]
     for file in files:
         if not file.is_file():
-            raise OSError(f"'{directory}' has no {file.name}; only weights as safetensors can be converted.")
+            raise OSError(f"'{directory}' has no {file.name}, which its {name} names.")
     return files
 
 
@@ -177,7 +184,7 @@ def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
 
 def _write_files(source: Path, destination: Path, settings: Mapping[str, str]) -> None:
     """Write everything but the weights: what differs between the layouts, and the rest as it is."""
-    weights = {INDEX, *(file.name for file in weight_files(source))}
+    weights = {*WEIGHTS, *(file.name for file in weight_files(source))}
     for path in source.iterdir():
         if path.name not in (*weights, *REWRITTEN, KEPT):
             copy = shutil.copytree if path.is_dir() else shutil.copy2

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,13 +65,14 @@ def unread_weights(files: Iterable[str | Path], dtype: torch.dtype | None = None
     """
     tensors: dict[str, Any] = {}
     for file in map(str, files):
-        if not file.endswith(".safetensors"):
-            tensors |= load_state_dict(file)
-            continue
         try:
+            if not file.endswith(".safetensors"):
+                tensors |= load_state_dict(file)
+                continue
             opened = safe_open(file, framework="pt", backend="mmap")
-        except SafetensorError as error:
-            raise OSError(f"{file!r} is broken or truncated ({error}); download it again.") from error
+        except (SafetensorError, EOFError, RuntimeError, UnpicklingError) as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(f"{file!r} is broken or truncated ({cause}); download it again.") from error
         tensors |= {name: UnreadTensor(opened, name, dtype) for name in opened.keys()}  # noqa: SIM118  it is no dict
     return tensors
 

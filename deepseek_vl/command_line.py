@@ -3,8 +3,10 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import gc
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -22,7 +24,8 @@ def run_command(
     run: Callable[[argparse.Namespace], int | None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Parse the arguments and run a command; returns its exit code (None is 0), 1 after bad input, 130 after Ctrl-C.
+    """Parse the arguments and run a command; returns its exit code: None is 0; 1 after bad input or on a full disk, and
+    130 after Ctrl-C.
 
     Other exceptions are defects, or a machine's limits (out of memory): they keep their traceback.
     """
@@ -31,12 +34,40 @@ def run_command(
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request that Gradio sends itself
     try:
         return run(args) or 0
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if is_disk_full(error):
+            message = f"nothing more can be written ({one_line(error)}); make room, then give the same command again"
+        elif isinstance(error, OSError | ValueError):
+            message = str(error)
+        else:
+            raise
+        print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        return 1
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or what led to it, is of a disk, or a quota, that has no room left.
+
+    Libraries in other languages have errors of their own for it, which are no `OSError`: safetensors names the system's
+    error, PyTorch only the writer that failed.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in _NO_ROOM or _NO_ROOM_IN_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM_IN_WORDS = re.compile(
+    rf"os error ({'|'.join(map(str, sorted(_NO_ROOM)))})\b|code: ({'|'.join(map(str, sorted(_NO_ROOM)))})\b"
+    "|PytorchStreamWriter failed|inline_container.*unexpected pos"
+)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,13 @@ import torch
 from conftest import ROOT, make_picture
 from PIL import Image
 from safetensors.torch import load_file
+from training import ERROR, MIXED, TAG, changed, log, refusal, row, train, weights, write
 
 from deepseek_vl.data.rows import read_rows
 from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.train.__main__ import main
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.lora import merge
 from deepseek_vl.train.trainer import last_checkpoint
@@ -32,59 +32,9 @@ from deepseek_vl.utils.io import load_pretrained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TAG = "<image_placeholder>"
 SAM, SIGLIP = "vision_model.vision_tower_high.", "vision_model.vision_tower_low."
-ERROR = "python -m deepseek_vl.train: error: "
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 CORNERS = {"top left": (4, 4), "top right": (36, 4), "bottom left": (4, 36), "bottom right": (36, 36)}
-
-
-def train(*arguments: Any) -> int:
-    """Run the command here, on the CPU; returns its exit code."""
-    try:
-        return main([str(argument) for argument in (*arguments, "--device", "cpu")])
-    except SystemExit as error:
-        return error.code
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """A JSON Lines file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def row(question: str, answer: str, *images: str) -> list[dict[str, Any]]:
-    """A conversation of one turn."""
-    return [
-        {"role": "User", "content": question, "images": list(images)},
-        {"role": "Assistant", "content": answer},
-    ]
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a checkpoint's directory."""
-    return load_file(directory / "model.safetensors")
-
-
-def changed(directory: Path, base: Path) -> set[str]:
-    """The names of the weights that are not the base's, bit for bit."""
-    before = weights(base)
-    return {name for name, weight in weights(directory).items() if not torch.equal(weight, before[name])}
-
-
-def log(directory: Path, key: str) -> list[float]:
-    """A number's course, as the log has it."""
-    entries = map(json.loads, (directory / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    return [entry[key] for entry in entries if key in entry]
-
-
-def refusal(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
-    """The text of the one line with which the command ends."""
-    capsys.readouterr()
-    assert train(*arguments) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(ERROR), last
-    return last.removeprefix(ERROR)
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +51,10 @@ def folder(tmp_path_factory) -> Path:
     write(folder / "squares.jsonl", *rows)
     for i in range(2):
         make_picture(folder / f"{i}.png", seed=i)
-    mixed = [
-        row("Count.", "One, two, three, four, five, six, seven, eight, nine, ten, and so on."),
-        row(f"{TAG}Colour?", "Many.", "0.png"),
-        row("Yes?", "No."),
-        row(f"{TAG}{TAG}Same?", "They are not the same at all.", "0.png", "1.png"),
-    ]
-    write(folder / "mixed.jsonl", *mixed, *mixed[::-1])
-    write(folder / "few.jsonl", *mixed[:3])
+    write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
+    write(folder / "few.jsonl", *MIXED[:3])
     bad = [row(f"{TAG}What?", "It.", "missing.png"), row("Hi", ""), row("Long", "very " * 1100)]
-    write(folder / "bad.jsonl", mixed[0], *bad, mixed[1])
+    write(folder / "bad.jsonl", MIXED[0], *bad, MIXED[1])
     return folder
 
 
@@ -519,32 +463,3 @@ def test_no_output_is_an_error_in_one_line(siglip_checkpoint, folder, capsys):
 @pytest.mark.parametrize("arguments", [["--model_path", "/no/such/model"], ["--max_length", "0"]], ids=" ".join)
 def test_errors_of_the_check_are_one_line_too(siglip_checkpoint, folder, capsys, arguments):
     refusal(capsys, "--model_path", siglip_checkpoint, "--data", folder / "few.jsonl", "--check", *arguments)
-
-
-# Several processes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "hybrid"])
-def test_two_processes_with_sharded_weights_learn_what_one_does(request, start, folder, tmp_path, kind):
-    """On CPUs, with the configuration for GPUs of `examples`; some batches have no images."""
-    model_path = request.getfixturevalue(f"{kind}_checkpoint")
-    options = ["--model_path", model_path, "--max_steps", 4]
-    assert start(*options, "--batch_size", 2) == 0
-
-    sharded = (ROOT / "examples/fsdp.yaml").read_text(encoding="utf-8")
-    (tmp_path / "fsdp.yaml").write_text(f"{sharded}use_cpu: true\n", encoding="utf-8")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml",
-        "--num_processes", 2, "--mixed_precision", "no", "-m", "deepseek_vl.train", *options, "--batch_size", 1,
-        "--data", folder / "mixed.jsonl", "--output", tmp_path / "sharded", "--dtype", "float32", "--device", "cpu",
-        "--learning_rate", 1e-3, "--warmup_steps", 0, "--logging_steps", 1,
-    ]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert log(tmp_path / "sharded", "loss") == pytest.approx(log(tmp_path / "out", "loss"), rel=1e-3)
-    of_one = weights(tmp_path / "out")
-    for name, weight in weights(tmp_path / "sharded").items():
-        torch.testing.assert_close(weight.float(), of_one[name].float(), rtol=0.02, atol=2e-3, msg=name)
-    load_pretrained_model(tmp_path / "sharded", device="cpu")
-    assert len(list((tmp_path / "sharded/tensorboard").iterdir())) == 1

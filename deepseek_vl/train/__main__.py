@@ -24,7 +24,7 @@ from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLCha
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.memory import keeping_freed_memory
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
-from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
+from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype, write_whole
 from deepseek_vl.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> int | None:
     if missing := [name for name in ("matplotlib", "tensorboard", *(["peft"] * args.lora)) if find_spec(name) is None]:
         raise ValueError(f"Training needs {', '.join(missing)}: pip install 'deepseek_vl[train]'.")
     if Path(args.model_path).is_dir():
-        args.model_path = str(Path(args.model_path).absolute())  # what an adapter notes as its base
+        args.model_path = str(Path(args.model_path).absolute())  # so that a run is resumed with the same model
     if IS_FIRST:
         _keep_to_the_run(args)
     set_seed(args.seed)
@@ -160,6 +160,10 @@ def _run(args: argparse.Namespace) -> int | None:
     with keeping_freed_memory(trainer.args.device):
         train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
     if args.lora:
+        if IS_FIRST and trainer.state.global_step:  # none if there was nothing to do
+            from deepseek_vl.train.lora import write_card
+
+            write_card(args.output, len(rows), trainer.state.global_step)
         logger.info("Merge: python -m deepseek_vl.train.lora --adapter %s --output DIR", args.output)
     else:
         logger.info("Chat with it: python cli_chat.py --model_path %s", args.output)
@@ -210,7 +214,7 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
     elif args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{str(args.output)!r} is not empty and holds no run; choose another --output.")
     args.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chosen, indent=2), encoding="utf-8")
+    write_whole(path, json.dumps(chosen, indent=2))
 
 
 def _max_length(args: argparse.Namespace, config: MultiModalityConfig) -> int:
@@ -227,9 +231,11 @@ def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) 
     if idle := [part for part, _ in args.part_rate if part not in parts]:
         raise ValueError(f"--part_rate names {idle[0]}, which does not learn; what learns is {', '.join(parts)}.")
     if args.lora:
-        from deepseek_vl.train.lora import add_lora  # needs peft, which others can do without
+        from deepseek_vl.train.lora import add_lora, note_base  # needs peft, which others can do without
 
-        return add_lora(model, parts, args.lora_rank, 2 * args.lora_rank)
+        adapted = add_lora(model, parts, args.lora_rank, 2 * args.lora_rank)
+        note_base(adapted, args.model_path, args.output)
+        return adapted
     set_trainable(model, parts)
     return model
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from deepseek_vl.checkpoints.read import checkpoint_dtype
+from deepseek_vl.checkpoints.write import appearing_whole
 from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train.stages import PARTS, parts_of
@@ -52,6 +54,64 @@ def add_lora(
     return get_peft_model(model, config)
 
 
+def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
+    """Let an adapter that is to be saved in `output` name its base: a name as it is, a directory as seen from there."""
+    base = Path(os.path.relpath(model_path, output)).as_posix() if Path(model_path).is_dir() else model_path
+    adapted.get_base_model().config.name_or_path = base  # what peft's model cards have
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = base
+
+
+def find_base(adapter: Path) -> str:
+    """The base model that an adapter names, or a checkpoint of its training: a directory that is there, or a name."""
+    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    places = (adapter / name, adapter.parent / name)
+    return next((str(place) for place in places if (place / "config.json").is_file()), name)
+
+
+def write_card(adapter: Path, rows: int, steps: int) -> None:
+    """Replace the model card that peft writes, which is a form to be filled in.
+
+    Args:
+        adapter: directory of a saved adapter.
+        rows: how many conversations it was trained on.
+        steps: for how many optimizer steps.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    base, layers = config.base_model_name_or_path, config.target_modules
+    parts = ", ".join(part for part in PARTS if any(layer.startswith(PARTS[part]) for layer in layers))
+    text = _CARD.format(base=base, rank=config.r, parts=parts, layers=len(layers), rows=rows, steps=steps)
+    (adapter / "README.md").write_text(text, encoding="utf-8")
+
+
+_CARD = """\
+---
+base_model: "{base}"
+library_name: peft
+pipeline_tag: image-text-to-text
+tags:
+- deepseek-vl
+- lora
+---
+# A LoRA adapter for DeepSeek-VL
+
+The weights in this directory are no model. They are adapters of rank {rank} for {layers} linear layers ({parts}) of the
+DeepSeek-VL checkpoint `{base}`, trained on {rows} conversations for {steps} steps.
+
+Merge them into a checkpoint of its own:
+
+    python -m deepseek_vl.train.lora --adapter THIS_DIRECTORY --output NEW_DIRECTORY
+
+or load them over the base model:
+
+    from deepseek_vl.utils.io import load_pretrained_model
+    from peft import PeftModel
+
+    tokenizer, processor, model = load_pretrained_model("BASE")
+    model = PeftModel.from_pretrained(model, "THIS_DIRECTORY")
+"""
+
+
 def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
     """Write the checkpoint that an adapter and the model it was trained on make together.
 
@@ -68,15 +128,17 @@ def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
         raise FileNotFoundError(f"{str(adapter)!r} is no LoRA adapter: it has no adapter_config.json.")
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{str(output)!r} is not empty; choose a new directory.")
-    model_path = model_path or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    model_path = model_path or find_base(adapter)
     _, _, model = load_pretrained_model(model_path, device="cpu", dtype="float32")
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"The adapter {str(adapter)!r} does not fit {model_path!r}: {cause}") from error
-    adapted.merge_and_unload(safe_merge=True).to(checkpoint_dtype(model_path)).save_pretrained(output)
-    VLChatProcessor.from_pretrained(str(adapter)).save_pretrained(str(output))
+    merged = adapted.merge_and_unload(safe_merge=True).to(checkpoint_dtype(model_path))
+    with appearing_whole(output) as unfinished:
+        merged.save_pretrained(unfinished)
+        VLChatProcessor.from_pretrained(str(adapter)).save_pretrained(str(unfinished))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from deepseek_vl.kernels.device import pick_dtype
 from deepseek_vl.kernels.policy import multiplies_fast
+from deepseek_vl.train.banner import StartBanner
 from deepseek_vl.train.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -56,12 +59,46 @@ class CheckpointRotation(TrainerCallback):
                 shutil.rmtree(checkpoint)
 
 
+class ScheduleOverAllSteps(TrainerCallback):
+    """Takes the learning rate for the first step of a resumed run from the schedule.
+
+    `Trainer` takes it from the checkpoint. In a run that is given more steps than it had, that is the end of the old
+    schedule: a cosine's 0.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step and isinstance(lr_scheduler, LambdaLR):
+            rates = zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            for group, rate, share in rates:
+                group["lr"] = rate * share(lr_scheduler.last_epoch)
+
+
 class BaseTrainer(Trainer):
     """`Trainer` that keeps the last two checkpoints, and attends in float32 on a CPU; its arguments are keywords."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.add_callback(CheckpointRotation())
+        self.add_callback(ScheduleOverAllSteps())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """`Trainer`'s; a configuration for FSDP shards the weights on CPUs too, where accelerate takes no notice."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`Trainer`'s; on a CPU the attention is in float32, whose kernels there are faster both ways."""
@@ -82,6 +119,7 @@ class VLTrainer(BaseTrainer):
     def __init__(self, *, part_rates: Mapping[str, float] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.part_rates = part_rates or {}
+        self.add_callback(StartBanner(self))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `args.optim` says, with one group per part."""
@@ -190,6 +228,12 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         trainer.train()
     elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
         logger.warning("Going on from %s.", checkpoint)
+        if trainer.args.max_steps not in (-1, state.max_steps):
+            logger.warning(
+                "The run was planned for %d steps; from here on its learning rate is that of a run of %d.",
+                state.max_steps,
+                trainer.args.max_steps,
+            )
         trainer.train(resume_from_checkpoint=str(checkpoint))
     elif exported:
         logger.warning("The run in %s is finished; there is nothing to do.", output)
@@ -205,7 +249,17 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         plot_loss(history, output / "loss.png")
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
         # Last, as it says that all is there.
-        (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+        write_whole(output / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, as on a disk that is full."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:

@@ -14,7 +14,7 @@ GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
 RAY = ["ray[data]>=2.49,<2.64"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
-TRAIN = ["matplotlib>=3.9", "peft>=0.18", "tensorboard>=2.18"]
+TRAIN = ["matplotlib>=3.9", "peft>=0.18", "pyarrow>=17", "tensorboard>=2.18"]  # pyarrow for data in Parquet
 
 setup(
     name="deepseek_vl",
@@ -60,6 +60,8 @@ setup(
             "import-linter>=2.17",
             "ipykernel>=6.29",
             "nbclient>=0.10",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
             "openai>=1.60",
             "pexpect>=4.9",
             "playwright>=1.49",
@@ -68,6 +70,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.14",
             "schemathesis>=4.10",
+            "trl>=1.16",
         ],
         "caption": CAPTION,
         "gguf": GGUF,

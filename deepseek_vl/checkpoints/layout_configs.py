@@ -94,6 +94,7 @@ def as_published(output: dict[str, Any], config: Any) -> dict[str, Any]:
         part = getattr(config, name)
         output[name] = {"cls": part.cls, "model_type": part.model_type, "params": dict(part.params)}
     output["language_config"] = _llama_diff(config.language_config)
+    output.pop("image_token_id", None)  # the tokenizer's file says it
     dtype, llama_dtype = output.pop("dtype", None), output["language_config"].pop("dtype", None)
     if dtype is not None:
         output["torch_dtype"] = dtype

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from deepseek_vl.checkpoints.find import find_checkpoint, given_name, take_hub_arguments
 from deepseek_vl.checkpoints.names import as_reference
 from deepseek_vl.checkpoints.read import unread_weights
-from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
+from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens, image_token_id
 
 _loading = threading.RLock()
 """One model is built at a time: meanwhile transformers changes PyTorch's default dtype for the whole process, and two
@@ -52,6 +52,8 @@ class CheckpointModel(PreTrainedModel):
             raise ValueError(f"The weights at {path!r} do not fit the config: {details}.")
         if path is not None:
             model.config.name_or_path = given_name(given)  # what an adapter notes as its base
+            if getattr(model.config, "image_token_id", None) is None:  # trainers of other libraries look for it there
+                model.config.image_token_id = image_token_id(path)
             if model.can_generate():
                 model.set_special_tokens(checkpoint_special_tokens(path, model.config.get_text_config()))
         model.after_loading()

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from deepseek_vl.checkpoints.find import read_json
+from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG
 
 _NAMES = ("bos_token", "eos_token", "pad_token")
 
@@ -53,6 +54,12 @@ def token_id_of(token: str, directory: str | Path) -> int:
     if token not in added:
         raise ValueError(f"{str(directory)!r} has no tokenizer.json with a token {token!r}.")
     return added[token]
+
+
+def image_token_id(directory: str | Path) -> int | None:
+    """The id of the tag that stands for an image's features; None if the tokenizer's file has none."""
+    processor = read_json(Path(directory, "processor_config.json"))
+    return _added_tokens(directory).get(processor.get("image_tag", IMAGE_TAG))
 
 
 def _added_tokens(directory: str | Path) -> dict[str, int]:

@@ -20,6 +20,7 @@ from deepseek_vl.models.modeling_vlm import (
     MultiModalityModel,
     MultiModalityPreTrainedModel,
     build_encoder,
+    check_count,
     place_features,
     with_cache_name,
 )
@@ -121,6 +122,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
     def __init__(self, config: DeepseekVLConfig):
         super().__init__(config, *build_encoder(config.to_multi_modality()), LlamaModel(config.text_config))
         self.requires_grad_(True)  # the hybrid tower freezes its parts as the reference's config says
+        self.after_loading()
         self.post_init()
 
     def get_image_features(
@@ -227,9 +229,8 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
         if image_features is None:  # a model may write the image's token itself
             return embeds, None
         is_image = input_ids == self.config.image_token_id
-        found, given = int(is_image.sum()), image_features.shape[:2].numel()
-        if found != given:
-            raise ValueError(f"There are {found} image tokens and {given} image features.")
+        if not torch.compiler.is_compiling():  # a graph cannot raise errors that depend on data
+            check_count(is_image, image_features)
         return place_features(embeds, is_image, image_features), image_features
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import BatchFeature, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import BatchFeature
 
 from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.checkpoints.layout_configs import IMAGE_TAG, require_transformers_processor
+from deepseek_vl.checkpoints.text_inputs import TextOptions, TextProcessor
 from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 from deepseek_vl.hf.image_processing import DeepseekVLImageProcessor
 from deepseek_vl.models.image_processing_vlm import flat_images
@@ -15,11 +16,7 @@ from deepseek_vl.models.processing_vlm import VLChatProcessor
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
 
 
-class _Arguments(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}}
-
-
-class DeepseekVLProcessor(FromCheckpoint, ProcessorMixin):
+class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
     """Text with image tags, or messages in transformers' form, and images -> model inputs.
 
     Args:
@@ -55,30 +52,30 @@ class DeepseekVLProcessor(FromCheckpoint, ProcessorMixin):
         Args:
             images: of all texts in reading order; one or (nested) lists of them.
             text: with one image tag per image.
-            kwargs: of the tokenizer and the image processor (`padding`, `return_tensors`, ...).
+            kwargs: those of `TextOptions` (`padding`, `truncation`, ...), and settings of the image processor.
 
         Returns:
             `input_ids` and `attention_mask` [b, T], and with images what the image processor gives.
 
         Raises:
-            ValueError: if there is no text, or images and tags are not equally many.
+            ValueError: if there is no text, images and tags are not equally many, or for an argument that is not taken.
         """
         if text is None:
             raise ValueError("There is no text; images alone are the image processor's.")
-        options = self._merge_kwargs(_Arguments, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        settings = {*vars(self.image_processor), "device"}
+        of_images = {name: kwargs.pop(name) for name in list(kwargs) if name in settings}
+        of_images |= kwargs.pop("images_kwargs", None) or {}
+        options = TextOptions.of(kwargs, padding_side=self.tokenizer.padding_side)
         texts = [text] if isinstance(text, str) else list(text)
-        flat = flat_images(images) if images is not None else []
-        tags = sum(part.count(self.image_token) for part in texts)
-        if tags != len(flat):
-            raise ValueError(f"The text has {tags} {self.image_token} and {len(flat)} images were given.")
-        whole = [part.replace(self.image_token, self.image_token * self.num_image_tokens) for part in texts]
-        data = dict(self.tokenizer(whole, **options["text_kwargs"]))
-        if flat:
-            data |= self.image_processor(flat, **options["images_kwargs"])
-        return BatchFeature(data)
+        batch, each = self.text_batch(texts, flat_images(images), options)
+        del batch["mm_token_type_ids"]  # the ids tell these models where images are
+        if used := [image for group in each for image in group]:
+            tensors = options.return_tensors or "pt"
+            batch.update(self.image_processor(used, return_tensors=tensors, **of_images))
+        return batch
 
     def apply_chat_template(self, conversation: Any, *args: Any, generation_mode: str = "text", **kwargs: Any) -> Any:
-        """transformers' `apply_chat_template`.
+        """`TextProcessor.apply_chat_template`.
 
         Args:
             conversation: messages of one conversation, or a list of such.

@@ -20,7 +20,8 @@ def attend_with_positions(
     Returns:
         [B, heads, N, head_dim].
     """
-    is_for_cpu = q.device.type == "cpu" and not rel_h.requires_grad
+    # A graph that is exported or compiled has no room for loops and buffers.
+    is_for_cpu = q.device.type == "cpu" and not rel_h.requires_grad and not torch.compiler.is_compiling()
     return (attend_with_bias if is_for_cpu else attend_widened)(q, k, v, rel_h, rel_w)
 
 

@@ -94,6 +94,19 @@ class CLIPVisionTower(nn.Module):
                 raise ValueError(f"Unknown select_feature {select_feature!r}; known are {', '.join(SELECT_FEATURES)}.")
             self.vision_tower = _load_clip(model_name)
             load_tower_checkpoint(self.vision_tower, ckpt_path)
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Train nothing of what stands in checkpoints, but not in the forward pass: pooling, and layers behind the one
+        that is selected."""
+        tower = self.vision_tower
+        unused = [tower.attn_pool] if getattr(tower, "ignore_head", False) else []
+        if not self.model_name.startswith(("siglip", "sam")):
+            clip = getattr(tower, "vision_model", tower)  # newer versions of transformers have no such part
+            layers, chosen = clip.encoder.layers, self.select_layer
+            unused = [clip.post_layernorm, layers[chosen if chosen >= 0 else len(layers) + 1 + chosen :]]
+        for module in unused:
+            module.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, S, S] -> [B, N, width]; a SAM tower gives its map, [B, C, h, h]."""
@@ -165,6 +178,14 @@ class HybridVisionTower(nn.Module):
                 parameter.requires_grad_("neck" in name or "downsamples" in name)
         if self.freeze_low:
             self.vision_tower_low.requires_grad_(False).eval()
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Train nothing of what stands in checkpoints, but not in the forward pass."""
+        for module in (self.high_layer_norm, self.low_layer_norm):
+            module.requires_grad_(False)
+        for tower in (self.vision_tower_high, self.vision_tower_low):
+            tower.freeze_unused()
 
     def _neck_size(self, high_res_cfg: Mapping[str, Any]) -> dict[str, int]:
         if not high_res_cfg.get("model_name", "").startswith("sam"):

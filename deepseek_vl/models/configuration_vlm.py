@@ -1,7 +1,7 @@
 """The model's configuration, as published in `config.json`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
@@ -52,6 +52,7 @@ class MultiModalityConfig(FromCheckpoint, PretrainedConfig):
 
     model_type = "multi_modality"
     sub_configs = {"vision_config": VisionConfig, "aligner_config": AlignerConfig, "language_config": LlamaConfig}
+    auto_map: ClassVar = {}  # there is no remote code, as TRL asks before it opens a path
 
     def __init__(
         self,

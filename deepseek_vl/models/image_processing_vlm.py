@@ -20,8 +20,10 @@ IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
 IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
 
 
-def flat_images(images: ImageInput) -> list[Any]:
-    """Images in (nested) lists, or one, in reading order; those that are named by their path or address are opened."""
+def flat_images(images: ImageInput | None) -> list[Any]:
+    """Images in (nested) lists, one, or None, in reading order; those that are named by path or address are opened."""
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flat_images(item)]
     if getattr(images, "ndim", 3) == 4:  # an array of images

@@ -91,6 +91,12 @@ class MultiModalityPreTrainedModel(CheckpointModel):
         classes = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules if name in classes]
 
+    def after_loading(self) -> None:
+        """Ask no gradient of what no forward pass uses: DistributedDataParallel would wait for it in vain."""
+        for module in self.modules():
+            if isinstance(module, CLIPVisionTower | HybridVisionTower):
+                module.freeze_unused()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -157,6 +163,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         images_emb_mask: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
@@ -165,13 +172,17 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
 
         Args:
             input_ids: int64 [b, T]; negative ids are embedded as 0.
-            pixel_values: [b, n, 3, S, S] of any float dtype, or None without images.
+            pixel_values: [b, n, 3, S, S] of any float dtype, or None without images. Without masks also [n, 3, S, S],
+                the images of all rows; the config's `image_token_id` then says where their features go.
             images_seq_mask: bool [b, T], where features replace token embeddings, in order; of the whole prompt, if
-                the ids are its end alone, because a cache has the rest.
+                the ids are its end alone, because a cache has the rest, or of the prompt alone, if a completion
+                follows it.
             images_emb_mask: bool [b, n, N], which features are real.
             position_ids: int64 [b, T], if they do not count from 0 to T - 1; only to check that the model has them.
             image_features: [images, N, D], what `get_image_features` gives for the slots with real features, in order,
                 for callers that have it already. The pixels are then not looked at.
+            mm_token_type_ids: int64 [b, T], 1 where features go: transformers' name for `images_seq_mask`, beside which
+                `images_emb_mask` is not needed.
             ignored: the processor output's other fields.
 
         Returns:
@@ -181,13 +192,29 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             ValueError: if the prompt is longer than the model's positions, or pixels, masks and features do not fit.
         """
         new = input_ids.shape[1]
+        if mm_token_type_ids is not None and images_seq_mask is None:
+            images_seq_mask = mm_token_type_ids == 1
         if images_seq_mask is not None:
-            input_ids = F.pad(input_ids, (max(images_seq_mask.shape[1] - new, 0), 0))
+            masked = images_seq_mask.shape[1]
+            input_ids = F.pad(input_ids, (max(masked - new, 0), 0))
+            images_seq_mask = F.pad(images_seq_mask, (0, max(new - masked, 0)))
         self._check_length(input_ids, position_ids)
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, D]
-        if images_seq_mask is None or images_emb_mask is None:
+        if images_seq_mask is None and pixel_values is not None and pixel_values.ndim == 4:
+            image_features = self.get_image_features(pixel_values)
+            is_image = input_ids == getattr(self.config, "image_token_id", -1)
+            if not torch.compiler.is_compiling():
+                check_count(is_image, image_features)
+            return place_features(inputs_embeds, is_image, image_features)
+        if images_seq_mask is None or (images_emb_mask is None and mm_token_type_ids is None):
             if pixel_values is not None:
                 raise ValueError("pixel_values need images_seq_mask and images_emb_mask, as the processor gives them.")
+            return inputs_embeds[:, -new:]
+        if image_features is None and (images_emb_mask is None or torch.compiler.is_compiling()):
+            if pixel_values is not None:
+                inputs_embeds = self._embed_all_slots(inputs_embeds, pixel_values, images_seq_mask, images_emb_mask)
+            elif not torch.compiler.is_compiling() and images_seq_mask.any():
+                raise ValueError(f"The prompt has {int(images_seq_mask.sum())} image positions, but no pixel_values.")
             return inputs_embeds[:, -new:]
         check_images(pixel_values, images_seq_mask, images_emb_mask, image_features)
         is_real = images_emb_mask.any(dim=-1)  # [b, n]
@@ -207,6 +234,29 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             blank = self.get_image_features(pixel_values[:1, 0]).sum()
             inputs_embeds = inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds[:, -new:]
+
+    def _embed_all_slots(
+        self,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor,
+        images_seq_mask: torch.BoolTensor,
+        images_emb_mask: torch.BoolTensor | None,
+    ) -> torch.Tensor:
+        """Embed images without a look at which slots are real: features of the others are made and left over.
+
+        For graphs, whose shapes cannot depend on that, and for batches that do not say it. There the number of features
+        of an image tells how many images a row has.
+        """
+        features = self.get_image_features(pixel_values.flatten(0, 1))  # [b * n, N, D]
+        if images_emb_mask is None:
+            counts = images_seq_mask.sum(dim=1, keepdim=True) // features.shape[1]  # [b, 1]
+            is_real = torch.arange(pixel_values.shape[1], device=counts.device) < counts
+            images_emb_mask = is_real[..., None].expand(*is_real.shape, features.shape[1])
+        if not torch.compiler.is_compiling():
+            check_images(pixel_values, images_seq_mask, images_emb_mask)
+        real_first = images_emb_mask.flatten().logical_not().int().argsort(stable=True)
+        features = features.flatten(0, 1)[real_first.to(features.device)]
+        return place_features(inputs_embeds, images_seq_mask, features)
 
     def _check_length(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
@@ -228,6 +278,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         sft_format: list[str] | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`MultiModalityCausalLM.forward` up to the hidden states: `last_hidden_state` [b, T, D] in place of logits."""
@@ -235,7 +286,12 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.prepare_inputs_embeds(
-                input_ids, pixel_values, images_seq_mask, images_emb_mask, position_ids
+                input_ids,
+                pixel_values,
+                images_seq_mask,
+                images_emb_mask,
+                position_ids,
+                mm_token_type_ids=mm_token_type_ids,
             )
         return self.language_model(inputs_embeds=inputs_embeds, position_ids=position_ids, **with_cache_name(kwargs))
 
@@ -255,7 +311,7 @@ class ImageGenerationMixin(GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **with_cache_name(kwargs)
         )
         if not is_first_iteration:
-            for name in ("pixel_values", "images_seq_mask", "images_emb_mask"):
+            for name in ("pixel_values", "images_seq_mask", "images_emb_mask", "mm_token_type_ids"):
                 model_inputs.pop(name, None)
         return model_inputs
 
@@ -313,6 +369,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         sft_format: list[str] | None = None,
         loss_only: bool = False,
         cache: Any | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model on ids with or without images, or on embeddings.
@@ -320,6 +377,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         Args:
             input_ids: int64 [b, T].
             pixel_values, images_seq_mask, images_emb_mask: as in `prepare_inputs_embeds`; all three or none.
+            mm_token_type_ids: instead of the masks, as in `prepare_inputs_embeds`.
             attention_mask: [b, past + T], 0 on padding.
             position_ids: int64 [b, T].
             cache, past_key_values: a transformers cache, under either name.
@@ -355,6 +413,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
             cache=cache,
             **options,
             **kwargs,
@@ -383,6 +442,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         pixel_values: torch.Tensor | None = None,
         images_seq_mask: torch.BoolTensor | None = None,
         images_emb_mask: torch.BoolTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         sft_format: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -403,14 +463,16 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
             "pixel_values": pixel_values,
             "images_seq_mask": images_seq_mask,
             "images_emb_mask": images_emb_mask,
+            "mm_token_type_ids": mm_token_type_ids,
         }
         kwargs = with_cache_name(kwargs)
         if CACHE in kwargs:
             kwargs |= images  # `forward` embeds what the cache does not hold yet
         elif input_ids is not None and kwargs.get("inputs_embeds") is None:
-            masks = [mask for mask in (images_seq_mask, images_emb_mask) if mask is not None]
+            masks = [mask for name, mask in images.items() if name != "pixel_values" and mask is not None]
             # Whatever speaks of images counts, so that what does not fit together is an error.
-            if any(mask.any() for mask in masks) if len(masks) == 2 else pixel_values is not None:
+            is_told = len(masks) > 1 or mm_token_type_ids is not None
+            if any(mask.any() for mask in masks) if is_told else pixel_values is not None:
                 self._refuse_assistance(kwargs)
                 kwargs["inputs_embeds"] = self.prepare_inputs_embeds(input_ids, **images)
         return super().generate(input_ids, *args, **kwargs)
@@ -419,6 +481,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         """Freeze what the config says is frozen: transformers' loader makes every parameter trainable."""
         if isinstance(self.vision_model, HybridVisionTower):
             self.vision_model.freeze_towers()
+        super().after_loading()
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -435,6 +498,17 @@ def place_features(inputs_embeds: torch.Tensor, positions: torch.BoolTensor, fea
     """Embeddings [b, T, D] with image features [..., D], in order, where `positions` [b, T] says."""
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(positions.to(inputs_embeds.device)[..., None], features)
+
+
+def check_count(is_image: torch.BoolTensor, image_features: torch.Tensor) -> None:
+    """Check that there are as many positions of images, bool [b, T], as features [n, N, D].
+
+    Raises:
+        ValueError: if there are not.
+    """
+    found, given = int(is_image.sum()), image_features.shape[:2].numel()
+    if found != given:
+        raise ValueError(f"There are {found} image tokens and {given} image features.")
 
 
 def check_images(

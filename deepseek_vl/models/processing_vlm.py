@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import BatchFeature, ProcessorMixin
+from transformers.processing_utils import BatchFeature
 
 from deepseek_vl.checkpoints.find import FromCheckpoint
+from deepseek_vl.checkpoints.text_inputs import TextOptions, TextProcessor
 from deepseek_vl.checkpoints.tokenizer import Spans, encode, load_tokenizer
 from deepseek_vl.models.image_processing_vlm import VLMImageProcessor, flat_images
 from deepseek_vl.utils.conversation import (
@@ -22,7 +24,11 @@ from deepseek_vl.utils.conversation import (
     get_conv_template,
     jinja_template,
     render,
+    text_of,
 )
+
+NO_CHANGE = {"padding": (None, True, "longest"), "return_tensors": (None, "pt")}
+"""Arguments of transformers' processors, and values that ask for what is done anyway."""
 
 
 class DictOutput:
@@ -109,7 +115,7 @@ class BatchedVLChatProcessorOutput(DictOutput):
         return self
 
 
-class VLChatProcessor(FromCheckpoint, ProcessorMixin):
+class VLChatProcessor(FromCheckpoint, TextProcessor):
     """Renders a conversation, tokenizes it and prepares its images.
 
     Args:
@@ -160,12 +166,6 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
         return token_id if known else None
 
     @property
-    def pad_id(self) -> int:
-        """The id that pads batches: the tokenizer's padding token, or its end token if it has none."""
-        pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
-
-    @property
     def positions_per_image(self) -> int:
         """How many tokens of the prompt an image becomes."""
         return self.num_image_tokens + int(self.add_special_token)
@@ -181,12 +181,12 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
     ) -> str:
         """The reference's rendering of messages (`{"role", "content"}`), whose roles are used as they are.
 
-        Each content and the whole are stripped.
+        Each content and the whole are stripped. A content may also be None, or parts as `render` takes them.
         """
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)
         for message in conversations:
-            conversation.append_message(message["role"], message["content"].strip())
+            conversation.append_message(message["role"], text_of(message.get("content"), self.image_tag).strip())
         return conversation.get_prompt().strip()
 
     def render(
@@ -231,6 +231,7 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
         conversations: Sequence[Mapping[str, Any]] | None = None,
         images: Sequence[Image.Image] | None = None,
         ids: Sequence[int] | None = None,
+        system_prompt: str | None = None,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Process one prompt or conversation.
@@ -240,17 +241,24 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
             conversations: the messages of one conversation, rendered with this processor's template and system prompt.
             images: its PIL images, in the order of their tags.
             ids: of the prompt, where `encode` has been called already.
+            system_prompt: of this conversation, in place of the processor's; empty for none.
+            kwargs: none that would change anything.
 
         Raises:
-            ValueError: unless exactly one of `prompt` and `conversations` is given, or if the number of images is not
-                the number of tags.
+            ValueError: unless exactly one of `prompt` and `conversations` is given, for messages that are none, for
+                arguments that are not taken, or if the number of images is not the number of tags.
         """
         if (prompt is None) == (conversations is None):
             raise ValueError("Give exactly one of `prompt` and `conversations`.")
+        if refused := [name for name, value in kwargs.items() if value not in NO_CHANGE.get(name, (None, False))]:
+            raise ValueError(f"{', '.join(refused)}: not taken with a prompt or conversations, but perhaps with text=.")
         if prompt is None:
-            prompt = self.apply_sft_template_for_multi_turn_prompts(
-                conversations, sft_format=self.sft_format, system_prompt=self.system_prompt
-            )
+            if not all(isinstance(message, Mapping) and "role" in message for message in conversations):
+                raise ValueError('A conversation is a list of messages: {"role": ..., "content": ...}.')
+            system_prompt = self.system_prompt if system_prompt is None else system_prompt
+            prompt = self.apply_sft_template_for_multi_turn_prompts(conversations, self.sft_format, system_prompt)
+        elif system_prompt is not None:
+            raise ValueError("system_prompt is of conversations; a prompt is used as it is.")
         images = [images] if isinstance(images, Image.Image) else list(images or [])
         input_ids = torch.tensor(self.encode(prompt)[0] if ids is None else ids, dtype=torch.int64)
         image_indices = (input_ids == self.image_id).nonzero()
@@ -268,58 +276,65 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
         self,
         *,
         prompt: str | Rendered | None = None,
-        conversations: Sequence[Mapping[str, Any]] | None = None,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]] | None = None,
         images: Sequence[Image.Image] | None = None,
         force_batchify: bool = True,
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> VLChatProcessorOutput | BatchedVLChatProcessorOutput | BatchFeature:
+    ) -> VLChatProcessorOutput | list[VLChatProcessorOutput] | BatchedVLChatProcessorOutput | BatchFeature:
         """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one.
 
-        With `text`, as transformers' pipelines call it: rendered prompts and their (nested lists of) images -> a batch.
+        `conversations` may also be a list of conversations, with the images of all in reading order or in a list for
+        each; the result is then a batch of all, or a list. With `text`, as transformers' pipelines call it: rendered
+        prompts and their images -> a batch, under the arguments of `TextOptions`.
         """
         if text is not None:
-            return self._process_texts([text] if isinstance(text, str) else text, images, **kwargs)
+            return self._process_texts([text] if isinstance(text, str) else text, images, kwargs)
+        if conversations and isinstance(conversations[0], list | tuple):
+            remaining = iter(flat_images(images))
+            outputs = []
+            for messages in conversations:
+                texts = (text_of(message.get("content"), self.image_tag) for message in messages)
+                own = list(islice(remaining, sum(each.count(self.image_tag) for each in texts)))
+                outputs.append(self.process_one(prompt=prompt, conversations=messages, images=own, **kwargs))
+            if left := len(list(remaining)):
+                raise ValueError(f"There are {left} images more than {self.image_tag} in the conversations.")
+            return self.batchify(outputs) if force_batchify else outputs
         output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
 
     def _process_texts(
-        self,
-        texts: Sequence[str],
-        images: ImageInput | None,
-        padding_side: str = "left",
-        return_tensors: str | None = "pt",
-        **ignored: Any,
+        self, texts: Sequence[str], images: ImageInput | None, arguments: Mapping[str, Any]
     ) -> BatchFeature:
-        """Rendered prompts -> a padded batch, without the prompts themselves.
+        """Rendered prompts -> a batch under the names that transformers' trainers know.
 
-        Args:
-            texts, images: as `__call__`'s.
-            padding_side: "left" or "right".
-            return_tensors: "pt" or "np".
-            ignored: what else transformers' pipelines give every processor.
+        Returns:
+            `input_ids`, `attention_mask` and `mm_token_type_ids` [b, T]; with images `pixel_values` [b, n, 3, S, S].
 
         Raises:
-            ValueError: if there are not as many images as tags.
+            ValueError: if there are not as many images as tags, or for an argument that is not taken.
         """
-        flat = iter(flat_images(images) if images is not None else [])
-        items = [self.process_one(prompt=text, images=list(islice(flat, text.count(self.image_tag)))) for text in texts]
-        if left := len(list(flat)):
-            raise ValueError(f"There are {left} images more than {self.image_tag} in the text.")
-        batch = self.batchify(items, padding_side)
-        data = {name: value for name, value in batch.items() if name != "sft_format"}
-        return BatchFeature(data, tensor_type=return_tensors)
+        flat, own_tag = flat_images(images), self.add_special_token
+        batch, each = self.text_batch(texts, flat, TextOptions.of(arguments), own_tag)
+        if most := max(map(len, each), default=0):
+            pixels = torch.zeros(len(each), most, *self.image_processor.default_shape)
+            for slots, group in zip(pixels, each, strict=True):
+                slots[: len(group)] = self.image_processor(group, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = pixels.numpy() if arguments.get("return_tensors") == "np" else pixels
+        return batch
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """transformers' `apply_chat_template`, for messages in its form.
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template: one that was set, or this processor's format, with its system prompt."""
+        return self._chat_template or jinja_template(self.new_chat_template(), self.image_tag)
 
-        By default in this processor's format, with its system prompt unless there is a system message.
-        """
-        return super().apply_chat_template(
-            conversation,
-            chat_template or self.chat_template or jinja_template(self.new_chat_template(), self.image_tag),
-            **{"system_prompt": self.system_prompt, **kwargs},
-        )
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._chat_template = template
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """`TextProcessor.apply_chat_template`, with this processor's system prompt unless there is a system message."""
+        return super().apply_chat_template(conversation, *args, **{"system_prompt": self.system_prompt, **kwargs})
 
     def batchify(
         self, prepare_list: Sequence[VLChatProcessorOutput], padding_side: str = "left"
@@ -392,7 +407,10 @@ class VLChatProcessor(FromCheckpoint, ProcessorMixin):
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the published layout: processor, image processor and tokenizer, each in files of its own."""
         self.image_processor.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self._chat_template is None:  # the settings say it
+            Path(save_directory, "chat_template.jinja").unlink(missing_ok=True)
+        return files
 
     @classmethod
     def get_processor_dict(

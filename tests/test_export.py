@@ -1,0 +1,115 @@
+"""The model as a graph: torch.export, torch.compile without breaks, and ONNX of what encodes images."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import IMAGE_TAG, make_picture
+from PIL import Image
+
+from deepseek_vl import (
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLProcessor,
+    MultiModalityCausalLM,
+    VLChatProcessor,
+)
+from deepseek_vl.utils.io import load_pretrained_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Image.Image]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return [Image.open(make_picture(folder / f"{i}.png", (40, 30), seed=i)).convert("RGB") for i in range(4)]
+
+
+TEXTS = [f"{IMAGE_TAG}What is this? {IMAGE_TAG}", f"{IMAGE_TAG}And this?"]
+
+
+def prepared(name: str, checkpoint: Path, pictures: list[Image.Image]) -> tuple[torch.nn.Module, dict[str, Any], dict]:
+    """A model, a batch of two and one pictures, and another of the same shape."""
+    if name == "DeepseekVL":
+        model = DeepseekVLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        processor = DeepseekVLProcessor.from_pretrained(checkpoint)
+    else:
+        model = MultiModalityCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        processor = VLChatProcessor.from_pretrained(checkpoint)
+    batches = []
+    for texts, images in ((TEXTS, pictures[:3]), ([TEXTS[0].replace("What", "Warp"), TEXTS[1]], pictures[1:])):
+        if name == "masks":
+            groups = (images[:2], images[2:])
+            items = [
+                processor.process_one(prompt=text, images=group) for text, group in zip(texts, groups, strict=True)
+            ]
+            batch = dict(processor.batchify(items))
+            del batch["sft_format"]
+        else:
+            batch = dict(processor(text=texts, images=images))
+        batches.append({**batch, "use_cache": False})
+    return model.eval(), *batches
+
+
+@pytest.mark.parametrize("name", ["masks", "mm_token_type_ids", "DeepseekVL"])
+def test_the_whole_model_is_exported(checkpoint, pictures, name):
+    """For a number of pictures that is fixed; rows may differ in theirs."""
+    model, batch, other = prepared(name, checkpoint, pictures)
+    with torch.no_grad():
+        program = torch.export.export(model, (), batch, strict=False)
+        for inputs in (batch, other):
+            exported = program.module()(**inputs)
+            torch.testing.assert_close(exported.logits, model(**inputs).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["masks", "mm_token_type_ids", "DeepseekVL"])
+def test_the_forward_pass_compiles_into_one_graph(checkpoint, pictures, name):
+    model, batch, other = prepared(name, checkpoint, pictures)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for inputs in (batch, other):
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_load_pretrained_model_gives_compiles_too(checkpoint, pictures):
+    """With the kernels for this processor, by the default backend, and with gradients."""
+    _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
+    batch = dict(processor(text=TEXTS, images=pictures[:3]), use_cache=False)
+    expected = model(**batch, labels=batch["input_ids"])
+    expected.loss.backward()
+    gradient = model.aligner.layers[0].weight.grad.clone()
+    model.zero_grad()
+    torch._dynamo.reset()
+    output = torch.compile(model, fullgraph=True)(**batch, labels=batch["input_ids"])
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-3)
+    torch.testing.assert_close(model.aligner.layers[0].weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+class ImageEncoder(torch.nn.Module):
+    """Vision tower and projector: pixels [n, 3, S, S] -> features [n, N, D]."""
+
+    def __init__(self, model: MultiModalityCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values)
+
+
+def test_onnx_of_tower_and_projector(checkpoint, pictures, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
+    _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
+    encoder = ImageEncoder(model).eval()
+    pixels = processor.image_processor(pictures[:2], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        torch.onnx.export(encoder, (pixels,), tmp_path / "encoder.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+        for images in (pictures[:2], pictures[2:]):
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            (features,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+            torch.testing.assert_close(torch.from_numpy(features), encoder(pixels), rtol=0, atol=1e-3)

@@ -69,11 +69,11 @@ def decoded_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if what := next((what for start, what in OTHERS.items() if beginning.startswith(start)), None):
             raise DataError(f"{str(path)!r} is {what}.")
         start = next((start for start in COMPRESSED if beginning.startswith(start)), None)
-        if start is None and b"\0" in beginning:
-            raise DataError(f"{str(path)!r} is binary, or UTF-16 text; save it as UTF-8, one row per line as JSON.")
         if beginning.startswith(PARQUET):
             yield from _parquet_rows(path)
             return
+        if start is None and b"\0" in beginning:
+            raise DataError(f"{str(path)!r} is binary, or UTF-16 text; save it as UTF-8, one row per line as JSON.")
         name = Path(path.stem) if start else path  # `rows.json` of `rows.json.gz`
         rows = _json_rows if name.suffix.lower() == ".json" else _jsonl_rows
         try:

@@ -57,7 +57,8 @@ def add_lora(
 def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
     """Let an adapter that is to be saved in `output` name its base: a name as it is, a directory as seen from there."""
     base = Path(os.path.relpath(model_path, output)).as_posix() if Path(model_path).is_dir() else model_path
-    adapted.get_base_model().config.name_or_path = base  # what peft's model cards have
+    model = adapted.get_base_model()
+    model.name_or_path = model.config.name_or_path = base  # what peft's model cards have
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base
 

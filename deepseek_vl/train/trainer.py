@@ -76,9 +76,11 @@ class ScheduleOverAllSteps(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.global_step and isinstance(lr_scheduler, LambdaLR):
-            rates = zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
-            for group, rate, share in rates:
-                group["lr"] = rate * share(lr_scheduler.last_epoch)
+            shares = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            rates = [rate * share(lr_scheduler.last_epoch) for rate, share in shares]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # which the log has
 
 
 class BaseTrainer(Trainer):

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl.data.errors import BadRow, DataError
 from deepseek_vl.data.decoding import data_files
+from deepseek_vl.data.errors import BadRow, DataError
 from deepseek_vl.data.messages import check_tags
 from deepseek_vl.data.rows import TrainingRow, read_rows
 from deepseek_vl.imaging.open import ImageLoadError, load_image

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl.data.decoding import data_files, decoded_rows
 from deepseek_vl.data.errors import BadRow, DataError
 from deepseek_vl.data.fields import check_all_is_read, check_is_text, kind
-from deepseek_vl.data.decoding import data_files, decoded_rows
 from deepseek_vl.data.messages import check_tags, fill, read_message, read_sources
 from deepseek_vl.utils.conversation import IMAGE_TAG
 

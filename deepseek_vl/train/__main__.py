@@ -19,12 +19,13 @@ from transformers.integrations import TensorBoardCallback
 from deepseek_vl.checkpoints.read import checkpoint_dtype
 from deepseek_vl.command_line import OneLineParser, positive, run_command
 from deepseek_vl.data.checks import check_data, load_data
+from deepseek_vl.data.files import whole_file
 from deepseek_vl.kernels.device import pick_device
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.memory import keeping_freed_memory
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
-from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype, write_whole
+from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
 from deepseek_vl.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
     elif args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{str(args.output)!r} is not empty and holds no run; choose another --output.")
     args.output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(chosen, indent=2))
+    with whole_file(path) as part:
+        part.write_text(json.dumps(chosen, indent=2), encoding="utf-8")
 
 
 def _max_length(args: argparse.Namespace, config: MultiModalityConfig) -> int:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from deepseek_vl.data.files import whole_file
 from deepseek_vl.kernels.device import pick_dtype
 from deepseek_vl.kernels.policy import multiplies_fast
 from deepseek_vl.train.banner import StartBanner
@@ -251,17 +252,8 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
         plot_loss(history, output / "loss.png")
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
         # Last, as it says that all is there.
-        write_whole(output / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, as on a disk that is full."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        with whole_file(output / "log.jsonl") as part:
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
 def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
@@ -91,17 +90,6 @@ class BaseTrainer(Trainer):
         super().__init__(**kwargs)
         self.add_callback(CheckpointRotation())
         self.add_callback(ScheduleOverAllSteps())
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """`Trainer`'s; a configuration for FSDP shards the weights on CPUs too, where accelerate takes no notice."""
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            if state.mixed_precision != "no":
-                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
-            self.is_fsdp_enabled = True
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`Trainer`'s; on a CPU the attention is in float32, whose kernels there are faster both ways."""

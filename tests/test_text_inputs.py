@@ -350,6 +350,7 @@ def test_other_parts_are_refused_in_words(loaded, content, message):
     [
         ({"conversations": "Hi"}, "A conversation is a list of messages"),
         ({"conversations": [{"content": "Hi"}]}, "A conversation is a list of messages"),
+        ({"conversations": [["Hi"]]}, "A conversation is a list of messages"),
         ({"conversations": ask("Hi"), "truncation": True, "max_length": 3}, "^truncation, max_length: not taken with"),
         ({"prompt": "Hi", "padding": "max_length"}, "^padding: not taken with a prompt or conversations"),
         ({"prompt": "Hi", "system_prompt": "S"}, "system_prompt is of conversations; a prompt is used as it is"),

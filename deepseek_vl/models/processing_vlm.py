@@ -294,7 +294,8 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
             remaining = iter(flat_images(images))
             outputs = []
             for messages in conversations:
-                texts = (text_of(message.get("content"), self.image_tag) for message in messages)
+                known = (message for message in messages if isinstance(message, Mapping))  # others are an error below
+                texts = (text_of(message.get("content"), self.image_tag) for message in known)
                 own = list(islice(remaining, sum(each.count(self.image_tag) for each in texts)))
                 outputs.append(self.process_one(prompt=prompt, conversations=messages, images=own, **kwargs))
             if left := len(list(remaining)):

@@ -1,12 +1,13 @@
 """The model as a graph: torch.export, torch.compile without breaks, and ONNX of what encodes images."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import IMAGE_TAG, make_picture
+from conftest import IMAGE_TAG, ROOT, make_picture
 from PIL import Image
 
 from deepseek_vl import (
@@ -74,42 +75,36 @@ def test_the_forward_pass_compiles_into_one_graph(checkpoint, pictures, name):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_what_load_pretrained_model_gives_compiles_too(checkpoint, pictures):
+@pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "hybrid"])
+def test_what_load_pretrained_model_gives_compiles_too(request, kind, pictures):
     """With the kernels for this processor, by the default backend, and with gradients."""
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
     _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
     batch = dict(processor(text=TEXTS, images=pictures[:3]), use_cache=False)
     expected = model(**batch, labels=batch["input_ids"])
     expected.loss.backward()
-    gradient = model.aligner.layers[0].weight.grad.clone()
+    gradient = model.aligner.layers[-1].weight.grad.clone()
     model.zero_grad()
     torch._dynamo.reset()
     output = torch.compile(model, fullgraph=True)(**batch, labels=batch["input_ids"])
     output.loss.backward()
     torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-3)
-    torch.testing.assert_close(model.aligner.layers[0].weight.grad, gradient, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.aligner.layers[-1].weight.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
-class ImageEncoder(torch.nn.Module):
-    """Vision tower and projector: pixels [n, 3, S, S] -> features [n, N, D]."""
-
-    def __init__(self, model: MultiModalityCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(pixel_values)
-
-
-def test_onnx_of_tower_and_projector(checkpoint, pictures, tmp_path):
+def test_onnx_of_tower_and_projector(checkpoint, pictures, tmp_path, monkeypatch):
+    """As `docs/engines.md` shows it."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
-    _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
-    encoder = ImageEncoder(model).eval()
-    pixels = processor.image_processor(pictures[:2], return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        torch.onnx.export(encoder, (pixels,), tmp_path / "encoder.onnx", dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
-        for images in (pictures[:2], pictures[2:]):
-            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            (features,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
-            torch.testing.assert_close(torch.from_numpy(features), encoder(pixels), rtol=0, atol=1e-3)
+    chapter = (ROOT / "docs/engines.md").read_text(encoding="utf-8").split("\n## Graphs")[1]
+    code = re.search(r"```python\n(.*?)```", chapter, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace('"tiny"', repr(str(checkpoint))), names)
+    session = onnxruntime.InferenceSession("encoder.onnx", providers=["CPUExecutionProvider"])
+    for picture in pictures:
+        pixels = names["processor"].image_processor([picture], return_tensors="pt")["pixel_values"]
+        (features,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+        with torch.no_grad():
+            expected = names["model"].get_image_features(pixels)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=0, atol=1e-3)

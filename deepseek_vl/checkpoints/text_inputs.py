@@ -14,7 +14,12 @@ from deepseek_vl.checkpoints.tokenizer import Spans, encode
 
 PADDINGS = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
 TRUNCATIONS = {True: True, "longest_first": True, "only_first": True, False: False, "do_not_truncate": False}
-WITHOUT_EFFECT = ("return_text_replacement_offsets", "return_mm_token_type_ids", "return_attention_mask", "verbose")
+HANDS_ALL_ON = "processor_kwargs" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""Whether transformers gives a processor's call the variables of a chat template too, as before 5.4."""
+WITHOUT_EFFECT = {
+    *("return_text_replacement_offsets", "return_mm_token_type_ids", "return_attention_mask", "verbose"),
+    *(["system_prompt"] if HANDS_ALL_ON else []),
+}
 """Arguments that ask for nothing that is not given anyway."""
 
 
@@ -221,8 +226,8 @@ class TextProcessor(ProcessorMixin):
         given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
         if given.get("tokenize") and not given.keys() & {"padding", "return_tensors"}:
             plain = {"padding": False, "return_tensors": None}
-            if "processor_kwargs" in inspect.signature(super().apply_chat_template).parameters:
-                kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **plain}
-            else:  # before transformers 5.4
+            if HANDS_ALL_ON:
                 kwargs |= plain
+            else:
+                kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **plain}
         return super().apply_chat_template(conversation, *args, **kwargs)

@@ -182,9 +182,10 @@ def test_an_adapter_says_what_it_is_and_no_absolute_path(siglip_checkpoint, opti
     assert merge_command(["--adapter", "../runs/adapter", "--output", "third", "--model_path", "../models/other"]) == 0
 
 
-def test_an_adapter_of_the_bundled_model_names_it(data, tmp_path):
+def test_an_adapter_of_the_bundled_model_names_it(data, tmp_path, recwarn):
     options = ["--model_path", "tiny", "--data", data, "--lora", "--max_steps", 1, "--workers", 0]
     assert train(*options, "--output", tmp_path / "adapter") == 0
+    assert not [warning for warning in recwarn if "Could not find a config file" in str(warning.message)]
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     assert merge_command(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,7 +159,9 @@ def _run(args: argparse.Namespace) -> int | None:
         eval_dataset=eval_rows,
         callbacks=[_tensorboard(args.output)] if IS_FIRST else [],
     )
-    with keeping_freed_memory(trainer.args.device):
+    with keeping_freed_memory(trainer.args.device), warnings.catch_warnings():
+        # peft looks for the base of an adapter as seen from here, to see whether the vocabulary has grown; it has not.
+        warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
         train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
     if args.lora:
         if IS_FIRST and trainer.state.global_step:  # none if there was nothing to do

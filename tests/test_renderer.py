@@ -20,7 +20,8 @@ from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor, VLMImageProcessor
-from deepseek_vl.serve.api.protocol import parse
+from deepseek_vl.serve.api.chat import ChatCompletionRequest
+from deepseek_vl.serve.api.parse import parse
 from deepseek_vl.serve.api.service import Service
 from deepseek_vl.serve.inference import load_model, stream_answer
 from deepseek_vl.train.collator import NOT_LEARNT, encode_row
@@ -187,6 +188,16 @@ def test_a_strangers_system_text_is_literal_and_the_servers_own_is_not(processor
         assert processor.encode(theirs)[0].count(special) == 0
 
 
+def test_an_answer_may_come_first() -> None:
+    """And ends as answers do, though templates go by even and odd messages."""
+    messages = turns("q", "Hi.", "A", "")[1:]
+    system = [{"role": "system", "content": "S"}]
+    assert render(messages, "deepseek").text == f"Assistant: Hi.{EOS}User: A\n\nAssistant:"
+    assert render([*system, *messages], "deepseek").text == f"S\n\nAssistant: Hi.{EOS}User: A\n\nAssistant:"
+    assert render(messages, "human-bot").text == f"Bot: Hi.{EOS}Human: A\nBot:"
+    assert render([*system, *messages], "framed").text == f"<{{sys}}>S</{{sys}}>\n<A> Hi. {EOS}\n<Q> A\n<A>"
+
+
 # --- the Jinja template ---
 
 TEXTS = st.text(st.sampled_from("ab \n\t:<>{}é世🙂|%'\"\\"), max_size=12)
@@ -205,7 +216,7 @@ def test_apply_chat_template_is_the_renderer(name: str, bare_processor: VLChatPr
         (("user", "User"), ("assistant", "ASSISTANT")), roles, strict=True)]  # fmt: skip
     messages = [
         {"role": data.draw(names[i % 2]), "content": content}
-        for i, content in enumerate(data.draw(st.lists(CONTENTS, min_size=1, max_size=5)))
+        for i, content in enumerate(data.draw(st.lists(CONTENTS, min_size=1, max_size=5)), data.draw(st.integers(0, 1)))
     ]
     if data.draw(st.booleans()):
         messages.insert(0, {"role": data.draw(st.sampled_from(["system", "System"])), "content": data.draw(CONTENTS)})
@@ -275,9 +286,10 @@ def by_evaluation(parrot: Loaded, row: TrainingRow) -> None:
 def by_api(parrot: Loaded, row: TrainingRow) -> None:
     system = [{"role": "system", "content": row.system}] if row.system else []
     messages = [{"role": message["role"].lower(), "content": message["content"]} for message in row.messages[:-1]]
-    request = parse(json.dumps({"model": "parrot", "messages": [*system, *messages]}).encode())
+    request = parse(json.dumps({"model": "parrot", "messages": [*system, *messages]}).encode(), ChatCompletionRequest)
     service = Service("parrot", Engine(parrot[1], parrot[0]), parrot[2], GenerationSettings())
-    service.generation(request, *service.prompt_of(request), [], print)
+    (question,) = request.questions(service)
+    service.generations(question, [], [print])
 
 
 def by_stream(parrot: Loaded, row: TrainingRow) -> None:

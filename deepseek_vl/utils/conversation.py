@@ -120,11 +120,15 @@ class Conversation:
         """
         return self._render().text
 
-    def _render(self) -> Rendered:
-        """The prompt; messages, and the system message, may be `Rendered`."""
+    def _render(self, first: int = 0) -> Rendered:
+        """The prompt; messages, and the system message, may be `Rendered`.
+
+        Args:
+            first: the first message's number: 1 if it is the assistant's, for templates go by even and odd.
+        """
         prompt, learnt, literal = "", [], []
         for i, (role, message) in enumerate([("", self.system_message), *self.messages], -1):
-            frame = self._opening() if i == -1 else self._frame(i, role)
+            frame = self._opening() if i == -1 else self._frame(i + first, role)
             message = message[0] if isinstance(message, tuple) else message
             part = message if isinstance(message, Rendered) else Rendered(str(message or ""))
             if not part.text:
@@ -290,7 +294,7 @@ def render(
     conversation = get_conv_template(template) if isinstance(template, str) else template.copy()
     if system_prompt is not None:
         conversation.set_system_message(system_prompt)
-    numbers = conversation._role_numbers()
+    numbers, first = conversation._role_numbers(), 0
     for i, message in enumerate(messages):
         role, content = message["role"].lower(), _content(message.get("content"), image_tag, untrusted)
         if role == "system" and i == 0:
@@ -298,11 +302,12 @@ def render(
         elif role in numbers:
             content = content.strip()
             is_learnt = numbers[role] == 1 and message.get("weight", 1) != 0
+            first = first if conversation.messages else numbers[role]
             answer = ((0, len(content.text)),) if is_learnt else ()
             conversation.append_message(conversation.roles[numbers[role]], dataclasses.replace(content, learnt=answer))
         else:
             raise ValueError(f"The role of message {i + 1} is {message['role']!r}; {_ROLES_ALLOWED}")
-    return conversation._render().strip()
+    return conversation._render(first).strip()
 
 
 def _content(content: Any, image_tag: str, untrusted: bool) -> Rendered:
@@ -357,12 +362,14 @@ _JINJA = """\
     {%- set system, turns = system_prompt | default(@SYSTEM@), messages -%}
 {%- endif -%}
 {%- set turns = @EXAMPLES@ + turns | list + ([{'role': 'assistant'}] if add_generation_prompt else []) -%}
+{%- set first = 1 if turns and turns[0].role | lower in @ANSWERS@ else 0 -%}
 {%- set prompt = namespace(text=framed(@OPENING@, system), learnt=[]) -%}
 {%- for message in turns -%}
     {%- if message.role | lower not in frames -%}
         {{- raise_exception("The role of a message is '" ~ message.role ~ "'; " ~ @ALLOWED@) -}}
     {%- endif -%}
-    {%- set frame = frames[message.role | lower][0 if loop.first else 2 - loop.index0 % 2] -%}
+    {%- set i = loop.index0 + first -%}
+    {%- set frame = frames[message.role | lower][2 - i % 2 if i else 0] -%}
     {%- set text = text_of(message.content) | trim -%}
     {%- set asked = (prompt.text ~ frame[0]).rstrip() | length -%}
     {%- set prompt.text = prompt.text ~ framed(frame, text) -%}
@@ -394,8 +401,8 @@ def jinja_template(template: Conversation, image_tag: str = IMAGE_TAG) -> str:
         "IMAGE": image_tag,
         "SYSTEM": template.system_message or "",
         "OPENING": template._opening(),
-        "ANSWERS": [name for name, number in template._role_numbers().items() if number == 1],
         "EXAMPLES": [{"role": role, "content": text} for role, text in template.messages],
+        "ANSWERS": [name for name, number in template._role_numbers().items() if number == 1],
         "FRAMES": {  # of the first message, of odd and of even ones
             name: [template._frame(i, template.roles[number]) for i in range(3)]
             for name, number in template._role_numbers().items()

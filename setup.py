@@ -13,7 +13,8 @@ GGUF = ["gguf>=0.19"]
 GPU = ["torchao>=0.18"]
 GRADIO = ["gradio>=6.0"]
 RAY = ["ray[data]>=2.49,<2.64"]
-SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
+STRUCTURED = ["llguidance>=1.3"]  # answers of a given form
+SERVE = [*STRUCTURED, "fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
 TRAIN = ["matplotlib>=3.9", "peft>=0.18", "pyarrow>=17", "tensorboard>=2.18"]  # pyarrow for data in Parquet
 
 setup(
@@ -59,6 +60,7 @@ setup(
             "hypothesis>=6.100",
             "import-linter>=2.17",
             "ipykernel>=6.29",
+            "jsonschema>=4.23",
             "nbclient>=0.10",
             "onnxruntime>=1.20",
             "onnxscript>=0.5",
@@ -78,6 +80,7 @@ setup(
         "gradio": GRADIO,
         "ray": RAY,
         "serve": SERVE,
+        "structured": STRUCTURED,
         "train": TRAIN,
     },
 )

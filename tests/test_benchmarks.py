@@ -90,6 +90,17 @@ def test_captions_by_the_command_and_by_the_engine_are_compared(siglip_checkpoin
     assert "MiB resident" in result.stdout.splitlines()[-1]
 
 
+def test_answers_of_a_form_and_of_any_are_compared(siglip_checkpoint: Path) -> None:
+    pytest.importorskip("llguidance")
+    command = [sys.executable, str(ROOT / "benchmarks" / "structured.py"), "--model_path", str(siglip_checkpoint)]
+    command += ["--device", "cpu", "--dtype", "float32", "--rows", "1", "2", "--tokens", "6", "--repeats", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 8
+    assert lines[0].split()[:3] == ["1", "rows", "any"]
+    assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
 def test_ratios_are_to_the_best_peer(speed: ModuleType) -> None:
     Row = speed.Row
     rows = [

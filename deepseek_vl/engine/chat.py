@@ -1,6 +1,5 @@
 """A chat: the messages so far, and the next answer to them. A door holds one per user."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ from deepseek_vl.data.files import whole_file
 from deepseek_vl.data.rows import read_rows
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import AnswerStream
-from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
+from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import image_data_url, load_image
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.utils.conversation import Rendered
@@ -72,8 +71,7 @@ class ChatSession:
     ):
         self.engine = engine
         self.processor = processor
-        stop_words = as_stop_words(processor.new_chat_template().stop_str)
-        self.settings = dataclasses.replace(settings, stop=(*settings.stop, *stop_words))
+        self.settings = settings.with_stop_words(processor.new_chat_template().stop_str)
         self.max_history_tokens = max_history_tokens
         self.open_image = open_image
         self.system_prompt = processor.system_prompt

@@ -1,9 +1,11 @@
 """From token ids to the text that a reader sees, piece by piece."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class StopWordFilter:
@@ -70,3 +72,31 @@ class Detokenizer:
             return ""
         shown, self.stopped = self._filter.feed(text)
         return shown
+
+
+class TokenBytes:
+    """What single tokens of a byte-level tokenizer stand for in a text, which need not be whole characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._backend = tokenizer.backend_tokenizer
+        self._added = tokenizer.added_tokens_decoder
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is left out of texts."""
+        return token_id in self._added and self._added[token_id].special
+
+    def __call__(self, token_id: int) -> bytes:
+        """A token's bytes; of a special one, its name's."""
+        if token_id in self._added:
+            return self._added[token_id].content.encode("utf-8")
+        token = self._backend.id_to_token(token_id) or ""  # a model may have logits for more than there are tokens
+        byte_of = _byte_of()
+        if all(character in byte_of for character in token):
+            return bytes(byte_of[character] for character in token)
+        return self._backend.decode([token_id]).encode("utf-8")
+
+
+@functools.cache
+def _byte_of() -> Mapping[str, int]:
+    """The characters that byte-level tokenizers write for bytes."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -315,7 +315,7 @@ class Engine:
         if row.prompt is None:
             caches = self._current_caches()
             row.prompt, row.caches = Prompt.of(row.generation.inputs), weakref.ref(caches)
-            row.cache = caches.prefixes.continued(row.prompt.content[:-1])  # the last token's logits are wanted
+            row.cache = self._beginning(row, caches)
             row.generation.cached_tokens = row.cache.get_seq_length()
         model, start = self.model, row.cache.get_seq_length()
         end = min(start + self._piece, len(row.prompt))
@@ -337,6 +337,15 @@ class Engine:
         elif end - start == self._piece:  # the next ones take about as long as they may
             is_fast = time.monotonic() - begun < self.limits.prefill_seconds / 2
             self._piece = min(2 * self._piece, LARGEST_PIECE) if is_fast else max(self._piece // 2, PIECE)
+
+    def _beginning(self, row: _Row, caches: Caches) -> RowCache:
+        """A cache that begins with as much of a row's prompt as has run for another: the same, or a conversation."""
+        content = row.prompt.content[:-1]  # the last token's logits are wanted
+        for other in self._rows:
+            same = other.has_begun and other.caches() is caches and np.array_equal(other.prompt.content[:-1], content)
+            if same and len(content):
+                return other.cache.prefix(len(content), room=STEP)
+        return caches.prefixes.continued(content)
 
     def _step(self) -> None:
         """One more token for every answer that has begun."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepseek_vl.engine.detokenizer import Detokenizer
-from deepseek_vl.engine.sampling import sample
+from deepseek_vl.engine.sampling import TokenLogprobs, sample, token_logprobs
 from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.structured import Structure
 from deepseek_vl.kernels.threads import release_threads
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
@@ -56,6 +57,8 @@ class Generation:
         sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; if it
             raises, the answer ends.
         keeps: whether what is computed for it is kept for later prompts.
+        goes_on: whether the prompt ends within a text that the answer continues. Otherwise a structured answer begins
+            with the space that is behind the template's "Assistant:", which is not passed on.
 
     Attributes:
         model: the engine's, which is kept as long as the answer is wanted.
@@ -63,6 +66,8 @@ class Generation:
         max_tokens: of prompt and answer together.
         cached_tokens: how many of them an earlier answer had left, so that they did not run again.
         cancelled: set it to end the answer within one token.
+        logprobs: of the tokens so far, if the settings say so.
+        dropped: how many characters that the answer began with were not passed on.
         done: is set when the engine has let go of it.
         finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
 
@@ -70,6 +75,7 @@ class Generation:
         ValueError: if `inputs` has several rows.
         PromptTooLongError: if its prompt leaves no room for an answer.
         MemoryBudgetError: if it can never have the memory that it may need.
+        StructureError: if the form of the answer is not supported.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Generation:
         settings: GenerationSettings,
         sink: Callable[[Any], None],
         keeps: bool = True,
+        goes_on: bool = False,
     ):
         self.model = engine.model
         rows, self.prompt_tokens = inputs["input_ids"].shape
@@ -98,6 +105,14 @@ class Generation:
         self._max_new_tokens = min(settings.max_new_tokens, engine.positions - self.prompt_tokens)
         self.max_tokens = self.prompt_tokens + self._max_new_tokens
         engine.check_memory(self)
+        self.logprobs: list[TokenLogprobs] = []
+        self._structure: Structure | None = None
+        if settings.structured is not None:
+            vocabulary = self.model.config.language_config.vocab_size
+            self._structure = Structure(engine.tokenizer, vocabulary, settings.structured, after_space=not goes_on)
+        self._drops_space = self._structure is not None and not goes_on
+        self.dropped = 0
+        self._logits: torch.Tensor | None = None
         self._generator: torch.Generator | None = None
         if settings.seed is not None and not settings.greedy:
             self._generator = torch.Generator(self.model.device).manual_seed(settings.seed)
@@ -115,6 +130,11 @@ class Generation:
             logits: float32 [vocabulary].
             likeliest: the token with the largest of them, int64 [].
         """
+        if self._settings.logprobs is not None:
+            self._logits = logits
+        if self._structure is not None:
+            logits = self._structure.masked(logits)
+            likeliest = logits.argmax(-1)
         return likeliest if self._settings.greedy else sample(logits, self._settings, self._generator, self.token_ids)
 
     def advance(self, token_id: int) -> bool:
@@ -124,12 +144,17 @@ class Generation:
             whether there are to be more.
         """
         try:
-            if text := self._detokenizer.feed(token_id):
-                self._sink(text)
+            if self._logits is not None:
+                self.logprobs.append(token_logprobs(self._logits, token_id, self._settings.logprobs))
+                self._logits = None
+            if self._structure is not None:
+                self._structure.accept(token_id)
+            self._pass_on(self._detokenizer.feed(token_id))
         except Exception as error:  # raised again in the reader
             self.end(error)
             return False
-        if self._detokenizer.stopped or token_id == self._end_token:
+        is_whole = self._structure is not None and self._structure.is_whole
+        if self._detokenizer.stopped or token_id == self._end_token or is_whole:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
@@ -144,14 +169,20 @@ class Generation:
             try:
                 rest = self._detokenizer.flush()
                 self.finish_reason = self.finish_reason or "cancelled"
-                if rest:
-                    self._sink(rest)
+                self._pass_on(rest)
             except Exception as failure:  # raised again in the reader
                 error, self.finish_reason = failure, None
         if error is not None:
             self._tell(error)
         self.done.set()
         self._tell(END)
+
+    def _pass_on(self, text: str) -> None:
+        if text and self._drops_space:
+            self._drops_space, whole, text = False, text, text.removeprefix(" ")
+            self.dropped = len(whole) - len(text)
+        if text:
+            self._sink(text)
 
     def _tell(self, end: Any) -> None:
         try:
@@ -190,6 +221,11 @@ class AnswerStream(Iterator[str]):
     def completion_tokens(self) -> int:
         """How many tokens were generated so far."""
         return len(self._generation.token_ids)
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of the tokens so far, if the settings say so."""
+        return self._generation.logprobs
 
     def stop(self) -> None:
         """End the generation within one token. May be called from any thread; the iteration then ends."""

@@ -55,7 +55,7 @@ class RequestLimits:
         body_seconds: until a request's body has arrived.
         bodies_bytes: of all requests together that are being read, up to their pictures.
         json_values: names and values in a body: as many as the messages that fit a model.
-        json_depth: of lists and objects in each other.
+        json_depth: of lists and objects in each other; a JSON schema takes two for each level of what it describes.
         json_digits: of a number.
         json_escapes: backslashes in a body; Chinese text may have one for every character.
         send_seconds: for a client to take some of its answer.
@@ -63,6 +63,7 @@ class RequestLimits:
         refusals: how many wait so at a time.
         waiting: requests that wait for a place; more are turned away.
         prepared: requests that have their pixels and wait for their prompt's turn; the others wait without.
+        answers: to one request.
         images: in one message or request.
         pictures: of one image.
         decoders: how many images are decoded at a time, each in a process of its own.
@@ -76,7 +77,7 @@ class RequestLimits:
     body_seconds: float = 60.0
     bodies_bytes: int = 256 << 20
     json_values: int = 20_000
-    json_depth: int = 16
+    json_depth: int = 64
     json_digits: int = 1000
     json_escapes: int = 1_000_000
     send_seconds: float = 60.0
@@ -84,6 +85,7 @@ class RequestLimits:
     refusals: int = 64
     waiting: int = 64
     prepared: int = 4
+    answers: int = 8
     images: int = 16
     pictures: PictureLimits = PICTURES
     decoders: int = 2

@@ -1,9 +1,12 @@
-"""Choosing the next token."""
+"""Choosing the next token, and how likely it was."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -11,9 +14,6 @@ from transformers import (
 )
 
 from deepseek_vl.engine.settings import GenerationSettings
-
-TOP_K = 50
-"""Sampling is among so many tokens: transformers' default, and so the reference's."""
 
 
 def sample(
@@ -31,12 +31,41 @@ def sample(
         answer: the tokens so far, which the repetition penalty is for; the prompt's are not.
     """
     input_ids = torch.tensor([answer], dtype=torch.long, device=logits.device)
-    scores = logits[None]
-    for process in (
+    processes: list[LogitsProcessor] = [
         RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)),
         TemperatureLogitsWarper(float(settings.temperature)),
-        TopKLogitsWarper(TOP_K),
-        TopPLogitsWarper(float(settings.top_p)),
-    ):
+    ]
+    if settings.top_k > 0:
+        processes.append(TopKLogitsWarper(settings.top_k))
+    processes.append(TopPLogitsWarper(float(settings.top_p)))
+    if settings.min_p > 0:
+        processes.append(MinPLogitsWarper(float(settings.min_p)))
+    scores = logits[None]
+    for process in processes:
         scores = process(input_ids, scores)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[0, 0]
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely a token of an answer was, as the model has it: before temperature, penalty and structure.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log probability.
+        likeliest: the likeliest tokens in its place and their log probabilities, in order.
+    """
+
+    token_id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: torch.Tensor, token_id: int, count: int) -> TokenLogprobs:
+    """How likely a token was, and so many of the likeliest.
+
+    Args:
+        logits: float32 [vocabulary].
+    """
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprobs(token_id, logprobs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

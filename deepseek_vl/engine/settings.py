@@ -1,7 +1,8 @@
 """How an answer is generated. Imports nothing heavy, so that a command line is checked before the network is loaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 
 def as_stop_words(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -10,16 +11,51 @@ def as_stop_words(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """The form of an answer: one of these, which the answer's text then has if it ends by itself.
+
+    Attributes:
+        json_object: whether it is a JSON object.
+        json_schema: a JSON schema, of what is JSON.
+        regex: a regular expression that matches all of it, `\\d` the digits 0 to 9. Look-around, word borders and back
+            references are not known.
+        choice: the texts that it may be.
+
+    Raises:
+        ValueError: unless exactly one is given.
+    """
+
+    json_object: bool = False
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        if len(given) != 1:
+            names = ", ".join(values)
+            raise ValueError(f"A structured output is exactly one of {names}; got {' and '.join(given) or 'none'}.")
+        if self.choice is not None and not self.choice:
+            raise ValueError("The choice of a structured output has no texts.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How an answer is generated.
 
     Attributes:
         max_new_tokens: the answer ends after so many tokens.
-        temperature: 0, or next to it, for greedy decoding, which takes no notice of the next two.
-        top_p: sample from the smallest set of tokens with this total probability.
+        temperature: 0, or next to it, for greedy decoding, which takes no notice of the next four.
+        top_p: sample from the smallest set of tokens with this total probability; 0 for greedy decoding as well.
+        top_k: sample from so many of the likeliest tokens; 0 or -1 for all. The default is transformers' and the
+            reference's.
+        min_p: sample from tokens with at least this fraction of the likeliest one's probability.
         repetition_penalty: divides the scores of tokens already generated.
         stop: the answer ends before the first of these texts.
         seed: for sampling; None leaves torch's random state as it is.
+        logprobs: keep each token's log probability, and those of so many of the likeliest tokens; None for neither.
+        structured: the form of the answer; needs the package `llguidance`.
 
     Raises:
         ValueError: for a value out of range.
@@ -28,9 +64,13 @@ class GenerationSettings:
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 0.95
+    top_k: int = 50
+    min_p: float = 0.0
     repetition_penalty: float = 1.1
     stop: Sequence[str] = ()
     seed: int | None = None
+    logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,6 +79,12 @@ class GenerationSettings:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if not self.greedy and not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
+        if self.top_k < -1:
+            raise ValueError(f"top_k must be a number of tokens, or 0 or -1 for all, got {self.top_k}.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must be a number of tokens, got {self.logprobs}.")
         # Beyond these bounds the scores of tokens can become infinite.
         if not self.greedy and not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(f"repetition_penalty must be from 0.01 to 100, got {self.repetition_penalty}.")
@@ -46,4 +92,8 @@ class GenerationSettings:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature < 1e-4
+        return self.temperature < 1e-4 or self.top_p == 0
+
+    def with_stop_words(self, stop: str | Sequence[str] | None) -> "GenerationSettings":
+        """These, with a conversation template's stop words; a structured answer may have them in its text."""
+        return self if self.structured is not None else replace(self, stop=(*self.stop, *as_stop_words(stop)))

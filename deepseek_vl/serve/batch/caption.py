@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -14,7 +14,7 @@ from PIL import Image
 from deepseek_vl.engine.chat import with_image_tags
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import END, Generation
-from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
+from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
@@ -57,8 +57,7 @@ class Question:
     """
 
     def __init__(self, engine: Engine, processor: VLChatProcessor, prompt: str, settings: GenerationSettings):
-        stop_words = as_stop_words(processor.new_chat_template().stop_str)
-        self.settings = replace(settings, stop=(*settings.stop, *stop_words))
+        self.settings = settings.with_stop_words(processor.new_chat_template().stop_str)
         messages = [
             {"role": "User", "content": with_image_tags(prompt, 1, processor.image_tag)},
             {"role": "Assistant", "content": ""},

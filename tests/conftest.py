@@ -494,3 +494,28 @@ def tiny_logits(tiny_prompt: dict[str, torch.Tensor]) -> torch.Tensor:
 def logits_of(model: MultiModalityCausalLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
     """A model's logits for a whole prompt: float32 [1, T, vocabulary]."""
     return model(**prompt).logits.float()
+
+
+@pytest.fixture(scope="module")
+def serve(parrot_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts servers, and stops them all in the end."""
+    servers: list[Any] = []
+
+    def start(*arguments: str, model_path: str | Path = parrot_checkpoint, **environment: str) -> Any:
+        from api_server import Server
+
+        log = tmp_path_factory.mktemp("server") / "log"
+        servers.append(Server(model_path, log, *arguments, **environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Any]) -> Any:
+    """A server of the parrot."""
+    return serve()

@@ -5,7 +5,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import signal
 import socket
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,77 +20,13 @@ import httpx
 import openai
 import psutil
 import pytest
+from api_server import Server, about
 from conftest import PARROT_ANSWERS, ROOT, data_url, slow_jpeg, wait_until
 from PIL import Image
 
 from deepseek_vl.serve.listening import names_of
 
 COLOUR = "Colour?"
-
-
-class Server:
-    """A server process and how to reach it."""
-
-    def __init__(self, model_path: str | Path, log: Path, *arguments: str, **environment: str):
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "deepseek_vl.serve.api", "--model_path", str(model_path),
-                 "--model_name", "parrot", "--port", "0", "--device", "cpu", "--dtype", "float32",
-                 "--temperature", "0", *arguments],
-                stderr=file, stdout=file, cwd=ROOT, env={**os.environ, **environment},
-            )  # fmt: skip
-        wait_until(lambda: "Uvicorn running on" in self.text() or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.text()
-        self.url = self.text().split("Uvicorn running on ")[1].split()[0]
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")  # a progress bar's last character may be half written
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def metric(self, name: str, key: str = "none") -> float:
-        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
-        found = (line.rsplit(" ", 1) for line in text.splitlines())
-        return next((float(number) for label, number in found if label == name), 0.0)
-
-    def wait_until_idle(self, seconds: float = 5) -> None:
-        wait_until(lambda: not self.metric("deepseek_vl_running") + self.metric("deepseek_vl_waiting"), seconds)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def serve(parrot_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers, and stops them all in the end."""
-    servers: list[Server] = []
-
-    def start(*arguments: str, model_path: str | Path = parrot_checkpoint, **environment: str) -> Server:
-        log = tmp_path_factory.mktemp("server") / "log"
-        servers.append(Server(model_path, log, *arguments, **environment))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def server(serve: Callable[..., Server]) -> Server:
-    return serve()
-
-
-def about(question: str, *images: Path) -> list[dict[str, Any]]:
-    """The messages of one question with pictures in front."""
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}} for path in images
-    ]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
 def test_an_answer_about_a_picture_and_one_about_text(server: Server, colours: dict[str, Path]) -> None:
@@ -171,7 +106,7 @@ def test_models_and_health(server: Server) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     head = httpx.head(f"{server.url}/health")
     assert (head.status_code, head.content) == (200, b"")
-    missing = httpx.get(f"{server.url}/v1/embeddings")
+    missing = httpx.get(f"{server.url}/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["message"]) == (404, "There is no such route.")
     wrong = httpx.get(f"{server.url}/v1/chat/completions")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")

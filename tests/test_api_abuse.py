@@ -11,7 +11,6 @@ import gc
 import http.server
 import io
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -244,8 +243,8 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "bad JSON": (b'{"model": "parrot", ', 400, "not JSON"),
     "not UTF-8": (b'{"model": "\xff"}', 400, "not JSON in UTF-8"),
     "NaN": (b'{"model": "parrot", "messages": [], "temperature": NaN}', 400, "not JSON"),
-    "deep nesting": (b"[" * 200_000, 400, "nested deeper than 16"),
-    "deep nesting inside": (b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested deeper than 16"),
+    "deep nesting": (b"[" * 200_000, 400, "nested deeper than 64"),
+    "deep nesting inside": (b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested deeper than 64"),
     "closed before it opens": (b"]" * 4_000_000, 400, "not JSON"),
     "a million zeros": (message(content=[0] * 1_000_000), 400, "more than 20000 names and values"),
     "a million messages": ({"model": "parrot", "messages": [{}] * 1_000_000}, 400, "more than 20000 names"),
@@ -264,7 +263,7 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "null": (b"null", 400, "The request: "),
     "a number of 10,000 digits": (b'{"model": ' + b"9" * 10_000 + b"}", 400, "more than 1000 digits"),
     "a fraction of 4 MB": (b'{"model": 0.' + b"9" * 4_000_000 + b"}", 400, "more than 1000 digits"),
-    "infinity": (b'{"model": "parrot", "messages": [], "temperature": 1e999}', 400, "'messages'"),
+    "infinity": (b'{"model": "parrot", "messages": [], "temperature": 1e999}', 400, "'temperature'"),
     "no messages": ({"model": "parrot"}, 400, "'messages': Field required"),
     "empty messages": ({"model": "parrot", "messages": []}, 400, "'messages'"),
     "messages as text": ({"model": "parrot", "messages": "hi"}, 400, "'messages'"),
@@ -284,27 +283,26 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "the assistant's turn": (
         {"model": "parrot", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         400,
-        "begin and end with a user message",
+        "continue_final_message has it continued",
     ),
     "a late system message": (
         {"model": "parrot", "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
         400,
-        "Only the first message",
+        "has a place for system messages at the beginning only",
     ),
-    "unknown field": (asking("hi", tools=[]), 400, "Unsupported parameter 'tools'"),
+    "unknown field": (asking("hi", tool=[0]), 400, "Unsupported parameter 'tool'"),
     "unknown field inside": (message(audio="x"), 400, "Unsupported parameter 'messages.0.audio'"),
-    "prototype": (asking("hi", __proto__={}), 400, "Unsupported parameter '__proto__'"),
-    "many answers": (asking("hi", n=2), 400, "'n'"),
-    "logprobs": (asking("hi", logprobs=True), 400, "'logprobs'"),
+    "prototype": (asking("hi", __proto__={"a": 1}), 400, "Unsupported parameter '__proto__'"),
+    "many answers": (asking("hi", n=9), 400, "'n'"),
+    "logprobs": (asking("hi", logprobs=1), 400, "'logprobs'"),
     "negative tokens": (asking("hi", max_tokens=-1), 400, "'max_tokens'"),
     "tokens as text": (asking("hi", max_tokens="5"), 400, "'max_tokens'"),
     "tokens as a boolean": (asking("hi", max_tokens=True), 400, "'max_tokens'"),
     "two limits": (asking("hi", max_completion_tokens=7), 400, "max_tokens and max_completion_tokens differ"),
     "temperature": (asking("hi", temperature=-1), 400, "'temperature'"),
-    "top_p": (asking("hi", top_p=0), 400, "'top_p'"),
+    "top_p": (asking("hi", top_p=-0.1), 400, "'top_p'"),
     "seed": (asking("hi", seed=2**70), 400, "'seed'"),
     "stop words": (asking("hi", stop=["a"] * 5), 400, "'stop'"),
-    "an empty stop word": (asking("hi", stop=""), 400, "'stop"),
     "stream as text": (asking("hi", stream="yes"), 400, "'stream'"),
     "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "not JSON in UTF-8"),
     "lone surrogate as a key": (b'{"\\udfff": 1}', 400, "not JSON in UTF-8"),
@@ -480,7 +478,7 @@ def test_cve_2026_22778_errors_tell_no_addresses(closed: Running) -> None:
     closed.is_well()
 
 
-@pytest.mark.parametrize("n", [2, 10**9, 10**400, -1, 0, "1", [1], 1.5, True])
+@pytest.mark.parametrize("n", [9, 10**9, 10**400, -1, 0, "1", [1], 1.5, True])
 def test_cve_2026_34756_many_answers_are_not_begun(closed: Running, n: Any) -> None:
     """A huge `n` had another server make as many copies of a request before it looked at any."""
     begun = time.monotonic()
@@ -842,7 +840,7 @@ def test_the_server_does_as_its_openapi_says(siglip_checkpoint: Path, tmp_path: 
     settings = GenerationSettings(max_new_tokens=8)
     service = Service("random", Engine(model, tokenizer), processor, settings, "sesame", names_of("127.0.0.1"), limits)
     server = Running(service)
-    # A conversation that fits the schema may still be none, as one that ends with the model's turn.
+    # What fits the schema may still be no conversation, as one that ends with the model's turn, or no picture.
     statuses = ["2xx", "400", "404", "413"]
     config = f"[checks.positive_data_acceptance]\nexpected-statuses = {json.dumps(statuses)}\n"
     (tmp_path / "schemathesis.toml").write_text(config)
@@ -856,8 +854,8 @@ def test_the_server_does_as_its_openapi_says(siglip_checkpoint: Path, tmp_path: 
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=3600)
         assert result.returncode == 0, result.stdout[-20_000:] + result.stderr
         answers = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": "Bearer sesame"}).text
-        answered = re.search(r'route="/v1/chat/completions",status="200"} (\d+)', answers)
-        assert answered is not None, answers
+        for route in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/version"):
+            assert f'route="{route}",status="200"}}' in answers, answers
     finally:
         server.stop()
 

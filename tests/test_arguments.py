@@ -32,12 +32,21 @@ def test_the_terminals_settings_are_the_references() -> None:
 
 
 def test_a_request_samples_as_it_says_and_else_as_the_server_was_told() -> None:
-    protocol = pytest.importorskip("deepseek_vl.serve.api.protocol")
+    chat = pytest.importorskip("deepseek_vl.serve.api.chat")
+    parse = pytest.importorskip("deepseek_vl.serve.api.parse").parse
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi."}]}
-    assert protocol.parse(json.dumps(body).encode()).settings(DEFAULTS, ()) == DEFAULTS
-    for name in SAMPLING:
-        settings = protocol.parse(json.dumps({**body, name: 0.5}).encode()).settings(DEFAULTS, ())
-        assert settings == dataclasses.replace(DEFAULTS, **{name: 0.5})
+
+    def settings(**fields: float) -> GenerationSettings:
+        return parse(json.dumps({**body, **fields}).encode(), chat.ChatCompletionRequest).settings(DEFAULTS)
+
+    assert settings() == DEFAULTS
+    for name in (*SAMPLING, "min_p"):
+        assert settings(**{name: 0.5}) == dataclasses.replace(DEFAULTS, **{name: 0.5})
+    assert settings(top_k=7) == dataclasses.replace(DEFAULTS, top_k=7)
+    for greedy in ({"temperature": 0}, {"top_p": 0}):
+        assert settings(**greedy).greedy
+        penalised = settings(**greedy, repetition_penalty=1.5)
+        assert (penalised.top_k, penalised.repetition_penalty, penalised.greedy) == (1, 1.5, False)
 
 
 def test_settings_have_names() -> None:

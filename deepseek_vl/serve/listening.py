@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 END_SECONDS = 15
 """How long a server may take for what is left to do when it has been told to stop, and its answers have ended."""
 
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^\s/:?#@\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]+))?")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 
 
@@ -81,6 +82,24 @@ def names_of(host: str, allowed: Iterable[str] = ()) -> frozenset[str] | None:
     if not is_local and not allowed:
         return None
     return frozenset(_canonical(name) for name in ("localhost", "127.0.0.1", "::1", host, *allowed))
+
+
+def checked_origin(origin: str) -> str:
+    """An origin of pages as browsers write it: in lower case, without the scheme's own port.
+
+    Args:
+        origin: a scheme, a host and perhaps a port; or `*` for all; or `null`, for pages that are files.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if origin in ("*", "null"):
+        return origin
+    match = _ORIGIN.fullmatch(origin.strip().lower())
+    if match is None:
+        raise ValueError(f"--allow_origin {origin} is no origin: it is as http://localhost:3000, without a path, or *.")
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}" + ("" if port in (None, {"http": "80", "https": "443"}.get(scheme)) else f":{port}")
 
 
 def _addresses(host: str, port: int = 0) -> list[tuple]:

@@ -12,7 +12,7 @@ from deepseek_vl.command_line import OneLineParser, positive, run_command, start
 from deepseek_vl.engine.limits import EngineLimits, RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
-from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, end_within, names_of
+from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, checked_origin, end_within, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-image-urls", nargs="*", metavar="DOMAIN", help="fetch images from public addresses, or these domains"
     )
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], metavar="ORIGIN",
+        help="a page's origin, as https://example.com or *, whose programs may ask from a browser; may be repeated",
+    )  # fmt: skip
     return parser
 
 
@@ -55,6 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
+    origins = [checked_origin(origin) for origin in args.allow_origin]
     with starting():
         import uvicorn
 
@@ -76,6 +81,7 @@ def _run(args: argparse.Namespace) -> None:
         names=names,
         limits=limits,
         fetcher=ImageFetcher(args.allow_image_urls is not None, domains, limits),
+        origins=origins,
     )
 
     class Server(uvicorn.Server):

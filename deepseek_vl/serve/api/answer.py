@@ -1,62 +1,148 @@
-"""One answer, on its way from a request to the engine and back."""
+"""The answers to one request, on their way from the request to the engine and back."""
 
 import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 
 from deepseek_vl.engine.generation import END, Generation
+from deepseek_vl.engine.structured import StructureError
 from deepseek_vl.serve.api.errors import APIError
-from deepseek_vl.serve.api.protocol import CachedTokens, ChatCompletionRequest, Usage
-from deepseek_vl.serve.api.service import Service
+from deepseek_vl.serve.api.logprobs import ShownTokens, Token
+from deepseek_vl.serve.api.service import Question, Service
 
 logger = logging.getLogger(__name__)
 
 
-class Answer:
-    """An answer on its way from the engine's thread to this one's event loop.
+class CachedTokens(BaseModel):
+    """Tokens of a prompt that an earlier answer had left."""
 
-    Whoever leaves the context ends the generation.
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """How many tokens a request took; a prompt counts once, however many answers it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class Piece(NamedTuple):
+    """More of an answer.
+
+    Attributes:
+        index: which answer's.
+        text: may be empty.
+        logprobs: of the tokens that begin in the text; None where they are not asked for.
+        finish_reason: `stop` or `length` with the last piece of an answer.
+    """
+
+    index: int
+    text: str
+    logprobs: list[Token] | None
+    finish_reason: str | None
+
+
+@dataclass
+class WholeAnswer:
+    """All of an answer; the attributes are those of a piece."""
+
+    text: str = ""
+    logprobs: list[Token] | None = None
+    finish_reason: str = ""
+
+
+class Request(Protocol):
+    """What all requests for answers have."""
+
+    def questions(self, service: Service) -> list[Question]:
+        """What is asked."""
+
+
+class _Reader:
+    """One answer, as it comes."""
+
+    def __init__(self, index: int, generation: Generation, question: Question, service: Service):
+        self._index = index
+        self._generation = generation
+        # What the first token's text begins with is the format's own space.
+        self._strips = not question.goes_on and question.settings.structured is None
+        asked = question.settings.logprobs is not None
+        self._tokens = ShownTokens(generation, service.token_bytes) if asked else None
+        self._is_first = True
+
+    def read(self, text: str, finish_reason: str | None = None) -> Piece:
+        dropped = 0
+        if text and self._is_first:
+            self._is_first, whole = False, text
+            text = text.lstrip() if self._strips else text
+            dropped = self._generation.dropped + len(whole.encode("utf-8")) - len(text.encode("utf-8"))
+        tokens = None if self._tokens is None else self._tokens.take(text, dropped)
+        return Piece(self._index, text, tokens, finish_reason)
+
+
+class Answer:
+    """The answers on their way from the engine's thread to this one's event loop.
+
+    Whoever leaves the context ends their generation.
+
+    Attributes:
+        generations: of every question as many as it wants answers, in order.
     """
 
     def __init__(self, service: Service):
         self.service = service
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._begun = 0.0
         self._is_preparing = False
-        self.generation: Generation | None = None
+        self._readers: list[_Reader] = []
+        self._of_prompts: list[int] = []
+        self.generations: list[Generation] = []
 
-    async def begin(self, request: ChatCompletionRequest) -> None:
-        """Prepare a request's prompt and, when it is its turn, its pictures, and give them to the engine.
+    async def begin(self, request: Request) -> None:
+        """Prepare a request's prompts and, when it is its turn, their pictures, and give them to the engine.
 
         Raises:
-            APIError: for messages that are no conversation or too long, pictures that cannot be had, or if the server
-                shuts down.
+            APIError: for what cannot be asked or is too long, pictures that cannot be had, or if the server shuts down.
         """
         service, self._begun = self.service, time.monotonic()
-        prompt, ids = await run_in_threadpool(service.prompt_of, request)
+        questions = await run_in_threadpool(request.questions, service)
         await service.preparing.acquire()
         self._is_preparing = True
         service.check_open()
-        images = await service.images_of(request)
-        self.generation = await run_in_threadpool(service.generation, request, prompt, ids, images, self._sink)
-        service.engine.submit(self.generation)
+        for question in questions:
+            images = await service.images_of(question.urls, question.field)
+            self._of_prompts.append(len(self.generations))
+            sinks = [partial(self._sink, len(self.generations) + i) for i in range(question.count)]
+            generations = await run_in_threadpool(service.generations, question, images, sinks)
+            self._readers += [
+                _Reader(len(self.generations) + i, generation, question, service)
+                for i, generation in enumerate(generations)
+            ]
+            self.generations += generations
+        for generation in self.generations:
+            service.engine.submit(generation)
 
-    def _sink(self, item: Any) -> None:
+    def _sink(self, index: int, item: Any) -> None:
         """Called in the engine's thread."""
         if item is END:
-            self.service.metrics.count_tokens(self.generation)
+            self.service.metrics.count_tokens(self.generations[index])
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._take, item)
+            self._loop.call_soon_threadsafe(self._take, index, item)
 
-    def _take(self, item: Any) -> None:
+    def _take(self, index: int, item: Any) -> None:
         self._let_others_prepare()  # the prompt has run
-        self._queue.put_nowait(item)
+        self._queue.put_nowait((index, item))
 
     def _let_others_prepare(self) -> None:
         if self._is_preparing:
@@ -68,39 +154,57 @@ class Answer:
 
     def __exit__(self, *error: object) -> None:
         self._let_others_prepare()
-        if self.generation is not None:
-            self.generation.cancelled.set()
+        for generation in self.generations:
+            generation.cancelled.set()
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Its text, piece by piece.
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answers, piece by piece, as they come.
 
         Raises:
             APIError: if the model fails, or the server shuts down.
         """
-        first = True
-        while isinstance(item := await self._queue.get(), str):
-            if first:
-                self.service.metrics.first_piece.observe(time.monotonic() - self._begun)
-                # What the first token's text begins with is the format's own space.
-                item, first = item.lstrip(), False
-            if item:
-                yield item
-        if item is not END:
-            logger.error("A generation failed.", exc_info=item)
-            raise APIError("The model failed on this request.", status=500)
-        if self.generation.finish_reason == "cancelled":
-            raise APIError("The server is shutting down.", status=503)
+        first, left = True, len(self.generations)
+        while left:
+            index, item = await self._queue.get()
+            generation, reader = self.generations[index], self._readers[index]
+            if isinstance(item, str):
+                if first:
+                    self.service.metrics.first_piece.observe(time.monotonic() - self._begun)
+                    first = False
+                piece = reader.read(item)
+                if piece.text or piece.logprobs:
+                    yield piece
+            elif item is not END:
+                if isinstance(item, StructureError):
+                    raise APIError(str(item), "response_format") from item
+                logger.error("A generation failed.", exc_info=item)
+                raise APIError("The model failed on this request.", status=500)
+            elif generation.finish_reason == "cancelled":
+                raise APIError("The server is shutting down.", status=503)
+            else:
+                left -= 1
+                yield reader.read("", generation.finish_reason)
 
-    async def whole(self) -> str:
-        """All of the answer."""
-        return "".join([piece async for piece in self.pieces()])
+    async def whole(self) -> list[WholeAnswer]:
+        """All of the answers."""
+        answers = [WholeAnswer() for _ in self.generations]
+        async for piece in self.pieces():
+            answer = answers[piece.index]
+            answer.text += piece.text
+            answer.finish_reason = piece.finish_reason or ""
+            if piece.logprobs is not None:
+                answer.logprobs = (answer.logprobs or []) + piece.logprobs
+        return answers
 
     def usage(self) -> Usage:
-        """How many tokens it took."""
-        prompt, completion = self.generation.prompt_tokens, len(self.generation.token_ids)
+        """How many tokens they took."""
+        prompts = [self.generations[i] for i in self._of_prompts]
+        prompt = sum(generation.prompt_tokens for generation in prompts)
+        completion = sum(len(generation.token_ids) for generation in self.generations)
+        cached = sum(generation.cached_tokens for generation in prompts)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=CachedTokens(cached_tokens=self.generation.cached_tokens),
+            prompt_tokens_details=CachedTokens(cached_tokens=cached),
         )

@@ -2,48 +2,39 @@
 
 import asyncio
 import contextlib
-import json
-import time
-import uuid
+import inspect
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
 
 from deepseek_vl import __version__
 from deepseek_vl.serve.api.answer import Answer
 from deepseek_vl.serve.api.body import Body
-from deepseek_vl.serve.api.errors import APIError, ErrorBody
+from deepseek_vl.serve.api.chat import ChatCompletion, ChatCompletionRequest, ChatReply
+from deepseek_vl.serve.api.completions import Completion, CompletionReply, CompletionRequest
+from deepseek_vl.serve.api.embeddings import EmbeddingList, EmbeddingRequest, embed
+from deepseek_vl.serve.api.errors import APIError
+from deepseek_vl.serve.api.events import EventStream
+from deepseek_vl.serve.api.fields import Strict, check_model
 from deepseek_vl.serve.api.guard import Guard
-from deepseek_vl.serve.api.protocol import (
-    AnswerMessage,
-    ChatCompletion,
-    Choice,
-    Health,
-    Model,
-    ModelList,
-    parse,
-    request_schema,
-)
+from deepseek_vl.serve.api.models import Health, Model, ModelList, Version
+from deepseek_vl.serve.api.openapi import describe, errors, takes
+from deepseek_vl.serve.api.parse import parse
+from deepseek_vl.serve.api.responses import Response as ModelResponse
+from deepseek_vl.serve.api.responses import ResponseReply
+from deepseek_vl.serve.api.responses_request import ResponseRequest
 from deepseek_vl.serve.api.service import Service
+from deepseek_vl.serve.api.tokenization import TokenizeRequest, Tokens, tokenize
 from deepseek_vl.serve.listening import OwnNames
 
-REQUEST = "ChatCompletionRequest"
-REF = "#/components/schemas/{model}"
-EVENT = {
-    "type": "object",
-    "description": "Each event's data: a chat.completion.chunk or an error as JSON, and [DONE] as the last.",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-}
-
 Result = TypeVar("Result")
+Read = TypeVar("Read", bound=Strict)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -62,10 +53,33 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
-        responses=_errors(405, 500, *([] if service.names is None else [421])),
+        responses=errors(405, 500, *([] if service.names is None else [421])),
     )
-    keyed = {} if service.key is None else _errors(401, 429)
+    _add_error_handlers(app)
+    _add_descriptions(app, service)
+    _add_answers(app, service)
+    describe(
+        app, service, (ChatCompletionRequest, CompletionRequest, ResponseRequest, EmbeddingRequest, TokenizeRequest)
+    )
+    app.add_middleware(Guard, service=service)
+    if service.origins:  # in front of the key, which a browser does not give when it asks whether it may ask
+        # Browsers ask separately for a server on this machine or network, of which older Starlette knows nothing.
+        known = "allow_private_network" in inspect.signature(CORSMiddleware).parameters
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+            **({"allow_private_network": True} if known else {}),
+        )
+    if service.names is not None:
+        refusal = APIError("This server does not go by the name in the Host header; see --allowed_host.", status=421)
+        app.add_middleware(OwnNames, names=service.names, refusal=refusal.response())
+    return app
 
+
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def on_error(request: Request, error: APIError) -> Response:
         return error.response()
@@ -83,11 +97,22 @@ def create_app(service: Service) -> FastAPI:
     async def on_failure(request: Request, error: Exception) -> Response:
         return APIError("The server failed on this request.", status=500).response()
 
+
+def _add_descriptions(app: FastAPI, service: Service) -> None:
+    """What the server says of itself and of its model."""
+    keyed = {} if service.key is None else errors(401, 429)
+    this = Model(id=service.name, created=service.created, max_model_len=service.engine.positions)
+
     @app.get("/health")
     @app.head("/health")
     async def health() -> Health:
         """Whether the server answers."""
         return Health()
+
+    @app.get("/version", responses=keyed)
+    async def version() -> Version:
+        """The package's version."""
+        return Version(version=__version__)
 
     @app.get(
         "/metrics",
@@ -101,115 +126,96 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/v1/models", responses=keyed)
     async def models() -> ModelList:
         """The one model."""
-        return ModelList(data=[_model(service)])
+        return ModelList(data=[this])
 
-    @app.get("/v1/models/{name:path}", responses={**keyed, **_errors(404)})
+    @app.get("/v1/models/{name:path}", responses={**keyed, **errors(404)})
     async def model(name: str) -> Model:
         """The model of that name."""
-        _check_model(service, name)
-        return _model(service)
+        check_model(name, service.name)
+        return this
+
+    @app.post("/tokenize", response_model=Tokens, **takes(service, TokenizeRequest, waits=False))
+    async def tokens(request: Request) -> Response:
+        """The tokens of a text or a conversation."""
+        with Body(service) as body:
+            asked = await _read(service, request, body, TokenizeRequest)
+            return JSONResponse(await run_in_threadpool(tokenize, service, asked))
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """What the model does."""
 
     @app.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        responses={
-            200: {"content": {_EventStream.media_type: {"schema": EVENT}}},
-            **keyed,
-            **_errors(400, 404, 413, 415, 429, 503),
-        },
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": REF.format(model=REQUEST)}}},
-            }
-        },
+        "/v1/chat/completions", response_model=ChatCompletion, **takes(service, ChatCompletionRequest, streams=True)
     )
     async def chat_completions(request: Request) -> Response:
         """The model's answer to a conversation, whole or as server-sent events."""
-        return await _chat_completions(service, request)
+        return await _answer(service, request, ChatCompletionRequest, ChatReply)
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            request = request_schema(service.name, REF)
-            schema["components"]["schemas"] |= {**request.pop("$defs"), REQUEST: request}
-            if service.key is not None:
-                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                for path, operations in schema["paths"].items():
-                    for operation in operations.values() if path != "/health" else ():
-                        operation["security"] = [{"key": []}]
-            for operations in schema["paths"].values():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)  # FastAPI's own, for parameters that may be wrong
-            app.openapi_schema = schema
-        return app.openapi_schema
+    @app.post("/v1/completions", response_model=Completion, **takes(service, CompletionRequest, streams=True))
+    async def completions(request: Request) -> Response:
+        """How the model goes on with a text, whole or as server-sent events."""
+        return await _answer(service, request, CompletionRequest, CompletionReply)
 
-    app.openapi = openapi
-    app.add_middleware(Guard, service=service)
-    if service.names is not None:
-        refusal = APIError("This server does not go by the name in the Host header; see --allowed_host.", status=421)
-        app.add_middleware(OwnNames, names=service.names, refusal=refusal.response())
-    return app
+    @app.post("/v1/responses", response_model=ModelResponse, **takes(service, ResponseRequest, streams=True))
+    async def responses(request: Request) -> Response:
+        """The model's response to a text or a conversation, whole or as server-sent events. Nothing is stored."""
+        return await _answer(service, request, ResponseRequest, ResponseReply)
+
+    @app.post("/v1/embeddings", response_model=EmbeddingList, **takes(service, EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """Pictures as vectors."""
+        with Body(service) as body, contextlib.ExitStack() as stack:
+            asked = await _read(service, request, body, EmbeddingRequest)
+            stack.enter_context(service.place())
+            return JSONResponse(await _unless_gone(request, _embed(service, asked)))
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the routes' description says of some error statuses."""
-    about = {
-        400: "The request is wrong",
-        401: "The API key is missing or wrong",
-        404: "There is no such model",
-        405: "The route does not take that method",
-        413: "The body is too large",
-        415: "The body is no JSON",
-        421: "The server does not go by that name",
-        429: "Too many requests are waiting; see Retry-After",
-        500: "The server failed",
-        503: "The server is busy, see Retry-After, or shutting down",
-    }
-    return {status: {"model": ErrorBody, "description": about[status]} for status in statuses}
+async def _read(service: Service, request: Request, body: Body, model: type[Read]) -> Read:
+    """A request's body.
+
+    Raises:
+        APIError: if it is too much, wrong, or for another model.
+    """
+    asked = await run_in_threadpool(parse, await body.read(request), model, service.limits)
+    if asked.model is not None:
+        check_model(asked.model, service.name)
+    return asked
 
 
-def _model(service: Service) -> Model:
-    return Model(id=service.name, created=service.created)
+async def _embed(service: Service, request: EmbeddingRequest) -> dict[str, Any]:
+    async with service.preparing:  # as many pictures are decoded at a time as for answers
+        service.check_open()
+        images = await service.images_of([part.image_url.url for part in request.input], "input")
+        return await run_in_threadpool(embed, service, images, request.encoding_format)
 
 
-def _check_model(service: Service, name: str) -> None:
-    if name != service.name:
-        raise APIError(
-            f"There is no such model here; this server has {service.name!r}.", "model", "model_not_found", status=404
-        )
+async def _answer(
+    service: Service,
+    http_request: Request,
+    model: type[ChatCompletionRequest | CompletionRequest | ResponseRequest],
+    form: type[ChatReply | CompletionReply | ResponseReply],
+) -> Response:
+    """Answer a request.
 
-
-async def _chat_completions(service: Service, http_request: Request) -> Response:
-    with contextlib.ExitStack() as stack:
-        answer = stack.enter_context(Answer(service))
-        stream, include_usage = await _begin(service, http_request, answer, stack)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-        if stream:
-            return _EventStream(_events(answer, head, include_usage), stack.pop_all())
-        message = AnswerMessage(content=await _unless_gone(http_request, answer.whole()))
-        choice = Choice(message=message, finish_reason=answer.generation.finish_reason)
-        return JSONResponse(ChatCompletion(**head, choices=[choice], usage=answer.usage()).model_dump())
-
-
-async def _begin(
-    service: Service, http_request: Request, answer: Answer, stack: contextlib.ExitStack
-) -> tuple[bool, bool]:
-    """Read a request, take its place into `stack` and give it to the engine; it is not kept behind that.
-
-    Returns:
-        whether it asks for a stream, and with the usage.
+    Args:
+        model: what its body is.
+        form: what the answer becomes.
 
     Raises:
         APIError: if it cannot be done.
     """
-    with Body(service) as body:
-        request = await run_in_threadpool(parse, await body.read(http_request), service.limits)
-        _check_model(service, request.model)
-        stack.enter_context(service.place())
-        await _unless_gone(http_request, answer.begin(request))
-        options = request.stream_options
-        return bool(request.stream), options is not None and options.include_usage
+    with contextlib.ExitStack() as stack:
+        answer = stack.enter_context(Answer(service))
+        with Body(service) as body:  # neither it nor the request is kept behind that
+            request = await _read(service, http_request, body, model)
+            stack.enter_context(service.place(request.count))
+            await _unless_gone(http_request, answer.begin(request))
+            reply = form(service, request)
+            del request
+        if reply.streams:
+            return EventStream(reply.events(answer), stack.pop_all())
+        return JSONResponse(reply.whole(await _unless_gone(http_request, answer.whole()), answer.usage()))
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -233,42 +239,3 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; `stack` is left behind the last, or when the client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[bytes], stack: contextlib.ExitStack):
-        super().__init__(events, headers={"Cache-Control": "no-store"})
-        self._stack = stack
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stack:
-            await super().__call__(scope, receive, send)
-
-
-async def _events(answer: Answer, head: dict[str, Any], include_usage: bool) -> AsyncIterator[bytes]:
-    """An answer as server-sent events."""
-
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        usage = {"usage": None} if include_usage else {}
-        return _event({**head, "object": "chat.completion.chunk", "choices": [choice], **usage})
-
-    try:
-        yield chunk({"role": "assistant", "content": ""})
-        async for piece in answer.pieces():
-            yield chunk({"content": piece})
-    except APIError as error:  # the status has been sent
-        yield _event(error.body())
-        return
-    yield chunk({}, answer.generation.finish_reason)
-    if include_usage:
-        yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": answer.usage().model_dump()})
-    yield b"data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8") + b"\n\n"

@@ -63,7 +63,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError("the name cannot be resolved") from error
         if not addresses or not all(is_public(address) for address in addresses):
-            raise APIError("The image URL's host is not a public address.", param="messages", code="image_url_refused")
+            raise APIError("The image URL's host is not a public address.", code="image_url_refused")
         return await self._dialler.connect_tcp(addresses[0], port, *args, **kwargs)
 
 
@@ -158,4 +158,4 @@ def _host_header(url: httpcore.URL) -> bytes:
 
 
 def _refused(message: str) -> APIError:
-    return APIError(message, param="messages", code="image_url_refused")
+    return APIError(message, code="image_url_refused")

@@ -5,23 +5,25 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 from PIL import Image
 
+from deepseek_vl.engine.detokenizer import TokenBytes
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import Generation, MemoryBudgetError, PromptTooLongError
 from deepseek_vl.engine.limits import RequestLimits
-from deepseek_vl.engine.settings import GenerationSettings, as_stop_words
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.engine.structured import StructureError
 from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, data_url_bytes
 from deepseek_vl.imaging.worker import PictureClient, PictureDecoder
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.serve.api.errors import APIError
 from deepseek_vl.serve.api.fetch import ImageFetcher
+from deepseek_vl.serve.api.messages import Conversation
 from deepseek_vl.serve.api.metrics import Metrics
-from deepseek_vl.serve.api.protocol import ChatCompletionRequest, ImagePart, SystemMessage
 from deepseek_vl.utils.conversation import Rendered
 
 
@@ -36,6 +38,7 @@ class Service:
         key: the bearer token that clients must have; None for no such need.
         names: that the server answers to, see `names_of`; None for all.
         limits, fetcher: see there.
+        origins: of the pages in browsers that may ask, besides the server's own.
         places_taken: by requests, of those that `place` gives.
         preparing: as many turns as requests may be prepared and have not begun, in the order of their coming.
         bodies_bytes: of requests that are being read.
@@ -52,12 +55,14 @@ class Service:
     fetcher: ImageFetcher = field(default_factory=ImageFetcher)
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    origins: Sequence[str] = ()
     places_taken: int = 0
     bodies_bytes: int = 0
     seconds_in_place: float = 0.0
 
     def __post_init__(self) -> None:
         self._is_closing = False
+        self.token_bytes = TokenBytes(self.processor.tokenizer)
         self.preparing = asyncio.Semaphore(self.limits.prepared)
         self.decoder = PictureDecoder(self.limits.pictures, self.limits.decoders)
         self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that those who wait take no thread
@@ -76,8 +81,8 @@ class Service:
             raise APIError("The server is shutting down.", status=503)
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place in the batch or in the queue for it.
+    def place(self, count: int = 1) -> Iterator[None]:
+        """A place in the batch or in the queue for it, for each of so many answers.
 
         Raises:
             APIError: if there is none. Its `Retry-After` is the time until one is free, if it goes on as it went.
@@ -88,37 +93,38 @@ class Service:
                 status=429,
                 headers={"Retry-After": str(max(1, math.ceil(self.seconds_in_place / self.places_taken)))},
             )
-        self.places_taken += 1
+        self.places_taken += count
         begun = time.monotonic()
         try:
             yield
         finally:
-            self.places_taken -= 1
+            self.places_taken -= count
             seconds = time.monotonic() - begun
             self.seconds_in_place += (seconds - self.seconds_in_place) * (0.1 if self.seconds_in_place else 1)
 
-    async def images_of(self, request: ChatCompletionRequest) -> list[Image.Image]:
-        """A request's pictures, decoded.
+    async def images_of(self, urls: Sequence[str], field: str) -> list[Image.Image]:
+        """Pictures, decoded.
+
+        Args:
+            field: of the request, that has them.
 
         Raises:
             APIError: for too many, or one that cannot be fetched or read.
         """
-        urls = [
-            part.image_url.url
-            for message in request.messages
-            for part in message.content
-            if isinstance(part, ImagePart)
-        ]
         if len(urls) > self.limits.images:
-            raise APIError(f"The request has {len(urls)} images; at most {self.limits.images} are taken.", "messages")
+            raise APIError(f"The request has {len(urls)} images; at most {self.limits.images} are taken.", field)
         client = self.decoder.client()
         try:
-            return [await self._image(client, number, url) for number, url in enumerate(urls, 1)]
+            return [await self._image(client, number, url, field) for number, url in enumerate(urls, 1)]
         finally:
             client.leave()  # a picture that is being decoded for who has gone is given up
 
-    async def _image(self, client: PictureClient, number: int, url: str) -> Image.Image:
-        fetched = None if url[:5].lower() == "data:" else await self.fetcher.fetch(url)
+    async def _image(self, client: PictureClient, number: int, url: str, field: str) -> Image.Image:
+        try:
+            fetched = None if url[:5].lower() == "data:" else await self.fetcher.fetch(url)
+        except APIError as error:
+            error.param = field
+            raise
 
         def decode() -> Image.Image:
             return client.decode(
@@ -133,71 +139,93 @@ class Service:
                 f"Image {number} has more than {limits.pixels} pixels, a side longer than {limits.side} or over "
                 f"{limits.aspect} times the other, or takes too much memory."
             )
-            raise APIError(message, "messages", "invalid_image") from error
+            raise APIError(message, field, "invalid_image") from error
         except ImageLoadError as error:
             kinds = ", ".join(limits.formats)
             message = (
                 f"Image {number} cannot be read within {limits.seconds:g} seconds: it must be a whole {kinds} picture, "
                 "here as a base64 data URL."
             )
-            raise APIError(message, "messages", "invalid_image") from error
+            raise APIError(message, field, "invalid_image") from error
 
-    def prompt_of(self, request: ChatCompletionRequest) -> tuple[Rendered, list[int]]:
-        """A request's prompt and its ids; what clients wrote stays text.
+    def prompt_of(self, conversation: Conversation) -> Rendered:
+        """A conversation's prompt; what clients wrote stays text."""
+        prompt = self.processor.render(conversation.messages, untrusted=True)
+        if conversation.unfinished is None:
+            return prompt
+        return replace(prompt, text=prompt.text[: prompt.literal[-1][1]])  # without what ends the message
+
+    def question(self, conversation: Conversation, settings: GenerationSettings, count: int, field: str) -> "Question":
+        """A conversation as a question.
+
+        Args:
+            settings: how to answer; the template's stop words are added.
+            count: how many answers.
+            field: of the request, that has the messages.
 
         Raises:
-            APIError: for messages that are no conversation, or too long.
+            APIError: if it is too long.
         """
-        prompt = self.processor.render(_messages(request), untrusted=True)
+        prompt = self.prompt_of(conversation)
         ids, _ = self.processor.encode(prompt)
+        self.check_length(self.processor.count_tokens(prompt, ids), field)  # before any picture is decoded
+        settings = settings.with_stop_words(self.processor.new_chat_template().stop_str)
+        unfinished = conversation.unfinished
+        goes_on = unfinished is not None and unfinished == unfinished.rstrip()
+        return Question(prompt.text, ids, conversation.urls, settings, field, count, goes_on)
+
+    def check_length(self, tokens: int, field: str) -> None:
+        """Check that a prompt of so many tokens leaves room for an answer.
+
+        Raises:
+            APIError: if it does not.
+        """
         try:
-            self.engine.check_prompt(self.processor.count_tokens(prompt, ids))  # before any picture is decoded
+            self.engine.check_prompt(tokens)
         except PromptTooLongError as error:
             message = f"The prompt has {error.tokens} tokens; it and the answer share {error.positions} positions."
-            raise APIError(message, "messages", "context_length_exceeded") from error
-        return prompt, ids
+            raise APIError(message, field, "context_length_exceeded") from error
 
-    def generation(
-        self,
-        request: ChatCompletionRequest,
-        prompt: Rendered,
-        ids: list[int],
-        images: Sequence[Image.Image],
-        sink: Callable[[Any], None],
-    ) -> Generation:
-        """What a request asks of the engine."""
-        inputs = self.processor(prompt=prompt, ids=ids, images=images)
+    def generations(
+        self, question: "Question", images: Sequence[Image.Image], sinks: Sequence[Callable[[Any], None]]
+    ) -> list[Generation]:
+        """What a question asks of the engine: for each sink an answer. Those behind the first find its prompt run.
+
+        Raises:
+            APIError: for what there is not the memory, or a form of answers that is not supported.
+        """
+        inputs = self.processor(prompt=question.prompt, ids=question.ids, images=images)
         inputs = inputs.to("cpu", dtype=self.engine.model.dtype)  # the engine moves what it computes with
-        stop_words = as_stop_words(self.processor.new_chat_template().stop_str)
+        settings, generations = question.settings, []
         try:
-            return Generation(self.engine, inputs, request.settings(self.settings, stop_words), sink)
+            for i, sink in enumerate(sinks):
+                if i > 0 and settings.seed is not None:  # or all would say the same
+                    settings = replace(settings, seed=(question.settings.seed + i) % 2**63)
+                generations.append(Generation(self.engine, inputs, settings, sink, goes_on=question.goes_on))
         except MemoryBudgetError as error:
-            raise APIError(str(error), "messages", "context_length_exceeded") from error
+            raise APIError(str(error), question.field, "context_length_exceeded") from error
+        except StructureError as error:
+            raise APIError(str(error), "response_format", "invalid_schema") from error
+        return generations
 
 
-def _messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:
-    """A request's messages as `render` takes them, with several of one role in a row as one, and the answer to come.
+@dataclass
+class Question:
+    """A prompt and how it is to be answered.
 
-    Raises:
-        APIError: if they are no conversation.
+    Attributes:
+        prompt, ids: the text, and its tokens.
+        urls: where its pictures are, in order.
+        settings: how answers are generated.
+        field: of the request, that has the prompt.
+        count: how many answers there are to be.
+        goes_on: whether they go on with a text in the prompt, so that the white space they begin with is theirs.
     """
-    messages: list[dict[str, Any]] = []
-    for i, message in enumerate(request.messages):
-        role = "system" if isinstance(message, SystemMessage) else message.role
-        if role == "system" and i > 0:
-            raise APIError("Only the first message may be a system message.", f"messages.{i}.role")
-        parts = [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
-            for part in message.content
-        ]
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
-        else:
-            messages.append({"role": role, "content": parts})
-    turns = [message for message in messages if message["role"] != "system"]
-    if not turns or turns[0]["role"] != "user" or turns[-1]["role"] != "user":
-        raise APIError("The conversation must begin and end with a user message.", "messages")
-    for turn in turns:
-        if not any(part["type"] == "image" or part["text"].strip() for part in turn["content"]):
-            raise APIError(f"A {turn['role']} message is empty.", "messages")
-    return [*messages, {"role": "assistant", "content": ""}]
+
+    prompt: str
+    ids: list[int]
+    urls: Sequence[str]
+    settings: GenerationSettings
+    field: str
+    count: int = 1
+    goes_on: bool = False

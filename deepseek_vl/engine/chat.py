@@ -13,6 +13,7 @@ from PIL import Image
 from deepseek_vl.data.errors import BadRow
 from deepseek_vl.data.files import whole_file
 from deepseek_vl.data.rows import read_rows
+from deepseek_vl.engine.attribution import TokenAttribution, attribute_answer
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import AnswerStream
 from deepseek_vl.engine.settings import GenerationSettings
@@ -130,6 +131,21 @@ class ChatSession:
         question = self.messages[-2]
         self.messages = self.messages[:-2]
         return question
+
+    def attribution(self) -> list[TokenAttribution]:
+        """Where the last answer looked in the pictures, token by token; see `attribute_answer`.
+
+        Raises:
+            ValueError: if nothing was asked yet, there is no picture, or one cannot be opened.
+        """
+        if not self.messages:
+            raise ValueError("There is no answer yet that could have looked at a picture.")
+        *asked, answer = self.messages
+        seen, _, _ = self._fit([*asked, {**answer, "content": ""}])
+        opened = [{**message, "images": load_pil_images([message], self.open_image)} for message in seen[:-1]]
+        return attribute_answer(
+            self.engine.model, self.processor, [*opened, answer], self.system_prompt, untrusted=True
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the conversation as a row of training data, images included; `load` reads it back.

@@ -1,0 +1,112 @@
+"""Where an answer looked: how much each region of the pictures weighed in each of its tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
+from deepseek_vl.utils.io import load_pil_images
+
+
+@dataclass(frozen=True)
+class TokenAttribution:
+    """Where one token of an answer looked.
+
+    Attributes:
+        token_id: its id.
+        text: what it adds to the answer.
+        maps: of each picture, in order, float32 [rows, columns]: how much each region of the square that the picture is
+            padded to weighed. They are not negative, and the largest of all is 1.
+    """
+
+    token_id: int
+    text: str
+    maps: tuple[np.ndarray, ...]
+
+
+@torch.no_grad()
+def attribute_answer(
+    model: MultiModalityCausalLM,
+    processor: VLChatProcessor,
+    messages: Sequence[Mapping[str, Any]],
+    system_prompt: str | None = None,
+    untrusted: bool = False,
+) -> list[TokenAttribution]:
+    """Where each token of a conversation's last answer looked in the pictures.
+
+    It is the attention that the language model pays to the pictures' features where it chooses the token, averaged over
+    its heads and layers. The answer may be the model's own or another: it is read, not generated.
+
+    Args:
+        messages: `{"role", "content", "images"}` as `stream_answer` takes them, and the answer as the last content.
+        system_prompt: None for the processor's own.
+        untrusted: as in `render`.
+
+    Returns:
+        The answer's tokens, in order, without the one that ends it. Their texts joined are the answer.
+
+    Raises:
+        ValueError: if the last message is no answer, there is no picture, or the conversation does not fit the model.
+    """
+    answer = messages[-1]["content"].strip() if messages and messages[-1]["role"].lower() == "assistant" else ""
+    if not answer:
+        raise ValueError("The last message must be the assistant's, with the answer as its content.")
+    images = load_pil_images(messages)
+    if not images:
+        raise ValueError("There is no picture in the conversation that the answer could have looked at.")
+    prompt = processor.render(messages, system_prompt, untrusted)
+    ids, spans = processor.encode(prompt)
+    inputs = processor(prompt=prompt, ids=ids, images=images).to(model.device, model.dtype)
+    shift = inputs.input_ids.shape[1] - len(ids)  # the pictures, all of which are in front of the answer
+    start = prompt.text.index(answer, prompt.learnt[-1][0])
+    end = start + len(answer)
+    chosen = [i for i, span in enumerate(spans) if span[0] < end and span[1] > start]
+    weights = _attention(model, model.prepare_inputs_embeds(**inputs), [i + shift - 1 for i in chosen])
+    side = math.isqrt(processor.num_image_tokens)
+    maps = weights[:, inputs.images_seq_mask[0]].view(len(chosen), len(images), side, -1).cpu().numpy()
+    maps /= maps.max(axis=(1, 2, 3), keepdims=True)
+    tokens, covered = [], start
+    for i, own in zip(chosen, maps, strict=True):
+        last = min(max(spans[i][1], covered), end)  # tokens of one character have its span each
+        tokens.append(TokenAttribution(ids[i], prompt.text[covered:last], tuple(own)))
+        covered = last
+    return tokens
+
+
+def _attention(model: MultiModalityCausalLM, inputs_embeds: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """How much some positions attend to all, averaged over heads and layers.
+
+    Args:
+        inputs_embeds: [1, T, D].
+        rows: R of the positions.
+
+    Returns:
+        float32 [R, T], each row with the sum 1.
+    """
+    decoder = model.language_model.get_decoder()
+    length = inputs_embeds.shape[1]
+    positions = torch.arange(length, device=inputs_embeds.device)
+    asked = positions[list(rows)]
+    is_hidden = positions > asked[:, None]  # [R, T]
+    rotations = decoder.rotary_emb(inputs_embeds, position_ids=positions[None])
+    hidden, total = inputs_embeds, 0
+    for layer in decoder.layers:
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = (
+            project(normed).view(1, length, -1, attention.head_dim).transpose(1, 2) for project in projections
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotations)
+        shared = query.shape[1] // key.shape[1]
+        scores = (query[0, :, asked] @ key[0].repeat_interleave(shared, 0).transpose(1, 2)).float() * attention.scaling
+        total = total + scores.masked_fill(is_hidden, -torch.inf).softmax(-1).mean(0)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
+        hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(1, length, -1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return total / len(decoder.layers)

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "deepseek_vl/__init__.py").
 CAPTION = ["pyarrow>=17"]  # Parquet
 GGUF = ["gguf>=0.19"]
 GPU = ["torchao>=0.18"]
-GRADIO = ["gradio>=6.0"]
+GRADIO = ["gradio>=6.10"]  # the first whose gr.HTML tells its script of new values
 RAY = ["ray[data]>=2.49,<2.64"]
 STRUCTURED = ["llguidance>=1.3"]  # answers of a given form
 SERVE = [*STRUCTURED, "fastapi>=0.115", "prometheus-client>=0.21", "pydantic>=2.9", "uvicorn>=0.32"]
@@ -26,7 +26,7 @@ setup(
     license="MIT",
     license_files=["LICENSE-CODE"],
     packages=find_packages(include=["deepseek_vl", "deepseek_vl.*"]),
-    package_data={"deepseek_vl": ["bundled/*/*"]},
+    package_data={"deepseek_vl": ["bundled/*/*", "serve/web/*.css", "serve/web/*.js"]},
     entry_points={
         "console_scripts": [
             "deepseek-vl-caption=deepseek_vl.caption:main",

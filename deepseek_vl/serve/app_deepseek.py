@@ -5,6 +5,7 @@ Each browser tab has its own conversation. All share one engine per model.
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="app_deepseek.py", description="A web page to chat with DeepSeek-VL models.")
     add_arguments(parser, DEFAULTS, action="append")
     add_listening(parser, 8122)
+    parser.add_argument(
+        "--root_path", default="", metavar="PATH",
+        help="where a proxy has the page, if not at the top of its name: /chat for https://example.org/chat/",
+    )  # fmt: skip
     parser.add_argument("--share", action="store_true", help="also through a public address of gradio.live")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
     return parser
@@ -36,6 +41,8 @@ def _run(args: argparse.Namespace) -> None:
     user, separator, password = (args.auth or "").partition(":")
     if args.auth is not None and not (user and separator and password):
         raise ValueError("--auth is a name and a password with a colon between them.")
+    if args.root_path and re.fullmatch(r"(https?://[^\s/?#]+)?(/[^\s/?#]+)*/?", args.root_path) is None:
+        raise ValueError(f"--root_path {args.root_path} is no path; it is one like /chat.")
     settings = settings_of(args)
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
@@ -48,8 +55,20 @@ def _run(args: argparse.Namespace) -> None:
     auth = (user, password) if args.auth else None
     # Who comes through the public address asks for a name that is not known before.
     names = None if args.share else names
-    launch(create_page(models, settings), args.host, args.port, auth, names, share=args.share)
+    page = create_page(models, settings)
+    address = launch(page, args.host, args.port, auth, names, share=args.share, root_path=args.root_path.rstrip("/"))
+    logger.info("The page is at %s; Ctrl-C ends it. %s", address, _advice(args))
+    page.block_thread()
     end_within(END_SECONDS)
+
+
+def _advice(args: argparse.Namespace) -> str:
+    """How others can see the page."""
+    if args.share:
+        return "Whoever knows this address can use it; --auth asks for a password."
+    if args.host in ("127.0.0.1", "localhost", "::1"):
+        return "Only this machine sees it; --host 0.0.0.0 lets others, and --share gives it a public address."
+    return "Others see it by this machine's name; --auth asks for a password."
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SAMPLING = {
     "top_p": SamplingParameter("nucleus sampling", "Top-p", (0, 1, 0.05), {"ge": 0, "le": 1}),
     "temperature": SamplingParameter("0 is greedy decoding", "Temperature", (0, 1, 0.1), {"ge": 0, "le": 2}),
     "repetition_penalty": SamplingParameter(
-        "used when sampling", "Repetition penalty", (0, 2, 0.1), {"ge": 0.01, "le": 10}
+        "used when sampling", "Repetition penalty", (0.1, 2, 0.1), {"ge": 0.01, "le": 10}
     ),
 }
 

@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import functools
+import html
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from deepseek_vl.engine.chat import ChatSession, with_image_tags
+from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.limits import PAGE_LIMITS
 from deepseek_vl.engine.settings import GenerationSettings
@@ -23,34 +25,40 @@ from deepseek_vl.imaging.square import Square
 from deepseek_vl.imaging.worker import PictureClient, PictureDecoder
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.serve.arguments import SAMPLING
-from deepseek_vl.serve.markdown import safe_markdown
+from deepseek_vl.serve.web.conversation import Conversation, Turn, file_data
+from deepseek_vl.serve.web.looked import words_of
+from deepseek_vl.serve.web.marks import unmarked
 
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_UPDATE = 0.05
 ABANDON_SECONDS = 5.0
+MOMENT = 4
+"""Seconds that a message stays which is for a moment."""
+
 BUSY = "An answer is still coming; press Stop first."
+EMPTY = "Write a message, or add an image."
+
+Shown = tuple[Any, ...]
+"""What the page becomes: the conversation, the chat, what the browser keeps, the status and the message box."""
+
+SAME: Shown = (gr.skip(),) * 5
+SEND = {"submit_btn": True, "stop_btn": False}
+STOP = {"submit_btn": False, "stop_btn": True}
+"""The message box while an answer comes."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One exchange.
+class Progress:
+    """What there is to show while an answer comes.
 
     Attributes:
-        text: the user's message, as it was typed.
-        files: the paths of its images.
-        answer: so far.
-        error: why there is no answer. The turn is shown, but the model does not see it.
+        turn: the newest, with the answer so far.
+        note: about the answer, once it is over; None before.
     """
 
-    text: str
-    files: tuple[str, ...] = ()
-    answer: str = ""
-    error: str = ""
-
-
-Progress = tuple[Turn, Any]
-"""What there is to show while an answer comes: the newest turn with the answer so far, and what the status becomes."""
+    turn: Turn
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Run:
 
 
 class WebChat:
-    """What the page's controls do. Each returns or yields what its outputs are to become.
+    """What the page's controls do. Each returns or yields what the page is to become.
 
     Args:
         models: an engine and its processor, by the names that users choose from.
@@ -91,51 +99,71 @@ class WebChat:
         self._moved = threading.Condition()
 
     def send(
-        self, request: gr.Request, message: dict[str, Any], turns: list[Turn] | None, *controls: Any
-    ) -> Iterator[tuple]:
-        """Answer a message: yields (turns, chat, status, input). One that fails is in the input again."""
-        kept = [turn for turn in turns or () if not turn.error]
-        turn = Turn(message["text"].strip(), tuple(message["files"]))
-        if not turn.text and not turn.files:
-            yield gr.skip(), gr.skip(), "Write a message, or add an image.", gr.skip()
+        self, request: gr.Request, message: dict[str, Any], conversation: Conversation | None, *controls: Any
+    ) -> Iterator[Shown]:
+        """Answer a message. One that has no answer is for the message box again."""
+        before = (conversation or Conversation()).answered()
+        turn = Turn(message["text"].strip("\r\n"), tuple(message["files"]))
+        yield from self._run(request, before, turn, controls, box={**STOP, "value": None})
+
+    def regenerate(self, request: gr.Request, conversation: Conversation | None, *controls: Any) -> Iterator[Shown]:
+        """Another answer to the last message. One that fails leaves the old one."""
+        if conversation is None or not conversation.turns:
+            gr.Info("There is no answer yet to generate again.", MOMENT)
+            yield SAME
             return
-        first = True
-        for progress in self._answer(kept, turn, controls, request.session_hash):
-            if not progress:
-                yield gr.skip(), gr.skip(), BUSY if first else gr.skip(), gr.skip()
-                return
-            turn, status = progress
-            now = [*kept, turn]
-            yield now, _shown(now), status, message if turn.error else None if first else gr.skip()
-            first = False
+        *before, last = conversation.turns
+        turn, instead = replace(last, answer="", error=""), conversation if last.answer else None
+        yield from self._run(request, conversation.with_turns(*before), turn, controls, instead, last.answer != "")
 
-    def regenerate(self, request: gr.Request, turns: list[Turn] | None, *controls: Any) -> Iterator[tuple]:
-        """Another answer to the last message: yields (turns, chat, status). One that fails leaves the old one."""
-        if not turns:
-            yield gr.skip(), gr.skip(), "There is no answer yet to generate again."
-            return
-        *before, last = turns
-        first = True
-        for progress in self._answer(before, replace(last, answer="", error=""), controls, request.session_hash):
-            if not progress:
-                yield gr.skip(), gr.skip(), BUSY if first else gr.skip()
-                return
-            turn, status = progress
-            fails = bool(turn.error and last.answer)
-            now = [*before, last if fails else turn]
-            yield now, _shown(now), turn.error if fails else status
-            first = False
+    def edit(
+        self, request: gr.Request, event: gr.EditData, conversation: Conversation, *controls: Any
+    ) -> Iterator[Shown]:
+        """Another wording of a message, which is answered in place of it and all that followed."""
+        number = conversation.turn_at(event.index)
+        turn = Turn(unmarked(event.value).strip("\r\n"), conversation.turns[number].files)
+        before = conversation.with_turns(*conversation.turns[:number]).answered()
+        yield from self._run(request, before, turn, controls, conversation)
 
-    def remove_last(self, request: gr.Request, turns: list[Turn] | None) -> tuple:
-        """Forget the last turn, even if its answer is still coming: (turns, chat, status)."""
+    def remove_last(self, request: gr.Request, conversation: Conversation | None) -> Shown:
+        """Forget the last turn, even if its answer is still coming."""
         self._abandon(request.session_hash)
-        turns = (turns or [])[:-1]
-        return turns, _shown(turns), ""
+        conversation = conversation or Conversation()
+        return _shown(conversation.with_turns(*conversation.turns[:-1]), "", SEND)
 
-    def new_conversation(self, request: gr.Request) -> tuple:
-        """Stop, and forget everything: (turns, chat, status, input)."""
+    def new_conversation(self, request: gr.Request) -> Shown:
+        """Stop, and begin another conversation."""
         self._abandon(request.session_hash)
-        return [], [], "", None
+        return _shown(Conversation(), "", {**SEND, "value": None})
+
+    def open(self, request: gr.Request, record: Any) -> Shown:
+        """Go on with a conversation that the browser has kept, or that comes from a file; see `Conversation.of`."""
+        try:
+            conversation, unsent = Conversation.of(record), Turn.of(record.get("unsent"))
+        except ValueError as error:
+            gr.Warning(html.escape(str(error)), 2 * MOMENT)
+            return SAME
+        self._abandon(request.session_hash)
+        return _shown(conversation, "", {**SEND, **({"value": unsent.message} if unsent else {})}, unsent)
+
+    def look(self, conversation: Conversation | None, *controls: Any) -> Any:
+        """What `looked.js` shows of where the last answer looked; nothing if there is none about a picture."""
+        answered = (conversation or Conversation()).answered()
+        files = [file for turn in answered.turns for file in turn.files]
+        if not files:
+            gr.Info("There is no answer about a picture yet.", MOMENT)
+            return gr.skip()
+        session = self._session(self.decoder.client(), *controls)
+        _go_on(session, answered)
+        try:
+            _check(answered.turns[-1], answered.turns)
+            words = words_of(session.attribution())
+        except (OSError, ValueError) as error:
+            gr.Warning(html.escape(str(error)), 2 * MOMENT)
+            return gr.skip()
+        kept = files[-len(words[0]["maps"]) :]  # the oldest turns may have been left out
+        side = math.isqrt(session.processor.num_image_tokens)
+        return {"pictures": [file_data(file) for file in kept], "side": side, "words": words}
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that this tab waits for. It stays as far as it got."""
@@ -148,9 +176,46 @@ class WebChat:
             run.stop()
             run.over.wait(ABANDON_SECONDS)
 
-    def _answer(
-        self, turns: Sequence[Turn], turn: Turn, controls: Sequence[Any], tab: str
-    ) -> Iterator[Progress | None]:
+    def _run(
+        self,
+        request: gr.Request,
+        before: Conversation,
+        turn: Turn,
+        controls: Sequence[Any],
+        instead: Conversation | None = None,
+        is_kept: bool = False,
+        box: dict[str, Any] = STOP,
+    ) -> Iterator[Shown]:
+        """Answer a turn.
+
+        Args:
+            before: what went before it.
+            instead: what is shown if there is no answer; None for the turn with the reason.
+            is_kept: whether the turn's message is in there. If not, it is for the message box then.
+            box: what becomes of that at first.
+        """
+        if not turn.text.strip() and not turn.files:
+            gr.Info(EMPTY, MOMENT)
+            yield SAME if instead is None else _shown(instead)
+            return
+        first = True
+        for progress in self._answer(before, turn, controls, request.session_hash):
+            if progress is None:
+                yield SAME
+                return
+            newest, is_over = progress.turn, progress.note is not None
+            now = before.with_turns(*before.turns, newest)
+            if newest.answer and not newest.error:
+                yield _shown(now, progress.note, SEND if is_over else None)
+            elif not is_over:
+                yield _shown(now, "" if first else None, box if first else None, turn)
+            else:
+                stays = instead or (now if newest.error else before)
+                status = html.escape(newest.error) if instead else ""
+                yield _shown(stays, status, SEND, None if is_kept else turn)
+            first = False
+
+    def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: str) -> Iterator[Progress | None]:
         """A turn, as its answer grows. None, once, if the tab waits for another, or, at last, if it was abandoned.
 
         (The server sends what was yielded last once more at the end. If that is an abandoned answer, it must change
@@ -160,50 +225,54 @@ class WebChat:
             client = self.decoder.client()
             run = Run(self._session(client, *controls), client)
         except ValueError as error:
-            yield replace(turn, error=str(error)), ""
+            yield Progress(replace(turn, error=str(error)), "")
             return
         if self._running.setdefault(tab, run) is not run:
+            gr.Info(BUSY, MOMENT)
             yield None
             return
-        last: Progress = turn, ""
+        last = Progress(turn)
         try:
             yield last
             shown_at = 0.0
-            for last in self._grow(run, turns, turn):
+            for last in self._grow(run, before, turn):
                 if self._running.get(tab) is not run:
                     break
-                if time.monotonic() - shown_at > SECONDS_PER_UPDATE:
+                if last.note is None and time.monotonic() - shown_at > SECONDS_PER_UPDATE:
                     shown_at = time.monotonic()
                     yield last
         finally:
             run.over.set()
             was_abandoned = self._running.get(tab) is not run or self._running.pop(tab, None) is None
-        yield None if was_abandoned else last
+        if not was_abandoned and run.stopped.is_set():
+            gr.Info("Stopped.", MOMENT)
+        yield None if was_abandoned else replace(last, note=last.note or "")
 
-    def _grow(self, run: Run, turns: Sequence[Turn], turn: Turn) -> Iterator[Progress]:
-        """A turn with its answer so far, and at last with the whole answer or an error."""
+    def _grow(self, run: Run, before: Conversation, turn: Turn) -> Iterator[Progress]:
+        """A turn with its answer so far, and at last with the whole answer, an error, or nothing if it was stopped."""
         session = run.session
         try:
-            seen = [turn for turn in turns if not turn.error]
-            _check(turn, seen)
-            session.messages = _messages(session.processor, seen)
-            before, answer = len(session.messages), ""
+            _check(turn, before.turns)
+            _go_on(session, before)
+            length, answer = len(session.messages), ""
             with contextlib.closing(self._pieces(run, turn)) as pieces:
                 for piece in pieces:
                     if run.stopped.is_set():  # perhaps before the session could take notice
                         session.stop()
                     answer += piece
-                    yield replace(turn, answer=answer.strip()), gr.skip()
-            if len(session.messages) == before:
-                yield replace(turn, error="There was no answer."), gr.skip()
+                    yield Progress(replace(turn, answer=answer.strip()))
+            if len(session.messages) > length:
+                yield Progress(replace(turn, answer=session.messages[-1]["content"]), _note(session))
+            elif run.stopped.is_set():
+                yield Progress(turn, "")
             else:
-                yield replace(turn, answer=session.messages[-1]["content"]), _note(session)
+                yield Progress(replace(turn, error="The model gave no answer; ask in other words."), "")
         except (OSError, ValueError) as error:
             # Who stops while a picture is decoded has left it, which is the decoder's error and not the picture's.
-            yield replace(turn, error="There was no answer." if run.stopped.is_set() else str(error)), gr.skip()
+            yield Progress(turn if run.stopped.is_set() else replace(turn, error=str(error)), "")
         except Exception:
             logger.exception("A generation failed.")
-            yield replace(turn, error="The model failed on this message; the server's log says why."), gr.skip()
+            yield Progress(replace(turn, error="The model failed on this message; the server's log says why."), "")
 
     def _pieces(self, run: Run, turn: Turn) -> Iterator[str]:
         """An answer's text, piece by piece. Its pixels are there when it is its turn, and not before."""
@@ -238,6 +307,13 @@ class WebChat:
         return ChatSession(engine, processor, settings, int(max_history_tokens), opening)
 
 
+def _go_on(session: ChatSession, conversation: Conversation) -> None:
+    """Have a new session go on with a conversation."""
+    session.messages = conversation.messages(session.processor.image_tag)
+    if conversation.system is not None:
+        session.system_prompt = conversation.system
+
+
 def _check(turn: Turn, before: Sequence[Turn]) -> None:
     """
     Raises:
@@ -247,16 +323,6 @@ def _check(turn: Turn, before: Sequence[Turn]) -> None:
         raise ValueError(f"The message has {len(turn.files)} images; at most {PAGE_LIMITS.images} are taken.")
     if not all(Path(file).is_file() for each in (*before, turn) for file in each.files):
         raise ValueError("An image of this conversation is not kept any more; begin a new one.")
-
-
-def _messages(processor: VLChatProcessor, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as a session's messages."""
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        content = with_image_tags(turn.text, len(turn.files), processor.image_tag)
-        messages.append({"role": "User", "content": content, "images": list(turn.files)})
-        messages.append({"role": "Assistant", "content": turn.answer})
-    return messages
 
 
 def _open(client: PictureClient, square: Square, path: str) -> Image.Image:
@@ -278,20 +344,30 @@ def _note(session: ChatSession) -> str:
         notes.append(f"The oldest {session.dropped_turns} turn(s) are too long to be kept in mind and were left out.")
     if session.answer.finish_reason == "length":
         notes.append(f"The answer was cut off after {session.answer.completion_tokens} tokens.")
-    elif session.answer.finish_reason == "cancelled":
-        notes.append("Stopped.")
     return " ".join(notes)
 
 
-def _shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as the chat component takes them."""
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
-        if turn.text:
-            messages.append({"role": "user", "content": safe_markdown(turn.text)})
-        if turn.answer:
-            messages.append({"role": "assistant", "content": safe_markdown(turn.answer)})
-        if turn.error:
-            messages.append({"role": "assistant", "content": f"**Error:** {safe_markdown(turn.error)}"})
-    return messages
+def _shown(
+    conversation: Conversation,
+    status: str | None = None,
+    box: dict[str, Any] | None = None,
+    unsent: Turn | None = None,
+) -> Shown:
+    """The page with a conversation.
+
+    Args:
+        status: None for as it is.
+        box: what changes of the message box.
+        unsent: a message for the box, if nothing else is in it by now.
+    """
+    record = conversation.record()
+    if unsent is not None:
+        record["unsent"] = unsent.message
+    same = gr.skip()
+    return (
+        conversation,
+        conversation.shown(),
+        record,
+        same if status is None else status,
+        same if box is None else gr.update(**box),
+    )

@@ -7,18 +7,20 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.limits import PAGE_ANSWERS, PAGE_LIMITS
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.serve.arguments import SAMPLING
-from deepseek_vl.serve.listening import OwnNames, Patience
+from deepseek_vl.serve.listening import OwnNames
 from deepseek_vl.serve.web.chat import WebChat
+from deepseek_vl.serve.web.guards import SlowLogin, take_no_addresses
 
 TITLE = "DeepSeek-VL"
-IMAGES = Path(__file__).resolve().parents[3] / "images"
+INVITATION = "## Show it pictures\nand talk about them. Add your own below, or begin with one of these."
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parents[2] / "images"
 EXAMPLES = (
     ("Describe the image.", ("shapes.png",)),
     ("Which bar is tallest?", ("chart.png",)),
@@ -33,32 +35,12 @@ LATEX = [
 ]
 DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
 """Where the sliders stand at first, as the reference's do."""
-CSS = """
-#chat { height: clamp(20rem, calc(100dvh - 22rem), 60rem) !important; }
-#status { min-height: 0; }
-#status p { color: var(--body-text-color-subdued); margin: 0; }
-.controls { gap: .5rem; }
-.controls button { min-width: 6.5rem; }
-@media (max-width: 640px) {
-  #chat { height: 58dvh !important; }
-  .controls button { min-width: calc(50% - .5rem); }
-}
-"""
 
+MOST_TOKENS = 4096
+"""Where the sliders of tokens end, if the model takes so many."""
 
-def _take_no_addresses(box: gr.MultimodalTextbox) -> None:
-    """Keep Gradio from downloading what a hand-made request names by its address.
-
-    Of this one box: a subclass, which would do as well, has Gradio write a stub file beside its module.
-    """
-    take = box.async_move_resource_to_block_cache
-
-    async def guarded(url_or_file_path: str | Path | None) -> str | None:
-        if str(url_or_file_path).lower().startswith(("http:", "https:")):
-            raise gr.Error("Images come as files, not by their address.")
-        return await take(url_or_file_path)
-
-    box.async_move_resource_to_block_cache = guarded
+GIVE_BACK = """(kept, box) => kept?.unsent && !box?.text && !box?.files?.length ? kept.unsent : {__type__: "update"}"""
+"""A message that has no answer is put into the message box, unless something else is in it by now."""
 
 
 def create_page(
@@ -72,52 +54,51 @@ def create_page(
     """
     chat = WebChat(models)
     # Uploads are looked for every hour, and deleted after a day.
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        turns = gr.State()
-        gr.Markdown(f"# {TITLE}\nShow it pictures, and talk about them.")
-        with gr.Row():
-            with gr.Column(scale=4, min_width=320):
-                chatbot = gr.Chatbot(
-                    show_label=False,
-                    elem_id="chat",
-                    latex_delimiters=LATEX,
-                    buttons=["copy", "copy_all"],
-                    feedback_options=None,
-                    placeholder="Add one or more images below, and ask about them.",
-                )
-                status = gr.Markdown(elem_id="status")
-                message = gr.MultimodalTextbox(
-                    show_label=False,
-                    elem_id="message",
-                    file_types=["image"],
-                    file_count="multiple",
-                    sources=["upload"],
-                    submit_btn=False,
-                    placeholder="Write a message; drop, paste or upload images",
-                    max_plain_text_length=100_000,
-                    autofocus=True,
-                )
-                _take_no_addresses(message)
-                with gr.Row(elem_classes="controls"):
-                    send = gr.Button("Send", variant="primary", size="md")
-                    stop = gr.Button("Stop", variant="stop", size="md")
-                    regenerate = gr.Button("Regenerate", size="md")
-                    remove = gr.Button("Remove Last Turn", size="md")
-                    new = gr.Button("New Conversation", size="md")
-                examples = [
-                    [{"text": text, "files": [str(IMAGES / name) for name in names]}]
-                    for text, names in EXAMPLES
-                    if all((IMAGES / name).is_file() for name in names)
-                ]
-                if examples:  # not in an installation without the checkout
-                    gr.Examples(examples, [message], label="Examples")
-            with gr.Column(scale=1, min_width=320), gr.Accordion("Settings", open=True):
-                controls = [
-                    gr.Dropdown(list(models), value=next(iter(models)), label="Model"),
-                    *(_slider(p.label, *p.slider, getattr(settings, name)) for name, p in SAMPLING.items()),
-                    _slider("Max generation tokens", 0, 4096, 8, settings.max_new_tokens),
-                    _slider("Max history tokens", 0, 4096, 128, 4096),
-                ]
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, fill_width=True, fill_height=True, delete_cache=(3600, 86400)
+    ) as page:
+        conversation = gr.State()
+        with gr.Sidebar(open=False, elem_id="conversations-side"):
+            kept = _part("conversations")
+            take_no_addresses(kept)
+        with gr.Sidebar(open=False, position="right", elem_id="settings-side"):
+            gr.Markdown("## Settings")
+            controls = _controls(models, settings)
+            colours = gr.Radio(["System", "Light", "Dark"], value="System", label="Colours")
+        with gr.Row(elem_id="head"):
+            gr.Markdown(f"# {TITLE}")
+            new = gr.Button("New Conversation", size="sm", elem_id="new")
+        look = gr.Button("Where it looked", elem_id="look")
+        chatbot = gr.Chatbot(
+            show_label=False,
+            elem_id="chat",
+            height=None,
+            scale=1,
+            latex_delimiters=LATEX,
+            buttons=["copy", "copy_all", look],
+            editable="user",
+            group_consecutive_messages=False,
+            allow_file_downloads=False,
+            allow_tags=False,
+            feedback_options=None,
+            placeholder=INVITATION,
+            examples=_examples(),
+        )
+        status = gr.Markdown(elem_id="status")
+        message = gr.MultimodalTextbox(
+            show_label=False,
+            elem_id="message",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            placeholder="Write a message",
+            max_plain_text_length=100_000,
+            autoscroll=False,
+        )
+        take_no_addresses(message)
+        looked = _part("looked")
+
+        shown = [conversation, chatbot, kept, status, message]
         answering = {
             "concurrency_id": "answers",
             "concurrency_limit": PAGE_ANSWERS,
@@ -125,47 +106,74 @@ def create_page(
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        gr.on(
-            [message.submit, send.click],
-            chat.send,
-            [message, turns, *controls],
-            [turns, chatbot, status, message],
-            **answering,
-        )
-        regenerate.click(chat.regenerate, [turns, *controls], [turns, chatbot, status], **answering)
-        quick = {"queue": False, "api_visibility": "private"}
-        remove.click(chat.remove_last, [turns], [turns, chatbot, status], **quick)
-        gr.on(
-            [new.click, chatbot.clear],
-            chat.new_conversation,
-            None,
-            [turns, chatbot, status, message],
-            **quick,
-        )
-        stop.click(chat.stop, **quick)
+        for answer in (
+            message.submit(chat.send, [message, conversation, *controls], shown, **answering),
+            chatbot.retry(chat.regenerate, [conversation, *controls], shown, **answering),
+            chatbot.edit(chat.edit, [conversation, *controls], shown, **answering),
+        ):
+            answer.then(None, [kept, message], message, js=GIVE_BACK)
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        chatbot.undo(chat.remove_last, conversation, shown, **quick)
+        for begin in (new.click, chatbot.clear, kept.forget):
+            begin(chat.new_conversation, None, shown, **quick)
+        kept.open(chat.open, kept, shown, show_progress="hidden", api_visibility="private")
+        message.stop(chat.stop, **quick)
+        look.click(
+            chat.look, [conversation, *controls], looked,
+            concurrency_id="looking", concurrency_limit=1, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+
+        def fill(event: gr.SelectData) -> dict[str, Any]:
+            example = chatbot.examples[event.index]
+            return {"text": example["text"], "files": [file["path"] for file in example["files"]]}
+
+        chatbot.example_select(fill, None, message, **quick)
+        model, *_, max_new_tokens, max_history_tokens = controls
+        tokens = [max_new_tokens, max_history_tokens]
+
+        def limit(name: str, *values: int) -> list[dict[str, Any]]:
+            most = min(MOST_TOKENS, models[name][0].positions)
+            return [gr.update(maximum=most, value=min(value, most)) for value in values]
+
+        model.change(limit, [model, *tokens], tokens, **quick)
+        colours.change(None, colours, None, js="(choice) => chooseColours(choice)")
+        page.load(None, None, colours, js="() => localStorage.getItem('deepseek-vl-colours') ?? 'System'")
         page.unload(chat.stop)
     return page.queue(max_size=PAGE_LIMITS.waiting)
+
+
+def _controls(
+    models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings
+) -> list[gr.components.Component]:
+    """The settings, in the order in which `WebChat` takes them."""
+    name = next(iter(models))
+    positions = models[name][0].positions
+    most = min(MOST_TOKENS, positions)
+    return [
+        gr.Dropdown(list(models), value=name, label="Model"),
+        *(_slider(p.label, *p.slider, getattr(settings, name)) for name, p in SAMPLING.items()),
+        _slider("Max generation tokens", 8, most, 8, min(settings.max_new_tokens, positions)),
+        _slider("Max history tokens", 0, most, 128, most),
+    ]
 
 
 def _slider(label: str, least: float, most: float, step: float, value: float) -> gr.Slider:
     return gr.Slider(least, max(most, value), value, step=step, label=label)
 
 
-class _SlowLogin:
-    """Middleware that has whoever gives a wrong password wait for the answer."""
+def _examples() -> list[dict[str, Any]] | None:
+    """What the empty chat offers; nothing in an installation without the checkout."""
+    return [
+        {"text": text, "files": [str(IMAGES / name) for name in names]}
+        for text, names in EXAMPLES
+        if all((IMAGES / name).is_file() for name in names)
+    ] or None
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
-        self._patience = Patience(PAGE_LIMITS)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def slowly(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                await self._patience.wait()
-            await send(message)
-
-        is_login = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/login")
-        await self.app(scope, receive, slowly if is_login else send)
+def _part(name: str) -> gr.HTML:
+    """A part of the page that its own script draws."""
+    script = (HERE / f"{name}.js").read_text(encoding="utf-8")
+    return gr.HTML(None, html_template="", js_on_load=script, apply_default_css=False, elem_id=name)
 
 
 def launch(
@@ -175,21 +183,24 @@ def launch(
     auth: tuple[str, str] | None = None,
     names: frozenset[str] | None = None,
     **options: Any,
-) -> None:
-    """Serve a page as it is meant to look, until the process is told to stop.
+) -> str:
+    """Serve a page as it is meant to look, in threads of its own; `page.block_thread()` waits until it is to stop.
 
     Args:
         names: that the server answers to, see `names_of`; None for all.
         options: further arguments of `gr.Blocks.launch`.
 
+    Returns:
+        Where the page is, for users.
+
     Raises:
         OSError: if the port is not free.
     """
-    middleware = [Middleware(_SlowLogin)]
+    middleware = [Middleware(SlowLogin)]
     if names is not None:
         refusal = PlainTextResponse("This server does not go by that name; see --allowed_host.\n", 421)
         middleware.insert(0, Middleware(OwnNames, names=names, refusal=refusal))
-    page.launch(
+    _, local, public = page.launch(
         server_name=host,
         server_port=port,
         auth=auth,
@@ -200,7 +211,9 @@ def launch(
         theme=gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
-        css=CSS,
+        css_paths=HERE / "page.css",
+        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         footer_links=[],
-        **options,
+        **{"quiet": True, "prevent_thread_lock": True, **options},
     )
+    return (public or local).rstrip("/")

@@ -105,21 +105,21 @@ def test_a_session_without_an_answer_says_so() -> None:
         session.attribution()
 
 
-def test_in_the_toy_world_it_looks_at_the_right_thing() -> None:
+def test_in_the_toy_world_it_looks_at_the_right_thing(one_thread: None) -> None:
     """The peak of the whole answer's map, and that of the word that answers, are in the box of what was asked about."""
     pytest.importorskip("matplotlib")  # the recipe's
     from recipes.tiny.world import draw, sample_picture
     from recipes.tiny.world.questions import ask_colour, ask_shape
 
     tokenizer, model, processor = load_model("tiny", device="cpu", dtype="float32")
-    rng = random.Random("where it looked")
+    engine, rng = Engine(model, tokenizer), random.Random("where it looked")
     asked = whole = word = 0
-    while asked < 200:
+    while asked < 100:
         picture = sample_picture(rng, "shapes")
         turn = rng.choice((ask_colour, ask_shape))(picture, rng)
         if turn is None or len(picture.shapes) < 2:
             continue
-        session = ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=40))
+        session = ChatSession(engine, processor, GenerationSettings(max_new_tokens=40))
         "".join(session.ask(turn.question, [draw(picture)]))
         tokens = session.attribution()
         asked += 1

@@ -93,7 +93,7 @@ def test_what_is_copied_is_what_was_written_and_nothing_of_it_is_html(
     for number, text in enumerate(WRITTEN):
         assert copied(tab, tab.questions.nth(number)) == text
         assert copied(tab, tab.answers.nth(number)) == text
-    assert tab.page.locator("#active, #chat iframe, #chat form, #chat script, #chat style").count() == 0
+    assert tab.page.locator("#active, #chat .message :is(iframe, form, script, style)").count() == 0
     assert tab.page.locator("#chat .message img").count() == 0
     assert tab.page.locator("#chat [href^='javascript']").count() == 0
     assert tab.page.locator("#chat").evaluate("(chat) => chat.outerHTML.includes('\\u2064\\u003c')") is False
@@ -265,7 +265,7 @@ def test_no_slider_has_a_value_that_is_refused(tab: Tab, tiny: Served, parrot: S
 
 def test_the_settings_and_the_conversations_are_folded_away(sized: Tab) -> None:
     for side, inside in (
-        ("Settings", sized.page.get_by_label("Model")),
+        ("Settings", sized.page.get_by_role("combobox", name="Model")),
         ("Conversations", sized.page.get_by_text("Upload a")),
     ):
         expect(inside).not_to_be_visible()

@@ -108,7 +108,7 @@ class Tab:
 
     def choose_model(self, name: str) -> None:
         self.open_side("Settings")
-        self.page.get_by_label("Model").click()
+        self.page.get_by_role("combobox", name="Model").click()
         self.page.get_by_role("option", name=name).click()
         self.close_side("Settings")
 

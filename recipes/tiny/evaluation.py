@@ -61,7 +61,7 @@ QUESTIONS_ABOUT_OTHERS = (
 
 
 OTHER_DRAWINGS = (
-    "dog_a.png", "dog_b.png", "dog_c.png", "dog_d.png", "serving.png", "training_pipelines.png", "web_page.png",
+    "dog_a.png", "dog_b.png", "dog_c.png", "dog_d.png", "serving.png", "training_pipelines.png",
 )  # fmt: skip
 """Files in `images` that are not of the world."""
 

@@ -24,6 +24,14 @@ Served = tuple[Engine, VLChatProcessor]
 expect = sync_api.expect
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A server that ends deletes its files, and several that share a folder have the same ones."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Served:
     tokenizer, model, processor = load_model("tiny", device="cpu", dtype="float32")
@@ -131,7 +139,9 @@ class Tab:
         return least, most, float(number.input_value())
 
     def add(self, *files: Path) -> None:
-        self.page.set_input_files("#message input[type=file]", [str(file) for file in files])
+        with self.page.expect_file_chooser() as chooser:
+            self.press("Add pictures")
+        chooser.value.set_files([str(file) for file in files])
         expect(self.page.locator("#message .thumbnail-item")).to_have_count(len(files), timeout=30_000)
 
     def press(self, button: str) -> None:

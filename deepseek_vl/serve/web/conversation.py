@@ -136,7 +136,7 @@ class Conversation:
                 raise ValueError(f"The file has {len(row)} conversations; a chat goes on with one.")
             row = row[0]
         try:
-            parsed = parse_row(row, Path("/"), "")
+            parsed = parse_row(_with_paths(row), Path("/"), "")
         except DataError as error:
             raise ValueError(f"This is no saved conversation: {error}.") from error
         questions, answers = parsed.messages[::2], parsed.messages[1::2]
@@ -159,6 +159,16 @@ def _text(text: str) -> dict[str, str]:
 def file_data(path: str) -> dict[str, Any]:
     """A file of the server, as Gradio sends it to a browser."""
     return FileData(path=path, orig_name=Path(path).name, mime_type=get_mimetype(path)).model_dump()
+
+
+def _with_paths(value: Any) -> Any:
+    """A row with the paths of files in place of what Gradio says about them."""
+    if isinstance(value, list):
+        return [_with_paths(item) for item in value]
+    if isinstance(value, dict):
+        is_file = value.get("meta") == {"_type": "gradio.FileData"}
+        return value.get("path") if is_file else {key: _with_paths(item) for key, item in value.items()}
+    return value
 
 
 def _untagged(question: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from web_page import IMAGES, PHONE, WIDE, Served, Tab, expect, sync_api
 
 from deepseek_vl.engine.chat import ChatSession
+from deepseek_vl.imaging.open import image_data_url, load_image
 from deepseek_vl.serve.web.marks import marked, unmarked
 
 pytest_plugins = ["web_page"]  # its fixtures
@@ -226,6 +227,24 @@ def test_pictures_are_thumbnails_side_by_side_and_open_large(sized: Tab) -> None
     sized.page.keyboard.press("Escape")
     expect(sized.page.get_by_role("dialog")).to_have_count(0)
     expect(sized.page.get_by_role("button", name="Picture 2 of 2")).to_be_focused()
+
+
+def test_pictures_can_be_dropped_and_pasted(tab: Tab) -> None:
+    for number, (event, kind, key) in enumerate(
+        (("drop", "DragEvent", "dataTransfer"), ("paste", "ClipboardEvent", "clipboardData")), start=1
+    ):
+        tab.input.evaluate(
+            """async (field, [url, event, kind, key]) => {
+                const data = new DataTransfer();
+                data.items.add(new File([await (await fetch(url)).blob()], "shapes.png", {type: "image/png"}));
+                field.dispatchEvent(new window[kind](event, {[key]: data, bubbles: true, cancelable: true}));
+            }""",
+            [image_data_url(load_image(IMAGES / "shapes.png")), event, kind, key],
+        )
+        expect(tab.page.locator("#message .thumbnail-item")).to_have_count(number, timeout=30_000)
+    tab.send("Which image has the blue star?")
+    expect(tab.answers).to_have_count(1)
+    expect(tab.pictures).to_have_count(2)
 
 
 # --- settings ---

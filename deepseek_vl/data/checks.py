@@ -170,7 +170,10 @@ def check_row(
     """Check one row against a processor: every image opens, each has its tag, and the row is not too long.
 
     Args:
-        processor, max_length, truncate: see `load_data`.
+        row: the row.
+        processor: see `load_data`.
+        max_length: see `load_data`.
+        truncate: see `load_data`.
         image_problem: says why an image cannot be used, or None.
 
     Returns:

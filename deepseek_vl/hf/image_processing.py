@@ -24,12 +24,14 @@ class DeepseekVLImageProcessor(FromCheckpoint, BaseImageProcessor):
     Args:
         size: `{"height", "width"}` of the low-resolution square.
         min_size: the shorter side is never resized below this.
-        image_mean, image_std: per channel, of the low-resolution pixels.
+        image_mean: per channel, of the low-resolution pixels.
+        image_std: per channel, of the low-resolution pixels.
         rescale_factor: multiplies the 8-bit values.
         do_normalize: subtract the mean and divide by the standard deviation.
         high_res_size: of the high-resolution square; None for a model without such a tower. The low-resolution pixels
             are then made from the high-resolution square, as the reference's model makes them.
-        high_res_image_mean, high_res_image_std: per channel, of the high-resolution pixels.
+        high_res_image_mean: per channel, of the high-resolution pixels.
+        high_res_image_std: per channel, of the high-resolution pixels.
     """
 
     model_input_names = ["pixel_values", "high_res_pixel_values"]

@@ -172,7 +172,8 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
             high_res_pixel_values: [n, 3, S, S], for the hybrid model.
             attention_mask: [b, past + T], 0 on padding.
             position_ids: int64 [b, T].
-            cache, past_key_values: a transformers cache, under either name.
+            cache: a transformers cache.
+            past_key_values: the same, under transformers' name.
             inputs_embeds: [b, T, D], instead of `input_ids`.
             image_features: [n, N, D], from `get_image_features`, instead of the pixels.
             use_cache: return the cache.
@@ -213,7 +214,10 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
         """Embed ids, image features in the places of image tokens.
 
         Args:
-            input_ids, pixel_values, high_res_pixel_values, image_features: as in `forward`.
+            input_ids: as in `forward`.
+            pixel_values: as in `forward`.
+            high_res_pixel_values: as in `forward`.
+            image_features: as in `forward`.
 
         Returns:
             Embeddings [b, T, D], and the features [n, N, D] if there are images.
@@ -269,12 +273,11 @@ class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrai
         cache: Any | None = None,
         **kwargs: Any,
     ) -> DeepseekVLCausalLMOutput:
-        """`DeepseekVLModel.forward`, and the next tokens' logits.
+        """`DeepseekVLModel.forward`, with its arguments, and the next tokens' logits.
 
         Args:
             labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
             logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
-            input_ids, ...: as in `DeepseekVLModel.forward`.
 
         Returns:
             `loss` (with labels), `logits` [b, T, vocabulary], the cache, `hidden_states`, `attentions`,
@@ -322,8 +325,11 @@ class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrai
         Args:
             inputs: int64 [b, T], as `input_ids`.
             generation_mode: `text`, which is all that this model generates.
-            pixel_values, high_res_pixel_values, image_features: as in `forward`.
-            args, kwargs: transformers' other arguments.
+            pixel_values: as in `forward`.
+            high_res_pixel_values: as in `forward`.
+            image_features: as in `forward`.
+            args: transformers' other arguments.
+            kwargs: transformers' other arguments.
 
         Raises:
             ValueError: for another mode; for assisted decoding of a prompt with images; and what `forward` raises.

@@ -80,7 +80,8 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
         Args:
             conversation: messages of one conversation, or a list of such.
             generation_mode: `text`, which is all that these models generate.
-            args, kwargs: transformers' other arguments.
+            args: transformers' other arguments.
+            kwargs: transformers' other arguments.
 
         Raises:
             ValueError: for another mode.

@@ -45,7 +45,8 @@ class CLIPVisionTower(nn.Module):
             `hidden_states` for CLIP models. SAM has necks of its own and takes no notice.
         select_layers: kept as an attribute, as in the reference, which does not use it.
         ckpt_path: optional weights file for this tower alone.
-        pixel_mean, pixel_std: per channel; pixels are normalised only if both are given.
+        pixel_mean: per channel; pixels are normalised only if mean and deviation are given.
+        pixel_std: per channel.
         output_dim: width of the features, which the hybrid tower reads for its layer norms.
         overrides: fields of the table's row to replace, such as `width` or `layers`.
 
@@ -131,10 +132,12 @@ class HybridVisionTower(nn.Module):
     """SAM at high resolution beside SigLIP at low resolution (paper, section 3.1).
 
     Args:
-        high_res_cfg, low_res_cfg: arguments of the two `CLIPVisionTower`s. The high-resolution neck is resized to four
-            times the low-resolution grid, unless `high_res_cfg` has a `neck_size`.
-        freeze_high, freeze_low: train nothing of that tower. An unfrozen high-resolution tower still trains only
-            its necks and downsampling convolutions.
+        high_res_cfg: arguments of the `CLIPVisionTower` at high resolution. Its neck is resized to four times the
+            low-resolution grid, unless there is a `neck_size` among them.
+        low_res_cfg: arguments of the `CLIPVisionTower` at low resolution.
+        freeze_high: train nothing of the high-resolution tower. Unfrozen, it still trains only its necks and
+            downsampling convolutions.
+        freeze_low: train nothing of the low-resolution tower.
         concat_type: `tuple` gives (high, low); `feature` concatenates them along the last dimension and `sequence`
             along the tokens, high first; `add` sums them.
 

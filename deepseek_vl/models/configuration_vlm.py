@@ -46,7 +46,8 @@ class MultiModalityConfig(FromCheckpoint, PretrainedConfig):
     """The whole model's configuration, as published in `config.json`.
 
     Args:
-        vision_config, aligner_config: dicts or config objects.
+        vision_config: a dict or a config object.
+        aligner_config: a dict or a config object.
         language_config: a dict (missing keys take `LlamaConfig`'s defaults) or a `LlamaConfig`.
     """
 

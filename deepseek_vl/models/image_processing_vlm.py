@@ -61,8 +61,8 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
     Args:
         image_size: side S of the square in pixels.
         min_size: the shorter side is never resized below this.
-        image_mean, image_std: per channel, for `do_normalize` and for the background; None for none (a background of
-            127).
+        image_mean: per channel, for `do_normalize` and for the background; None for none (a background of 127).
+        image_std: per channel, for `do_normalize`.
         rescale_factor: multiplies the 8-bit values.
         do_normalize: subtract the mean and divide by the standard deviation.
     """

@@ -376,11 +376,14 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
 
         Args:
             input_ids: int64 [b, T].
-            pixel_values, images_seq_mask, images_emb_mask: as in `prepare_inputs_embeds`; all three or none.
+            pixel_values: as in `prepare_inputs_embeds`; given with both masks, or not at all.
+            images_seq_mask: as in `prepare_inputs_embeds`.
+            images_emb_mask: as in `prepare_inputs_embeds`.
             mm_token_type_ids: instead of the masks, as in `prepare_inputs_embeds`.
             attention_mask: [b, past + T], 0 on padding.
             position_ids: int64 [b, T].
-            cache, past_key_values: a transformers cache, under either name.
+            cache: a transformers cache.
+            past_key_values: the same, under transformers' name.
             inputs_embeds: [b, T, D], instead of `input_ids`.
             labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
             use_cache: return the cache.

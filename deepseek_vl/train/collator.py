@@ -112,9 +112,12 @@ class TrainingCollator:
         self.pack = pack
 
     def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
-        """
+        """A batch of tensors from rows.
+
         Raises:
-            what `encode_row` raises.
+            DataError: see `encode_row`.
+            ImageLoadError: see `encode_row`.
+            ValueError: see `encode_row`.
         """
         encoded = [encode_row(row, self.processor, self.max_length) for row in rows]
         # transformers' losses know one label for what is not learnt, whatever the processor's `ignore_id` is.

@@ -35,7 +35,9 @@ def add_lora(
 
     Args:
         parts: of `PARTS`.
-        rank, alpha, dropout: LoRA's (arXiv 2106.09685); an adapter's output is scaled by alpha / rank.
+        rank: LoRA's rank (arXiv 2106.09685).
+        alpha: an adapter's output is scaled by alpha / rank.
+        dropout: probability of dropping an adapter's input while training.
 
     Raises:
         ValueError: for a part that the model does not have.

@@ -208,7 +208,7 @@ def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
 
     Raises:
         FileExistsError: if the directory has the result of a run, but no checkpoint to go on from.
-        what reading the data raises.
+        DataError: if a row cannot be used.
     """
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)

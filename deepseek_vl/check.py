@@ -210,7 +210,7 @@ def check_answer(checkpoint: Checkpoint) -> str:
         {"role": "User", "content": f"<image_placeholder>{QUESTION}", "images": [picture()]},
         {"role": "Assistant", "content": ""},
     ]
-    settings, pieces, asked, first = GenerationSettings(max_new_tokens=MOST_TOKENS), [], time.perf_counter(), None
+    settings, pieces, asked, first = GenerationSettings(max_new_tokens=MOST_TOKENS), [], time.perf_counter(), 0.0
     with stream_answer(model, processor, messages, settings) as stream:
         for piece in stream:
             first = first or time.perf_counter()

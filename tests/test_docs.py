@@ -56,6 +56,8 @@ NOT_AS_THEY_STAND = {
     "python benchmarks/speed.py": "tests/test_benchmarks.py",
     "python benchmarks/random_checkpoint.py": "tests/test_full_size.py",
     "python -m recipes.tiny --output": "recipes/tiny/tests/test_tiny.py",
+    "python -m recipes.tiny.evaluation": "recipes/tiny/tests/test_refine.py",
+    "python -m recipes.tiny.photographs": "recipes/tiny/tests/test_refine.py",
     "python -m recipes.tiny.refine": "recipes/tiny/tests/test_refine.py",
     "python -m deepseek_vl.train.evaluate": "tests/test_evaluate.py",
 }

@@ -142,7 +142,8 @@ def _renamed(
     Raises:
         ValueError: if they are not those of the architecture that the config tells of.
     """
-    renamed, left = rename(tensors, layout)
+    found, left = rename(tensors, layout)
+    renamed: dict[str, Slice | torch.Tensor] = {**found}
     here: Mapping[str, Slice | torch.Tensor] = tensors
     if layout == REFERENCE:
         kept = source / KEPT / KEPT_WEIGHTS

@@ -86,7 +86,7 @@ class FromCheckpoint:
             OSError: see `find_checkpoint`.
         """
         directory = find_checkpoint(pretrained_model_name_or_path, take_hub_arguments(kwargs), weights=False)
-        return super().from_pretrained(directory, *args, **kwargs)
+        return super().from_pretrained(directory, *args, **kwargs)  # ty: ignore[missing-attribute]  of the class beside
 
 
 def open_bundled_names(auto: Any) -> None:
@@ -105,7 +105,7 @@ def open_bundled_names(auto: Any) -> None:
         name = pretrained_model_name_or_path
         return original(cls, bundled_or_same(name) if isinstance(name, str) else name, *args, **kwargs)
 
-    from_pretrained.takes_bundled_names = True
+    setattr(from_pretrained, "takes_bundled_names", True)  # noqa: B010
     auto.from_pretrained = classmethod(from_pretrained)
 
 

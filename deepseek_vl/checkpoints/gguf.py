@@ -230,7 +230,9 @@ class _File:
 
 def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
     config = checkpoint.language
-    heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads: int = config.num_attention_heads
+    key_heads: Any = config.num_key_value_heads  # transformers fills both in
+    head_dim: Any = config.head_dim
     theta, factor = _rotation(config)
     kind = gguf.GGMLQuantizationType[file_type.upper()]
 
@@ -279,7 +281,7 @@ def _rotation(config: LlamaConfig) -> tuple[float, float | None]:
     Raises:
         ValueError: for a scaling that has no place in the file.
     """
-    rotation = config.rope_parameters
+    rotation: Any = config.rope_parameters  # transformers fills it in
     kind = rotation["rope_type"]
     if kind not in ("default", "linear"):
         raise ValueError(f"Rotary embeddings scaled by {kind!r} are not exported, only 'linear' ones.")

@@ -42,7 +42,7 @@ SAM_FIXED = {**SIGLIP_FIXED, "qkv_bias": True, "use_abs_pos": True, "use_rel_pos
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
 _SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
 _SELECT = {"select_feature": "same", "select_layer": -1}
-IMAGE_DEFAULTS = {
+IMAGE_DEFAULTS: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "rescale_factor": 1.0 / 255.0,
@@ -313,7 +313,7 @@ def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any])
     _require("do_normalize", images.get("do_normalize", True), not is_hybrid)
     if is_hybrid:
         low, high = params["low_res_cfg"], params["high_res_cfg"]
-        side, mean, std = low["image_size"], low.get("pixel_mean"), low.get("pixel_std")
+        side, mean, std = low["image_size"], low.get("pixel_mean", ()), low.get("pixel_std", ())
         more = {
             "high_res_image_mean": list(high.get("pixel_mean") or ()),
             "high_res_image_std": list(high.get("pixel_std") or ()),
@@ -323,7 +323,7 @@ def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any])
             "processor_class": "DeepseekVLHybridProcessor",
         }
     else:
-        side, mean, std = images["image_size"], images.get("image_mean"), images.get("image_std")
+        side, mean, std = images["image_size"], images.get("image_mean", ()), images.get("image_std", ())
         more = {"image_processor_type": "DeepseekVLImageProcessor", "processor_class": "DeepseekVLProcessor"}
     if not all((mean, std, more.get("high_res_image_mean", True), more.get("high_res_image_std", True))):
         raise ValueError("transformers' layout has no place for pixels without a mean and a standard deviation.")

@@ -1,5 +1,6 @@
 """A model's weights and special tokens from a checkpoint: the one way in."""
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,9 @@ class CheckpointModel(PreTrainedModel):
     """A model that is loaded strictly, from a directory, the Hub, or by the name of a bundled model."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | None, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' `from_pretrained`, strict: every weight comes from the checkpoint, and no weight is left over.
 
         Also takes the name of a bundled model. Special tokens are the checkpoint's own.
@@ -38,19 +41,20 @@ class CheckpointModel(PreTrainedModel):
         return_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         with _loading:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 path,
                 *model_args,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 **kwargs,
             )
+        model, info = loaded
         checked = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
         problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in checked}
         if any(problems.values()):
             details = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
             raise ValueError(f"The weights at {path!r} do not fit the config: {details}.")
-        if path is not None:
+        if given is not None and path is not None:
             model.config.name_or_path = given_name(given)  # what an adapter notes as its base
             if getattr(model.config, "image_token_id", None) is None:  # trainers of other libraries look for it there
                 model.config.image_token_id = image_token_id(path)

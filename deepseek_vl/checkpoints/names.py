@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -147,7 +148,7 @@ def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice],
     return renamed, [name for name in tensors if name not in used]
 
 
-def as_reference(tensors: Mapping[str, Slice], model: Mapping[str, torch.Tensor]) -> dict[str, Slice | torch.Tensor]:
+def as_reference(tensors: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """A checkpoint's tensors, in whichever layout, as the reference has them; those it does not know as they are.
 
     Args:

@@ -169,7 +169,7 @@ def pad_texts(rows: Sequence[TextRow], pad_id: int, options: TextOptions) -> dic
         if options.return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(f"Texts of {lengths} tokens make no tensor; give padding=True, or return_tensors=None.")
     else:
-        longest = max(lengths) if options.padding == "longest" else max(options.max_length, *lengths)
+        longest = max(lengths) if options.padding == "longest" else max(options.max_length or 0, *lengths)
         multiple = options.pad_to_multiple_of or 1
         longest = -(-longest // multiple) * multiple
         lengths = [longest] * len(rows)

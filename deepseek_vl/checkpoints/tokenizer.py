@@ -27,7 +27,8 @@ def load_tokenizer(directory: str | Path, settings: Mapping[str, Any] | None = N
     if not Path(directory, "tokenizer.json").is_file():
         if not Path(directory, "tokenizer.model").is_file():
             raise OSError(f"{str(directory)!r} has no tokenizer.json.")
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        return tokenizer
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **(settings or {}))
     # What LlamaTokenizerFast sets for a checkpoint that is silent about it.
     if "padding_side" not in tokenizer.init_kwargs:

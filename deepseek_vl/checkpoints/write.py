@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -80,9 +79,9 @@ def _write(tensors: Mapping[str, Slice | torch.Tensor], file: Path, progress: Ca
             progress()
 
 
-def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A CPU tensor's numbers as uint8, without a copy of them if it is contiguous."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _size_of(tensor: Slice | torch.Tensor) -> int:

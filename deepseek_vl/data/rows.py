@@ -133,7 +133,7 @@ def _open_row(row: Any) -> tuple[dict[str, Any], list[Any]]:
         fields, entries = {}, row
     elif isinstance(row, dict):
         names = [name for name in LISTS if row.get(name) is not None]
-        pair = next((pair for pair in PAIRS if any(row.get(key) is not None for key in pair)), None)
+        pair: Any = next((pair for pair in PAIRS if any(row.get(key) is not None for key in pair)), None)
         if len(names) > 1 or not (names or pair):
             keys = "" if names or not row else f", not under {', '.join(map(repr, row))}"
             raise DataError(

@@ -92,13 +92,13 @@ def _attention(model: MultiModalityCausalLM, inputs_embeds: torch.Tensor, rows: 
     Returns:
         float32 [R, T], each row with the sum 1.
     """
-    decoder = model.language_model.get_decoder()
+    decoder: Any = model.language_model.get_decoder()
     length = inputs_embeds.shape[1]
     positions = torch.arange(length, device=inputs_embeds.device)
     asked = positions[list(rows)]
     is_hidden = positions > asked[:, None]  # [R, T]
     rotations = decoder.rotary_emb(inputs_embeds, position_ids=positions[None])
-    hidden, total = inputs_embeds, 0
+    hidden, total = inputs_embeds, inputs_embeds.new_zeros((), dtype=torch.float32)
     for layer in decoder.layers:
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

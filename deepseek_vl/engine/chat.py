@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class ChatSession:
         self.dropped_turns = 0
         self.answer = None
 
-    def ask(self, text: str, images: Sequence[Any] = ()) -> Iterator[str]:
+    def ask(self, text: str, images: Sequence[Any] = ()) -> Generator[str]:
         """The answer to one more message, piece by piece.
 
         An answer that is stopped half-way (by closing the iterator or by an interrupt) stays in the conversation as far
@@ -110,7 +110,7 @@ class ChatSession:
         tagged = with_image_tags(text, len(images), self.processor.image_tag)
         return self._answer(self.messages, {"content": tagged, "images": list(images)})
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str]:
         """Another answer to the last message, in place of the one it has. Until there is one, that stays.
 
         Raises:
@@ -200,7 +200,7 @@ class ChatSession:
         if row.system is not None:
             self.system_prompt = row.system
 
-    def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Iterator[str]:
+    def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Generator[str]:
         """Answer a question; the conversation is then the history, the question and its answer."""
         self._stopped.clear()
         question = {**question, "role": "User"}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -58,11 +59,12 @@ class Detokenizer:
         """Take the next id; returns the text that is certain by now."""
         self.token_ids.append(token_id)
         # None while the bytes so far do not end with a whole character.
-        return self._show(self._decoder.step(self._tokenizer.backend_tokenizer, token_id) or "")
+        piece: Any = self._decoder.step(self._tokenizer.backend_tokenizer, token_id)
+        return self._show(piece or "")
 
     def flush(self) -> str:
         """The text still held back, at the end."""
-        whole = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        whole: Any = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
         rest = self._show(whole[len(self._decoded) :])  # a character whose bytes never became complete
         return rest if self.stopped else rest + self._filter.flush()
 

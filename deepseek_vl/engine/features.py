@@ -71,7 +71,7 @@ def _mean(features: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def _by_head(model: MultiModalityCausalLM) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
     """What pools the last of the towers' features, which is SigLIP's."""
     vision: nn.Module = model.vision_model
-    tower = getattr(vision, "vision_tower_low", vision).vision_tower
+    tower: Any = getattr(vision, "vision_tower_low", vision).vision_tower
     if getattr(tower, "attn_pool", None) is None or getattr(vision, "concat_type", "tuple") != "tuple":
         raise ValueError('pooling="attention" needs a SigLIP tower whose features stand alone; use "mean".')
     return lambda features: tower.forward_head(features[-1], pre_logits=True)

@@ -145,7 +145,7 @@ class Generation:
         """
         try:
             if self._logits is not None:
-                self.logprobs.append(token_logprobs(self._logits, token_id, self._settings.logprobs))
+                self.logprobs.append(token_logprobs(self._logits, token_id, self._settings.logprobs or 0))
                 self._logits = None
             if self._structure is not None:
                 self._structure.accept(token_id)

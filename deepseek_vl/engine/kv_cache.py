@@ -7,6 +7,7 @@ import functools
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -34,6 +35,9 @@ class GrowingLayer(DynamicLayer):
     """
 
     is_borrowed = False
+    keys: torch.Tensor  # ty: ignore[incompatible-mutable-override]  transformers' are None at first
+    values: torch.Tensor  # ty: ignore[incompatible-mutable-override]
+    _buffers: Buffers
 
     def __init__(self, room: int = 0):
         super().__init__()
@@ -101,7 +105,8 @@ class GrowingLayer(DynamicLayer):
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
-        self._buffers, self.is_borrowed = tuple(buffers), False
+        keys, values = buffers
+        self._buffers, self.is_borrowed = (keys, values), False
         self.show(length)
 
 
@@ -120,8 +125,11 @@ class RowCache(Cache):
         room: for how many positions there is to be room from the beginning.
     """
 
+    layers: list[GrowingLayer]
+
     def __init__(self, room: int = 0):
-        super().__init__(layer_class_to_replicate=functools.partial(GrowingLayer, room))
+        layer_class: Any = functools.partial(GrowingLayer, room)
+        super().__init__(layer_class_to_replicate=layer_class)
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +202,7 @@ class SharedBuffers:
     def __init__(self, cache: RowCache):
         elements = 1 << (math.prod(_shape(cache)) - 1).bit_length()  # so that it seldom has to grow
         self._memory: list[Buffers] = [  # each layer's, flat
-            tuple(held.new_empty(elements) for held in (layer.keys, layer.values)) for layer in cache.layers
+            (layer.keys.new_empty(elements), layer.values.new_empty(elements)) for layer in cache.layers
         ]
         self._lent: weakref.ref[RowCache] | None = None
 
@@ -210,7 +218,8 @@ class SharedBuffers:
                 layer.give_back()
         self._lent = weakref.ref(cache)
         shape = _shape(cache)
-        lent = [tuple(flat[: math.prod(shape)].view(shape) for flat in pair) for pair in self._memory]
+        size = math.prod(shape)
+        lent = [(keys[:size].view(shape), values[:size].view(shape)) for keys, values in self._memory]
         for layer, buffers in zip(cache.layers, lent, strict=True):
             layer.borrow(buffers)
         return lent

@@ -50,9 +50,9 @@ class Prompt:
         images: n of them.
     """
 
-    input_ids: torch.LongTensor
-    images_seq_mask: torch.BoolTensor
-    images_emb_mask: torch.BoolTensor
+    input_ids: torch.Tensor
+    images_seq_mask: torch.Tensor
+    images_emb_mask: torch.Tensor
     images: tuple[PromptImage, ...]
 
     @classmethod
@@ -79,7 +79,7 @@ class Prompt:
         positions = torch.arange(len(self))
         return self._where((positions >= start) & (positions < end))
 
-    def _where(self, wanted: torch.BoolTensor) -> "Prompt":
+    def _where(self, wanted: torch.Tensor) -> "Prompt":
         """The positions that are wanted, bool [T]."""
         features = self.images_emb_mask.clone()
         features[self.images_emb_mask] = wanted[self.images_seq_mask]

@@ -94,7 +94,7 @@ _lock = threading.Lock()
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
-def _readable(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Any:
+def _readable(tokenizer: Any, vocabulary: int) -> Any:
     """A tokenizer as llguidance reads it, which takes a second for a large one, once."""
     from llguidance.hf import from_tokenizer
 
@@ -113,13 +113,13 @@ def _grammar(form: StructuredOutput, after_space: bool) -> str:
     """A form in llguidance's dialect of Lark."""
     start = 'start: " " FORM\n' if after_space else "start: FORM\n"
     if form.json_object or form.json_schema is not None:
-        schema = {"type": "object"} if form.json_object else form.json_schema
+        schema = {"type": "object"} if form.json_object else form.json_schema or {}
         # `x-guidance` is llguidance's own, by which a schema could turn its checks off.
         return f"{start.replace('FORM', 'form')}form: %json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}\n"
     if form.regex is not None:
         expression = _library().regex_to_lark(form.regex, "d")
     else:
-        expression = "|".join("".join(map(_literal, text)) for text in form.choice)
+        expression = "|".join("".join(map(_literal, text)) for text in form.choice or ())
     return f"{start}FORM: /{expression}/\n"
 
 

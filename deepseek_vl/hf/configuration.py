@@ -44,7 +44,7 @@ class DeepseekVLConfig(FromCheckpoint, PretrainedConfig):
             setattr(self, name, _built(self.sub_configs[name], config))
         self.high_res_vision_config = high_res_vision_config and _built(SamVisionConfig, high_res_vision_config)
         self.image_token_id = image_token_id
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # ty: ignore[unknown-argument]
 
     @property
     def is_hybrid(self) -> bool:

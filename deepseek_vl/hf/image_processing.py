@@ -114,8 +114,8 @@ class DeepseekVLImageProcessor(FromCheckpoint, BaseImageProcessor):
     def _normalised(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
         if not self.do_normalize:
             return pixels
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-        return (pixels - mean) / std
+        shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+        return (pixels - shift) / scale
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, as transformers' own class writes them."""

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from deepseek_vl.checkpoints.names import TRANSFORMERS, UNUSED, as_reference, rename
@@ -56,7 +55,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
 
     config_class = DeepseekVLConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # ty: ignore[invalid-assignment]  transformers' own are tuples too
 
     def __init__(self, config: DeepseekVLConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -102,7 +101,7 @@ def _prefixed(tensors: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[s
     return named
 
 
-def _rename_to_modules(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+def _rename_to_modules(model: Any, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """torch's hook before weights are loaded: those of a file, as `Trainer` loads them, get a model's own names."""
     if prefix or state_dict.keys() <= model.state_dict().keys():
         return
@@ -145,18 +144,18 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
                 "The hybrid model needs high_res_pixel_values." if self.config.is_hybrid
                 else "This model has no high-resolution tower for high_res_pixel_values."
             )  # fmt: skip
-        if self.config.is_hybrid:
+        if high_res_pixel_values is not None:
             return super().get_image_features(high_res_pixel_values, pixel_values)
         return super().get_image_features(pixel_values)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -206,7 +205,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
 
     def embed(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -259,15 +258,15 @@ class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrai
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Any | None = None,
@@ -312,7 +311,7 @@ class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrai
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         *args: Any,
         generation_mode: str = "text",
         pixel_values: torch.Tensor | None = None,

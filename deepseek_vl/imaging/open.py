@@ -64,7 +64,7 @@ def load_image(source: Any, limits: PictureLimits | None = None) -> Image.Image:
             _check_size(name, source.size, limits)
             source.load()
             return to_rgb(source)
-        with Image.open(file, formats=limits and limits.formats) as image:
+        with Image.open(file, formats=None if limits is None else limits.formats) as image:
             _check_size(name, image.size, limits)
             return to_rgb(ImageOps.exif_transpose(image))
     except ImageLoadError:
@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         is_16_bit = image.mode.startswith("I;16")
         image = image.convert("F")
-        highest = image.getextrema()[1]
+        highest: Any = image.getextrema()[1]
         if is_16_bit:
             scale = 1 / 256
         elif highest > 65535:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
@@ -117,7 +117,8 @@ class PictureClient:
             ImageLoadError: for what is no picture, is broken, or takes too long; and if the client has left.
             ImageTooLargeError: for a picture beyond the limits, or that takes too much memory.
         """
-        limits, process, is_whole = self._decoder.limits, self._decoder._take(self), False
+        limits, is_whole = self._decoder.limits, False
+        process = self._decoder._take(self)
         late = threading.Event()
 
         def give_up() -> None:
@@ -150,8 +151,9 @@ class PictureClient:
                 self._process = None
             if not is_whole or late.is_set() or self.has_left:
                 _end(process)
-                process = None
-            self._decoder._give_back(process)
+                self._decoder._give_back(None)
+            else:
+                self._decoder._give_back(process)
         if "error" in reply:
             raise (ImageTooLargeError if reply["too_large"] else ImageLoadError)(reply["error"])
         return Image.frombytes("RGB", tuple(reply["size"]), pixels)
@@ -179,19 +181,19 @@ def _start(limits: PictureLimits) -> subprocess.Popen[bytes]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):  # what was still to be written
             pipe.close()
 
 
-def _write(file: BinaryIO, head: dict[str, Any], data: bytes) -> None:
+def _write(file: Any, head: dict[str, Any], data: bytes) -> None:
     text = json.dumps(head).encode()
     file.write(_HEAD.pack(len(text), len(data)) + text)
     file.write(data)
     file.flush()
 
 
-def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
+def _read(file: Any) -> tuple[dict[str, Any], bytes]:
     """
     Raises:
         EOFError: at the end of the file.
@@ -201,7 +203,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
     return json.loads(text), data
 
 
-def _exactly(file: BinaryIO, length: int) -> bytes:
+def _exactly(file: Any, length: int) -> bytes:
     data = file.read(length)
     if len(data) < length:
         raise EOFError
@@ -218,7 +220,8 @@ def main() -> None:
     with contextlib.suppress(EOFError):
         while True:
             request, data = _read(stdin)
-            limits = PictureLimits(**{**request["limits"], "formats": tuple(request["limits"]["formats"])})
+            values: dict[str, Any] = {**request["limits"], "formats": tuple(request["limits"]["formats"])}
+            limits = PictureLimits(**values)
             with _deadline(limits.seconds):
                 head, pixels = _decoded(data, limits, request["square"])
             head["ends"] = _peak_memory() > _MOST_KEPT_BYTES
@@ -232,7 +235,8 @@ def _decoded(data: bytes, limits: PictureLimits, square: dict[str, Any] | None) 
     try:
         image = load_image(data, limits)
         if square is not None:
-            image = Square(**{**square, "background": tuple(square["background"])}).of(image)
+            values: dict[str, Any] = {**square, "background": tuple(square["background"])}
+            image = Square(**values).of(image)
         return {"size": image.size}, image.tobytes()
     except MemoryError:
         return {"error": "Refused image: there is too little memory to decode it.", "too_large": True}, b""

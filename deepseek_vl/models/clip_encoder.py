@@ -100,7 +100,7 @@ class CLIPVisionTower(nn.Module):
     def freeze_unused(self) -> None:
         """Train nothing of what stands in checkpoints, but not in the forward pass: pooling, and layers behind the one
         that is selected."""
-        tower = self.vision_tower
+        tower: Any = self.vision_tower
         unused = [tower.attn_pool] if getattr(tower, "ignore_head", False) else []
         if not self.model_name.startswith(("siglip", "sam")):
             clip = getattr(tower, "vision_model", tower)  # newer versions of transformers have no such part
@@ -165,7 +165,8 @@ class HybridVisionTower(nn.Module):
 
         self.vision_tower_low = CLIPVisionTower(**low_res_cfg)
         self.low_res_size = self.vision_tower_low.image_size
-        self.vision_tower_high = CLIPVisionTower(**{**self._neck_size(high_res_cfg), **high_res_cfg})
+        high: dict[str, Any] = {**self._neck_size(high_res_cfg), **high_res_cfg}
+        self.vision_tower_high = CLIPVisionTower(**high)
         # The forward pass uses neither norm; the published checkpoints have both.
         self.high_layer_norm = nn.LayerNorm(self.vision_tower_high.output_dim or 1024)
         self.low_layer_norm = nn.LayerNorm(self.vision_tower_low.output_dim or 1024)

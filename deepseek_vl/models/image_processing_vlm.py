@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import load_image
 
 from deepseek_vl.checkpoints.find import FromCheckpoint
 from deepseek_vl.checkpoints.layout_configs import images_to_reference
@@ -20,8 +20,11 @@ IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
 IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
 
 
-def flat_images(images: ImageInput | None) -> list[Any]:
-    """Images in (nested) lists, one, or None, in reading order; those that are named by path or address are opened."""
+def flat_images(images: Any) -> list[Any]:
+    """Images in (nested) lists, one, or None (transformers' `ImageInput`), in reading order.
+
+    Those that are named by path or address are opened.
+    """
     if images is None:
         return []
     if isinstance(images, (list, tuple)):
@@ -87,7 +90,8 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
         self.image_std = image_std
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.background_color = (127, 127, 127) if image_mean is None else tuple(int(255 * m) for m in image_mean)
+        red, green, blue = (127, 127, 127) if image_mean is None else (int(255 * m) for m in image_mean)
+        self.background_color = (red, green, blue)
 
     @classmethod
     def get_image_processor_dict(

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class MultiModalityPreTrainedModel(CheckpointModel):
         super().post_init()
         # FSDP wraps these, and raises an error if the model lacks one.
         classes = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in self._no_split_modules if name in classes]
+        self._no_split_modules = [name for name in self._no_split_modules or () if name in classes]
 
     def after_loading(self) -> None:
         """Ask no gradient of what no forward pass uses: DistributedDataParallel would wait for it in vain."""
@@ -119,6 +119,8 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         aligner: `MlpProjector`.
         language_model: `LlamaModel`.
     """
+
+    language_model: Any  # which has methods that `nn.Module` does not know
 
     def __init__(
         self, config: PretrainedConfig, vision_model: nn.Module, aligner: nn.Module, language_model: nn.Module
@@ -157,13 +159,13 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
 
     def prepare_inputs_embeds(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
-        images_seq_mask: torch.BoolTensor | None = None,
-        images_emb_mask: torch.BoolTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_emb_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
@@ -216,11 +218,12 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             elif not torch.compiler.is_compiling() and images_seq_mask.any():
                 raise ValueError(f"The prompt has {int(images_seq_mask.sum())} image positions, but no pixel_values.")
             return inputs_embeds[:, -new:]
+        images_emb_mask, pixels = cast(torch.Tensor, images_emb_mask), cast(torch.Tensor, pixel_values)
         check_images(pixel_values, images_seq_mask, images_emb_mask, image_features)
         is_real = images_emb_mask.any(dim=-1)  # [b, n]
         if is_real.any():
             if image_features is None:
-                image_features = self.get_image_features(pixel_values[is_real.to(pixel_values.device)])
+                image_features = self.get_image_features(pixels[is_real.to(pixels.device)])
             feature_mask = images_emb_mask[is_real].to(image_features.device)  # [images, N]
             if feature_mask.shape != image_features.shape[:2]:
                 raise ValueError(
@@ -239,8 +242,8 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         pixel_values: torch.Tensor,
-        images_seq_mask: torch.BoolTensor,
-        images_emb_mask: torch.BoolTensor | None,
+        images_seq_mask: torch.Tensor,
+        images_emb_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Embed images without a look at which slots are real: features of the others are made and left over.
 
@@ -258,7 +261,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         features = features.flatten(0, 1)[real_first.to(features.device)]
         return place_features(inputs_embeds, images_seq_mask, features)
 
-    def _check_length(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor | None = None) -> None:
+    def _check_length(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
         length = input_ids.shape[1]
         if length > longest and position_ids is not None:  # in a packed row they start anew with each conversation
@@ -271,20 +274,20 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        images_seq_mask: torch.BoolTensor | None = None,
-        images_emb_mask: torch.BoolTensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_emb_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         sft_format: list[str] | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`MultiModalityCausalLM.forward` up to the hidden states: `last_hidden_state` [b, T, D] in place of logits."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.prepare_inputs_embeds(
                 input_ids,
                 pixel_values,
@@ -301,7 +304,7 @@ class ImageGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
@@ -355,21 +358,21 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        images_seq_mask: torch.BoolTensor | None = None,
-        images_emb_mask: torch.BoolTensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_emb_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         sft_format: list[str] | None = None,
         loss_only: bool = False,
         cache: Any | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model on ids with or without images, or on embeddings.
@@ -401,7 +404,9 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
                 cache under both names, or for `loss_only` without labels or with a past; and what
                 `prepare_inputs_embeds` raises.
         """
-        run, options = super().forward, {"use_cache": use_cache, "labels": labels, "logits_to_keep": logits_to_keep}
+        run: Any = super().forward
+        options: dict[str, Any] = {"use_cache": use_cache, "labels": labels, "logits_to_keep": logits_to_keep}
+        items = None
         if loss_only:
             if labels is None or cache is not None or past_key_values is not None:
                 raise ValueError("loss_only needs labels, and no past_key_values.")
@@ -421,10 +426,12 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
             **options,
             **kwargs,
         )
-        return CausalLMOutputWithPast(loss=self._loss_of(output[0], labels, items)) if loss_only else output
+        if loss_only and labels is not None:
+            return CausalLMOutputWithPast(loss=self._loss_of(output[0], labels, items))
+        return output
 
     def _loss_of(
-        self, hidden: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+        self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
         learnt = targets != -100
@@ -440,12 +447,12 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         *args: Any,
         pixel_values: torch.Tensor | None = None,
-        images_seq_mask: torch.BoolTensor | None = None,
-        images_emb_mask: torch.BoolTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_emb_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         sft_format: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -497,27 +504,27 @@ def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return tensor.to(device, parameter.dtype if parameter.is_floating_point() else tensor.dtype)
 
 
-def place_features(inputs_embeds: torch.Tensor, positions: torch.BoolTensor, features: torch.Tensor) -> torch.Tensor:
+def place_features(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Embeddings [b, T, D] with image features [..., D], in order, where `positions` [b, T] says."""
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(positions.to(inputs_embeds.device)[..., None], features)
 
 
-def check_count(is_image: torch.BoolTensor, image_features: torch.Tensor) -> None:
+def check_count(is_image: torch.Tensor, image_features: torch.Tensor) -> None:
     """Check that there are as many positions of images, bool [b, T], as features [n, N, D].
 
     Raises:
         ValueError: if there are not.
     """
-    found, given = int(is_image.sum()), image_features.shape[:2].numel()
+    found, given = int(is_image.sum()), image_features.shape[0] * image_features.shape[1]
     if found != given:
         raise ValueError(f"There are {found} image tokens and {given} image features.")
 
 
 def check_images(
     pixel_values: torch.Tensor | None,
-    images_seq_mask: torch.BoolTensor,
-    images_emb_mask: torch.BoolTensor,
+    images_seq_mask: torch.Tensor,
+    images_emb_mask: torch.Tensor,
     image_features: torch.Tensor | None = None,
 ) -> None:
     """Check that the arguments of `prepare_inputs_embeds` fit together.

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
-from transformers.image_utils import ImageInput
 from transformers.processing_utils import BatchFeature
 
 from deepseek_vl.checkpoints.find import FromCheckpoint
@@ -74,9 +73,9 @@ class VLChatProcessorOutput(DictOutput):
     """
 
     sft_format: str
-    input_ids: torch.LongTensor
-    pixel_values: torch.FloatTensor | None
-    num_image_tokens: torch.IntTensor
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor | None
+    num_image_tokens: torch.Tensor
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -97,11 +96,11 @@ class BatchedVLChatProcessorOutput(DictOutput):
     """
 
     sft_format: list[str]
-    input_ids: torch.LongTensor
-    pixel_values: torch.FloatTensor
-    attention_mask: torch.LongTensor
-    images_seq_mask: torch.BoolTensor
-    images_emb_mask: torch.BoolTensor
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    attention_mask: torch.Tensor
+    images_seq_mask: torch.Tensor
+    images_emb_mask: torch.Tensor
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -159,7 +158,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         return self.image_tag
 
     @property
-    def image_id(self) -> int | None:
+    def image_id(self) -> Any:
         """The image tag's token id."""
         token_id = self.tokenizer.convert_tokens_to_ids(self.image_tag)
         known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == self.image_tag
@@ -197,8 +196,8 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         return render(messages, self.sft_format, system_prompt, untrusted, self.image_tag)
 
     def add_image_token(
-        self, image_indices: Sequence[int] | torch.Tensor, input_ids: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.IntTensor]:
+        self, image_indices: Sequence[int] | torch.Tensor, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for the image features.
 
         Args:
@@ -253,10 +252,11 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         if refused := [name for name, value in kwargs.items() if value not in NO_CHANGE.get(name, (None, False))]:
             raise ValueError(f"{', '.join(refused)}: not taken with a prompt or conversations, but perhaps with text=.")
         if prompt is None:
-            if not all(isinstance(message, Mapping) and "role" in message for message in conversations):
+            messages: Any = conversations
+            if not all(isinstance(message, Mapping) and "role" in message for message in messages):
                 raise ValueError('A conversation is a list of messages: {"role": ..., "content": ...}.')
             system_prompt = self.system_prompt if system_prompt is None else system_prompt
-            prompt = self.apply_sft_template_for_multi_turn_prompts(conversations, self.sft_format, system_prompt)
+            prompt = self.apply_sft_template_for_multi_turn_prompts(messages, self.sft_format, system_prompt)
         elif system_prompt is not None:
             raise ValueError("system_prompt is of conversations; a prompt is used as it is.")
         images = [images] if isinstance(images, Image.Image) else list(images or [])
@@ -281,7 +281,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         force_batchify: bool = True,
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> VLChatProcessorOutput | list[VLChatProcessorOutput] | BatchedVLChatProcessorOutput | BatchFeature:
+    ) -> Any:
         """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one.
 
         `conversations` may also be a list of conversations, with the images of all in reading order or in a list for
@@ -293,7 +293,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         if conversations and isinstance(conversations[0], list | tuple):
             remaining = iter(flat_images(images))
             outputs = []
-            for messages in conversations:
+            for messages in cast(Sequence[Sequence[Mapping[str, Any]]], conversations):
                 known = (message for message in messages if isinstance(message, Mapping))  # others are an error below
                 texts = (text_of(message.get("content"), self.image_tag) for message in known)
                 own = list(islice(remaining, sum(each.count(self.image_tag) for each in texts)))
@@ -301,12 +301,11 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
             if left := len(list(remaining)):
                 raise ValueError(f"There are {left} images more than {self.image_tag} in the conversations.")
             return self.batchify(outputs) if force_batchify else outputs
-        output = self.process_one(prompt=prompt, conversations=conversations, images=images, **kwargs)
+        single: Any = conversations
+        output = self.process_one(prompt=prompt, conversations=single, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
 
-    def _process_texts(
-        self, texts: Sequence[str], images: ImageInput | None, arguments: Mapping[str, Any]
-    ) -> BatchFeature:
+    def _process_texts(self, texts: Sequence[str], images: Any, arguments: Mapping[str, Any]) -> BatchFeature:
         """Rendered prompts -> a batch under the names that transformers' trainers know.
 
         Returns:
@@ -367,20 +366,22 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
             batch.images_seq_mask[row, span] = self._image_positions(row, item)
             batch.input_ids[row, span] = torch.as_tensor(item.input_ids)
             batch.attention_mask[row, span] = 1
+            pixels: Any = item.pixel_values
             for slot, count in enumerate(item.num_image_tokens):
-                batch.pixel_values[row, slot] = item.pixel_values[slot]
+                batch.pixel_values[row, slot] = pixels[slot]
                 batch.images_emb_mask[row, slot, :count] = True
         return batch
 
     def _image_positions(self, row: int, item: VLChatProcessorOutput) -> torch.Tensor:
         """Bool [T]: where image features go. With `add_special_token` an image's own tag is not such a position."""
         counts = torch.as_tensor(item.num_image_tokens, dtype=torch.int64)
-        images = 0 if item.pixel_values is None else len(item.pixel_values)
+        pixels: Any = () if item.pixel_values is None else item.pixel_values
+        images = len(pixels)
         if images != len(counts):
             raise ValueError(f"Item {row} has {images} images and {len(counts)} entries in num_image_tokens.")
-        if images and list(item.pixel_values.shape[1:]) != self.image_processor.default_shape:
+        if images and list(pixels.shape[1:]) != self.image_processor.default_shape:
             raise ValueError(
-                f"Item {row} has images of shape {list(item.pixel_values.shape[1:])}, this processor's have "
+                f"Item {row} has images of shape {list(pixels.shape[1:])}, this processor's have "
                 f"{self.image_processor.default_shape}."
             )
         if (counts > self.num_image_tokens).any():

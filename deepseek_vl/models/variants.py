@@ -1,12 +1,16 @@
 """Tables of tower variants: published rows by name, any field of a row open to the config."""
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-Row = TypeVar("Row")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
-def select_variant(table: dict[str, Row], model_name: str, **overrides: Any) -> Row:
+def select_variant(table: Mapping[str, Row], model_name: str, **overrides: Any) -> Row:
     """The row `model_name` of `table`, a dict of dataclass instances, with the fields in `overrides` replaced.
 
     Raises:

@@ -29,8 +29,8 @@ class SamplingParameter(NamedTuple):
     help: str  # on the command line
     label: str  # on the page
     slider: tuple[float, float, float]  # minimum, maximum and step on the page
-    bounds: Mapping[str, float]  # of the API's field, as `pydantic.Field` takes them
-    type: type = float
+    bounds: Mapping[str, Any]  # of the API's field, as `pydantic.Field` takes them
+    type: Any = float
 
 
 SAMPLING = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deepseek_vl.command_line import OneLineParser, one_line, starting
 from deepseek_vl.engine.settings import GenerationSettings
@@ -51,8 +52,9 @@ def _name() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the terminal chat; returns the exit code."""
     args = build_parser().parse_args(arguments)
-    sys.stdin.reconfigure(errors="surrogateescape")  # see `check_text`
-    for stream in (sys.stdout, sys.stderr):
+    stdin, *outputs = cast(list[io.TextIOWrapper], [sys.stdin, sys.stdout, sys.stderr])
+    stdin.reconfigure(errors="surrogateescape")  # see `check_text`
+    for stream in outputs:
         stream.reconfigure(errors="replace")  # what is answered may have characters that the encoding lacks
     try:
         return _run(args)
@@ -123,7 +125,7 @@ def _pick_screen() -> Screen:
 def _answer_object(model_path: str, session: ChatSession, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
     """One answer and what there is to know about it."""
     text = "".join(session.ask(prompt, images)).strip()
-    answer = session.answer
+    answer: Any = session.answer
     return {
         "model": model_path,
         "answer": text,

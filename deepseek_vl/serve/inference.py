@@ -88,7 +88,7 @@ class StoppingCriteriaSub(StoppingCriteria):
         self.stops = [torch.as_tensor(stop).flatten() for stop in stops]
         self.encounters = encounters
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for stop in self.stops:
             if 0 < len(stop) <= input_ids.shape[1]:

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from deepseek_vl.engine.limits import RequestLimits
@@ -62,7 +62,7 @@ def check_port(host: str, port: int) -> None:
             raise ValueError(f"--port {port} of {host} cannot be listened on: {reason}; choose another.") from error
 
 
-def names_of(host: str, allowed: Iterable[str] = ()) -> frozenset[str] | None:
+def names_of(host: str, allowed: Collection[str] = ()) -> frozenset[str] | None:
     """The names that a server answers to; None for all, if others than this machine reach it and none are allowed.
 
     A page in a browser can have its own name resolve to this machine (DNS rebinding), and then read what a server

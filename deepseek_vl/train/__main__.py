@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> int | None:
     _, processor, model = load_pretrained_model(args.model_path, device="cpu", dtype=loaded_in)
     max_length = _max_length(args, model.config)
     rows, eval_rows = (
-        load_data(files, processor, max_length, args.skip_bad, args.truncate)[0] if files else None
+        load_data(files, processor, max_length, args.skip_bad, args.truncate)[0] if files else []
         for files in (args.data, args.eval_data)
     )
     model = _choose_what_learns(model, args)
@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace) -> int | None:
         processing_class=processor,
         data_collator=TrainingCollator(processor, max_length, _pick(args.pack, STAGES[args.stage].pack)),
         train_dataset=rows,
-        eval_dataset=eval_rows,
+        eval_dataset=eval_rows or None,
         callbacks=[_tensorboard(args.output)] if IS_FIRST else [],
     )
     with keeping_freed_memory(trainer.args.device), warnings.catch_warnings():
@@ -222,7 +222,7 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
         part.write_text(json.dumps(chosen, indent=2), encoding="utf-8")
 
 
-def _max_length(args: argparse.Namespace, config: MultiModalityConfig) -> int:
+def _max_length(args: argparse.Namespace, config: Any) -> int:
     positions = config.language_config.max_position_embeddings
     if args.max_length is not None and not 0 < args.max_length <= positions:
         raise ValueError(f"--max_length must be from 1 to the model's {positions} positions, not {args.max_length}.")

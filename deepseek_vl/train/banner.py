@@ -30,11 +30,11 @@ class StartBanner(TrainerCallback):
                 logger.info("%s", line)
 
 
-def describe_run(trainer: Trainer, state: TrainerState) -> list[str]:
+def describe_run(trainer: Any, state: TrainerState) -> list[str]:
     """The lines of the banner.
 
     Args:
-        trainer: with its optimizer made.
+        trainer: a `Trainer` with its optimizer made.
         state: how far it has got, and how far it is to get.
     """
     args, processes = trainer.args, trainer.accelerator.num_processes
@@ -42,7 +42,8 @@ def describe_run(trainer: Trainer, state: TrainerState) -> list[str]:
     alone = "weights and optimizer sharded (FSDP)" if trainer.is_fsdp_enabled else "each with all weights"
     threads = f" ({torch.get_num_threads()} threads)" if args.device.type == "cpu" else ""
     shares = "1 process" if processes == 1 else f"{processes} processes, {alone}"
-    learnt, rates = defaultdict(int), defaultdict(set)
+    learnt: dict[str | None, int] = defaultdict(int)
+    rates: dict[str | None, set[float]] = defaultdict(set)
     rate_of = {id(weight): group.get("initial_lr", group["lr"]) for group in trainer.optimizer.param_groups
                for weight in group["params"]}  # fmt: skip
     total = 0

@@ -28,7 +28,7 @@ class EncodedRow:
     """
 
     item: VLChatProcessorOutput
-    labels: torch.LongTensor
+    labels: torch.Tensor
 
 
 def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | None = None) -> EncodedRow:
@@ -90,7 +90,7 @@ def _cut(encoded: EncodedRow, processor: VLChatProcessor, max_length: int) -> En
     kept = VLChatProcessorOutput(
         sft_format=item.sft_format,
         input_ids=item.input_ids[:max_length],
-        pixel_values=item.pixel_values[: len(whole)] if whole else None,
+        pixel_values=item.pixel_values[: len(whole)] if whole and item.pixel_values is not None else None,
         num_image_tokens=item.num_image_tokens[: len(whole)],
     )
     return EncodedRow(kept, encoded.labels[:max_length])

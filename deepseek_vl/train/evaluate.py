@@ -5,6 +5,7 @@ space aside.
 """
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -106,7 +107,7 @@ class Evaluation:
     @property
     def scores(self) -> dict[str, Score]:
         """The score of each type, in the order in which the types first occur."""
-        asked = Counter(answer.type for answer in self.scored)
+        asked = Counter(answer.type for answer in self.scored if answer.type is not None)
         right = Counter(answer.type for answer in self.scored if answer.right)
         return {name: Score(right[name], asked[name]) for name in asked}
 
@@ -320,7 +321,7 @@ def _ask(
     session = ChatSession(engine, processor, settings)
     if row.system is not None:
         session.system_prompt = row.system
-    messages = [{**message, "images": load_pil_images([message])} for message in row.messages]
+    messages: list[dict[str, Any]] = [{**message, "images": load_pil_images([message])} for message in row.messages]
     for number in _asked(types, history):
         question, expected = messages[2 * number], messages[2 * number + 1]["content"].strip()
         if history == "reference":
@@ -385,7 +386,8 @@ def _run(args: argparse.Namespace) -> None:
     evaluation = evaluate(
         model, processor, rows, args.max_gen_len, args.history, args.limit, progress=sys.stderr.isatty()
     )
-    sys.stdout.reconfigure(errors="replace")  # types may have characters that the terminal's encoding lacks
+    # Types may have characters that the terminal's encoding lacks.
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="replace")
     sys.stdout.write(evaluation.table() + "\n")
     if args.output:
         about = {

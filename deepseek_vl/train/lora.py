@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -59,7 +60,7 @@ def add_lora(
 def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
     """Let an adapter that is to be saved in `output` name its base: a name as it is, a directory as seen from there."""
     base = Path(os.path.relpath(model_path, output)).as_posix() if Path(model_path).is_dir() else model_path
-    model = adapted.get_base_model()
+    model: Any = adapted.get_base_model()
     model.name_or_path = model.config.name_or_path = base  # what peft's model cards have
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base
@@ -67,7 +68,7 @@ def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
 
 def find_base(adapter: Path) -> str:
     """The base model that an adapter names, or a checkpoint of its training: a directory that is there, or a name."""
-    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     places = (adapter / name, adapter.parent / name)
     return next((str(place) for place in places if (place / "config.json").is_file()), name)
 
@@ -80,7 +81,7 @@ def write_card(adapter: Path, rows: int, steps: int) -> None:
         rows: how many conversations it was trained on.
         steps: for how many optimizer steps.
     """
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(str(adapter))
     base, layers = config.base_model_name_or_path, config.target_modules
     parts = ", ".join(part for part in PARTS if any(layer.startswith(PARTS[part]) for layer in layers))
     text = _CARD.format(base=base, rank=config.r, parts=parts, layers=len(layers), rows=rows, steps=steps)

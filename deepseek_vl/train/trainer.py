@@ -53,7 +53,7 @@ class CheckpointRotation(TrainerCallback):
     `Trainer`'s own way to it, `save_total_limit`, also deletes what others have called `checkpoint-` something.
     """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             for checkpoint in checkpoints(Path(args.output_dir))[2:]:
                 shutil.rmtree(checkpoint)
@@ -71,7 +71,7 @@ class ScheduleOverAllSteps(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Any = None,
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -115,10 +115,10 @@ class VLTrainer(BaseTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or what `args.optim` says, with one group per part."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            trained: Any = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             rate = options.pop("lr")
-            groups = parameter_groups(model, rate, self.part_rates, self.args.weight_decay)
+            groups = parameter_groups(trained, rate, self.part_rates, self.args.weight_decay)
             self.optimizer = optimizer_class(groups, lr=rate, **options)
         return self.optimizer
 
@@ -183,11 +183,12 @@ def plot_loss(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     rate_axes = axes.twinx()
-    for key, label, where, style in (
+    curves: Any = (
         ("loss", "training", axes, {}),
         ("eval_loss", "evaluation", axes, {"marker": "."}),
         ("learning_rate", "learning rate", rate_axes, {"color": "lightgrey", "zorder": 0}),
-    ):
+    )
+    for key, label, where, style in curves:
         if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
             where.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
@@ -200,10 +201,11 @@ def plot_loss(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def train(trainer: Trainer, stored_in: torch.dtype | None = None) -> None:
+def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
     """Train, going on from the run's last checkpoint if there is one; then write model, log and plot to its directory.
 
     Args:
+        trainer: a `Trainer`.
         stored_in: dtype of the weights that are written at the end; None leaves it (as FSDP does).
 
     Raises:

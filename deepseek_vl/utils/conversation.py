@@ -298,7 +298,7 @@ def render(
     for i, message in enumerate(messages):
         role, content = message["role"].lower(), _content(message.get("content"), image_tag, untrusted)
         if role == "system" and i == 0:
-            conversation.set_system_message(content)
+            conversation.set_system_message(content)  # ty: ignore[invalid-argument-type]  literal spans are kept
         elif role in numbers:
             content = content.strip()
             is_learnt = numbers[role] == 1 and message.get("weight", 1) != 0

@@ -65,13 +65,14 @@ def create_app(service: Service) -> FastAPI:
     if service.origins:  # in front of the key, which a browser does not give when it asks whether it may ask
         # Browsers ask separately for a server on this machine or network, of which older Starlette knows nothing.
         known = "allow_private_network" in inspect.signature(CORSMiddleware).parameters
+        options: dict[str, Any] = {"allow_private_network": True} if known else {}
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=("Retry-After",),
-            **({"allow_private_network": True} if known else {}),
+            **options,
         )
     if service.names is not None:
         refusal = APIError("This server does not go by the name in the Host header; see --allowed_host.", status=421)
@@ -88,9 +89,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:  # Starlette's own `Allow` is of one route, and a path may have several
             fitting = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
-            allowed = sorted({method for route in fitting for method in route.methods})
-            error = APIError("This route does not take that method.", status=405, headers={"Allow": ", ".join(allowed)})
-            return error.response()
+            allowed = ", ".join(sorted({method for route in fitting for method in getattr(route, "methods", ())}))
+            return APIError("This route does not take that method.", status=405, headers={"Allow": allowed}).response()
         return APIError("There is no such route.", status=404).response()
 
     @app.exception_handler(Exception)
@@ -177,7 +177,7 @@ async def _read(service: Service, request: Request, body: Body, model: type[Read
     Raises:
         APIError: if it is too much, wrong, or for another model.
     """
-    asked = await run_in_threadpool(parse, await body.read(request), model, service.limits)
+    asked: Any = await run_in_threadpool(parse, await body.read(request), model, service.limits)
     if asked.model is not None:
         check_model(asked.model, service.name)
     return asked
@@ -229,12 +229,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(until_gone())]
+    answered = asyncio.create_task(work)
+    tasks = [answered, asyncio.create_task(until_gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        if not answered.done():
             raise APIError("The client has closed the connection.")
-        return tasks[0].result()
+        return answered.result()
     finally:
         for task in tasks:
             task.cancel()

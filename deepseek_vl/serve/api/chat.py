@@ -147,7 +147,7 @@ class ChatReply:
             Choice(
                 index=i,
                 message=AnswerMessage(content=answer.text),
-                finish_reason=answer.finish_reason,
+                finish_reason=answer.finish_reason,  # ty: ignore[invalid-argument-type]  one of these, once whole
                 logprobs=None if answer.logprobs is None else ChatLogprobs.of(answer.logprobs),
             )
             for i, answer in enumerate(answers)

@@ -126,7 +126,7 @@ class CompletionReply:
             CompletionChoice(
                 index=i,
                 text=answer.text,
-                finish_reason=answer.finish_reason,
+                finish_reason=answer.finish_reason,  # ty: ignore[invalid-argument-type]  one of these, once whole
                 logprobs=None if answer.logprobs is None else _logprobs(answer.logprobs, 0),
             )
             for i, answer in enumerate(answers)

@@ -28,7 +28,7 @@ Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 async def resolve(host: str, port: int) -> list[str]:
     """The system's own answer."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [address[0] for *_, address in found]
+    return [str(address[0]) for *_, address in found]
 
 
 def is_public(address: str) -> bool:
@@ -92,7 +92,8 @@ class ImageFetcher:
         """
         if not self.allowed:
             raise _refused("Image URLs are not fetched by this server; send the image as a data URL.")
-        backend = CheckedBackend(self.resolve, self.dialler or httpcore.AnyIOBackend())
+        dialler: Any = self.dialler or httpcore.AnyIOBackend()
+        backend = CheckedBackend(self.resolve, dialler)
         try:
             async with (
                 asyncio.timeout(self.limits.fetch_seconds),

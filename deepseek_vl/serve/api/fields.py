@@ -173,7 +173,7 @@ class StructuredOutputs(Strict):
 
     def forms(self) -> list[StructuredOutput]:
         """All that are given."""
-        given = {"json_schema": self.json_, "regex": self.regex, "choice": self.choice}
+        given: dict[str, Any] = {"json_schema": self.json_, "regex": self.regex, "choice": self.choice}
         forms = [StructuredOutput(**{name: value}) for name, value in given.items() if value is not None]
         return [*forms, StructuredOutput(json_object=True)] if self.json_object else forms
 
@@ -188,11 +188,8 @@ def _not_empty(words: list[str]) -> list[str]:
 
 Words = Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_WORDS)]
 
-SampledRequest = create_model(
-    "SampledRequest",
-    __base__=Strict,
-    **{name: (Annotated[p.type, Field(**p.bounds)] | None, None) for name, p in SAMPLING.items()},
-)
+_sampling: dict[str, Any] = {name: (Annotated[p.type, Field(**p.bounds)] | None, None) for name, p in SAMPLING.items()}
+SampledRequest = create_model("SampledRequest", __base__=Strict, **_sampling)
 
 
 class GenerationRequest(SampledRequest):

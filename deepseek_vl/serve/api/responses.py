@@ -13,6 +13,8 @@ from deepseek_vl.serve.api.logprobs import ChatToken, Token
 from deepseek_vl.serve.api.responses_request import ResponseRequest
 from deepseek_vl.serve.api.service import Service
 
+Status = Literal["in_progress", "completed", "incomplete"]
+
 
 class OutputText(BaseModel):
     """What the model says."""
@@ -29,7 +31,7 @@ class OutputMessage(BaseModel):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[OutputText]
 
 
@@ -133,13 +135,13 @@ class ResponseReply:
         (answer,) = answers
         return self._ended(answer, usage).model_dump()
 
-    def _message(self, text: str, logprobs: Sequence[Token] | None, status: str) -> OutputMessage:
+    def _message(self, text: str, logprobs: Sequence[Token] | None, status: Status) -> OutputMessage:
         tokens = [ChatToken.of(token) for token in logprobs or ()]
         return OutputMessage(id=self._item, status=status, content=[OutputText(text=text, logprobs=tokens)])
 
     def _ended(self, answer: WholeAnswer, usage: Usage) -> Response:
         is_whole = answer.finish_reason == "stop"
-        status = "completed" if is_whole else "incomplete"
+        status: Status = "completed" if is_whole else "incomplete"
         counts = ResponseUsage(
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputTokens(cached_tokens=usage.prompt_tokens_details.cached_tokens),
@@ -166,7 +168,8 @@ class ResponseReply:
             return event({"type": f"response.{kind}", "sequence_number": count - 1, **fields}, f"response.{kind}")
 
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        so_far = WholeAnswer(logprobs=[])
+        said: list[Token] = []
+        so_far = WholeAnswer(logprobs=said)
         try:
             for kind in ("created", "in_progress"):
                 yield named(kind, response=self._response.model_dump())
@@ -179,7 +182,7 @@ class ResponseReply:
                     yield named("output_text.delta", **place, delta=piece.text, logprobs=tokens)
                 so_far.text += piece.text
                 so_far.finish_reason = piece.finish_reason or ""
-                so_far.logprobs += piece.logprobs or ()
+                said += piece.logprobs or ()
         except APIError as error:  # the status has been sent
             failed = {"status": "failed", "error": ResponseError(message=str(error))}
             yield named("failed", response=self._response.model_copy(update=failed).model_dump())

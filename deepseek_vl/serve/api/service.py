@@ -199,7 +199,7 @@ class Service:
         settings, generations = question.settings, []
         try:
             for i, sink in enumerate(sinks):
-                if i > 0 and settings.seed is not None:  # or all would say the same
+                if i > 0 and question.settings.seed is not None:  # or all would say the same
                     settings = replace(settings, seed=(question.settings.seed + i) % 2**63)
                 generations.append(Generation(self.engine, inputs, settings, sink, goes_on=question.goes_on))
         except MemoryBudgetError as error:

@@ -176,4 +176,4 @@ class _Asking:
         else:
             generation = self._running[index]
             counts = generation.prompt_tokens, len(generation.token_ids)
-            self._ended.put((index, Caption("".join(items).strip(), *counts, generation.finish_reason), False))
+            self._ended.put((index, Caption("".join(items).strip(), *counts, generation.finish_reason or ""), False))

@@ -68,7 +68,8 @@ def open_picture(source: PictureSource) -> Image.Image:
             raise ImageLoadError(f"Cannot read image {source.name!r}: no regular file.")  # a pipe would wait for ever
         return load_image(source.file)
     try:
-        data = _member(source.file, *source.place) if source.place else _cell(source.file, *source.row)
+        where: Any = source.place or source.row
+        data = _member(source.file, *where) if source.place else _cell(source.file, *where)
     except (OSError, ValueError) as error:
         raise ImageLoadError(f"Cannot read image {source.name!r}: {error}.") from error
     if isinstance(data, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from deepseek_vl.command_line import one_line
@@ -172,7 +172,7 @@ class TerminalChat:
             except ImageLoadError as error:
                 self.screen.say(str(error))
 
-    def _answer(self, pieces: Iterator[str]) -> None:
+    def _answer(self, pieces: Generator[str]) -> None:
         """Show an answer; Ctrl-C stops it."""
         try:
             self.screen.answer(pieces)

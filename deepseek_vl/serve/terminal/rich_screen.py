@@ -5,8 +5,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -42,7 +43,7 @@ class TerminalScreen:
 
     def __init__(self, history: Path):
         self._console = _Console(highlight=False)
-        options = {"complete_while_typing": False, "enable_suspend": True, "key_bindings": _bindings()}
+        options: dict[str, Any] = {"complete_while_typing": False, "enable_suspend": True, "key_bindings": _bindings()}
         self._messages: PromptSession[str] = PromptSession(
             history=_open_history(history), completer=MessageCompleter(), **options
         )
@@ -58,7 +59,7 @@ class TerminalScreen:
     def say(self, text: str) -> None:
         self._console.print(text.translate(_CONTROL), markup=False, emoji=False, soft_wrap=True)
 
-    def answer(self, pieces: Iterator[str]) -> None:
+    def answer(self, pieces: Generator[str]) -> None:
         # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
         text, shown = "", 0
         with _without_echo(self._console):

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Protocol
 
 ANSWER = "Assistant: "
@@ -15,7 +15,8 @@ class Screen(Protocol):
         columns: how wide it is, in characters.
     """
 
-    columns: int
+    @property
+    def columns(self) -> int: ...
 
     def read(self, prompt: str, default: str = "", path: bool = False) -> str:
         """A line of input.
@@ -33,7 +34,7 @@ class Screen(Protocol):
     def say(self, text: str) -> None:
         """A line of the program's own."""
 
-    def answer(self, pieces: Iterator[str]) -> None:
+    def answer(self, pieces: Generator[str]) -> None:
         """The assistant's answer, as it comes."""
 
 
@@ -50,11 +51,11 @@ class PlainScreen:
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def answer(self, pieces: Iterator[str]) -> None:
+    def answer(self, pieces: Generator[str]) -> None:
         write_pieces(pieces, ANSWER)
 
 
-def write_pieces(pieces: Iterator[str], label: str = "") -> None:
+def write_pieces(pieces: Generator[str], label: str = "") -> None:
     """An answer on standard output, behind a label, without the space that the first piece begins with."""
     begun = False
     try:

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,9 @@ class WebChat:
         if run := self._running.get(request.session_hash):
             run.stop()
 
-    def _abandon(self, tab: str) -> None:
+    def _abandon(self, tab: str | None) -> None:
         """End a tab's answer so that nothing more of it is shown."""
-        if run := self._running.pop(tab, None):
+        if tab is not None and (run := self._running.pop(tab, None)):
             run.stop()
             run.over.wait(ABANDON_SECONDS)
 
@@ -215,7 +215,7 @@ class WebChat:
                 yield _shown(stays, status, SEND, None if is_kept else turn)
             first = False
 
-    def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: str) -> Iterator[Progress | None]:
+    def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: Any) -> Iterator[Progress | None]:
         """A turn, as its answer grows. None, once, if the tab waits for another, or, at last, if it was abandoned.
 
         (The server sends what was yielded last once more at the end. If that is an abandoned answer, it must change
@@ -274,7 +274,7 @@ class WebChat:
             logger.exception("A generation failed.")
             yield Progress(replace(turn, error="The model failed on this message; the server's log says why."), "")
 
-    def _pieces(self, run: Run, turn: Turn) -> Iterator[str]:
+    def _pieces(self, run: Run, turn: Turn) -> Generator[str]:
         """An answer's text, piece by piece. Its pixels are there when it is its turn, and not before."""
         with contextlib.closing(run.session.ask(turn.text, turn.files)) as pieces:
             with self._turn_to_prepare(run):
@@ -300,7 +300,7 @@ class WebChat:
     def _session(self, client: PictureClient, model_name: str, *values: float) -> ChatSession:
         """A new session, as the page's controls want it."""
         *sampling, max_new_tokens, max_history_tokens = values
-        named = dict(zip(SAMPLING, sampling, strict=True))
+        named: dict[str, Any] = dict(zip(SAMPLING, sampling, strict=True))
         settings = GenerationSettings(max_new_tokens=int(max_new_tokens), **named)
         engine, processor = self.models[model_name]
         opening = functools.partial(_open, client, processor.image_processor.square)
@@ -342,7 +342,7 @@ def _note(session: ChatSession) -> str:
     notes = []
     if session.dropped_turns:
         notes.append(f"The oldest {session.dropped_turns} turn(s) are too long to be kept in mind and were left out.")
-    if session.answer.finish_reason == "length":
+    if session.answer is not None and session.answer.finish_reason == "length":
         notes.append(f"The answer was cut off after {session.answer.completion_tokens} tokens.")
     return " ".join(notes)
 

@@ -95,7 +95,7 @@ class Conversation:
         """As the chat component takes it."""
         return [message for turn in self.turns for message in turn.shown()]
 
-    def turn_at(self, index: int) -> int:
+    def turn_at(self, index: Any) -> int:
         """The number of the turn that the chat component's message `index` belongs to.
 
         Raises:
@@ -127,7 +127,7 @@ class Conversation:
         Raises:
             ValueError: if it is none, or names a picture that was not uploaded.
         """
-        known = {"id": str(record["id"])} if record.get("id") else {}
+        known: dict[str, Any] = {"id": str(record["id"])} if record.get("id") else {}
         row = record.get("row")
         if known and not row:
             return cls(**known)

@@ -99,7 +99,7 @@ def create_page(
         looked = _part("looked")
 
         shown = [conversation, chatbot, kept, status, message]
-        answering = {
+        answering: dict[str, Any] = {
             "concurrency_id": "answers",
             "concurrency_limit": PAGE_ANSWERS,
             "trigger_mode": "multiple",  # so that a second message is told to wait
@@ -112,7 +112,7 @@ def create_page(
             chatbot.edit(chat.edit, [conversation, *controls], shown, **answering),
         ):
             answer.then(None, [kept, message], message, js=GIVE_BACK)
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         chatbot.undo(chat.remove_last, conversation, shown, **quick)
         for begin in (new.click, chatbot.clear, kept.forget):
             begin(chat.new_conversation, None, shown, **quick)
@@ -124,7 +124,8 @@ def create_page(
         )  # fmt: skip
 
         def fill(event: gr.SelectData) -> dict[str, Any]:
-            example = chatbot.examples[event.index]
+            offered: Any = chatbot.examples  # with their files as Gradio has them
+            example = offered[event.index]
             return {"text": example["text"], "files": [file["path"] for file in example["files"]]}
 
         chatbot.example_select(fill, None, message, **quick)
@@ -142,10 +143,8 @@ def create_page(
     return page.queue(max_size=PAGE_LIMITS.waiting)
 
 
-def _controls(
-    models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings
-) -> list[gr.components.Component]:
-    """The settings, in the order in which `WebChat` takes them."""
+def _controls(models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings) -> list[Any]:
+    """The settings' components, in the order in which `WebChat` takes them."""
     name = next(iter(models))
     positions = models[name][0].positions
     most = min(MOST_TOKENS, positions)
@@ -161,7 +160,7 @@ def _slider(label: str, least: float, most: float, step: float, value: float) ->
     return gr.Slider(least, max(most, value), value, step=step, label=label)
 
 
-def _examples() -> list[dict[str, Any]] | None:
+def _examples() -> Any:
     """What the empty chat offers; nothing in an installation without the checkout."""
     return [
         {"text": text, "files": [str(IMAGES / name) for name in names]}
@@ -200,6 +199,7 @@ def launch(
     if names is not None:
         refusal = PlainTextResponse("This server does not go by that name; see --allowed_host.\n", 421)
         middleware.insert(0, Middleware(OwnNames, names=names, refusal=refusal))
+    options = {"quiet": True, "prevent_thread_lock": True, **options}
     _, local, public = page.launch(
         server_name=host,
         server_port=port,
@@ -214,6 +214,6 @@ def launch(
         css_paths=HERE / "page.css",
         head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         footer_links=[],
-        **{"quiet": True, "prevent_thread_lock": True, **options},
+        **options,
     )
     return (public or local).rstrip("/")

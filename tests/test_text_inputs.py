@@ -231,6 +231,17 @@ def test_texts_and_prompts_are_the_same_to_the_model(loaded, pictures):
     assert torch.equal(model.generate(**batch, **options), model.generate(**masked, **options))
 
 
+def test_features_that_are_there_already_need_only_the_token_types(loaded, pictures):
+    processor, model = loaded
+    batch = processor(text=f"{IMAGE_TAG}What is this?", images=pictures[:1])
+    named = {name: batch[name] for name in ("input_ids", "mm_token_type_ids")}
+    features = model.get_image_features(batch["pixel_values"][0])
+    embeds = model.prepare_inputs_embeds(**named, image_features=features)
+    torch.testing.assert_close(embeds, model.prepare_inputs_embeds(**batch), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="There are 16 image tokens and 8 image features"):
+        model.prepare_inputs_embeds(**named, image_features=features[:, :8])
+
+
 @pytest.mark.parametrize("names", [("images_seq_mask",), ("mm_token_type_ids",)])
 def test_ids_longer_than_the_masks_are_a_completion_without_images(loaded, pictures, names):
     processor, model = loaded

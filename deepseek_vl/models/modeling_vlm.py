@@ -218,6 +218,9 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             elif not torch.compiler.is_compiling() and images_seq_mask.any():
                 raise ValueError(f"The prompt has {int(images_seq_mask.sum())} image positions, but no pixel_values.")
             return inputs_embeds[:, -new:]
+        if images_emb_mask is None and image_features is not None:  # all of which are real
+            check_count(images_seq_mask, image_features)
+            return place_features(inputs_embeds, images_seq_mask, image_features)[:, -new:]
         images_emb_mask, pixels = cast(torch.Tensor, images_emb_mask), cast(torch.Tensor, pixel_values)
         check_images(pixel_values, images_seq_mask, images_emb_mask, image_features)
         is_real = images_emb_mask.any(dim=-1)  # [b, n]

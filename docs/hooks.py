@@ -74,7 +74,7 @@ def file_tree() -> Iterator[str]:
         if not files:
             continue
         yield f"\n### `{folder.relative_to(ROOT)}/`\n"
-        yield "| file | lines | |"
+        yield "| file | lines | what it is |"
         yield "| --- | ---: | --- |"
         for file in files:
             source = file.read_text(encoding="utf-8")

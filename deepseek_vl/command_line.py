@@ -73,7 +73,7 @@ _NO_ROOM_IN_WORDS = re.compile(
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """A program imports its modules and loads its model: nothing of that is garbage, so nobody looks for any.
+    """Pause garbage collection while a program imports modules and loads a model, when there is nothing to collect.
 
     Python's collector would go through hundreds of thousands of new objects again and again. Those that there are at
     the end it goes through only when the process ends; after an exception as ever.

@@ -1,4 +1,4 @@
-"""A checkpoint is rewritten in the other layout, tensor by tensor, and every number of it compared.
+"""Rewriting a checkpoint in the other layout, tensor by tensor, and comparing every number.
 
 What the new layout has no place for is kept in `other_layout`, so that converting back gives every file as it was.
 """
@@ -137,7 +137,7 @@ def weight_files(directory: Path) -> list[Path]:
 def _renamed(
     source: Path, model: Mapping[str, torch.Tensor], tensors: Mapping[str, Slice], layout: str
 ) -> dict[str, Slice | torch.Tensor]:
-    """The tensors as the layout has them, all and none too many.
+    """The tensors in the given layout, checked to be complete and without extras.
 
     Raises:
         ValueError: if they are not those of the architecture that the config tells of.

@@ -60,7 +60,7 @@ def find_checkpoint(
 
 
 def given_name(name_or_path: str | os.PathLike) -> str:
-    """The path as it was given, or of a bundled model's directory the name, which is the same on every machine."""
+    """The path as it was given; for a bundled model's directory its name, which is the same on every machine."""
     path = Path(name_or_path)
     return path.name if path.parent == BUNDLED else os.fspath(name_or_path)
 
@@ -71,7 +71,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take those of a `from_pretrained`'s arguments out that say where files come from."""
+    """Remove from a `from_pretrained`'s arguments those that say where files come from, and return them."""
     return {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
 
 

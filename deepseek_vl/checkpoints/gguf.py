@@ -164,7 +164,7 @@ def _read(source: Path, architecture: Architecture) -> _Checkpoint:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a file: of which numbers, how it is made of them, and as what it is stored."""
+    """A tensor of a GGUF file: its source, how it is made from that, and the type it is stored as."""
 
     source: Slice | torch.Tensor
     shape: list[int]
@@ -390,7 +390,7 @@ def _rows(start: int, count: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _kind(shape: list[int], wanted: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """As what a tensor is stored: vectors exactly, and matrices as wanted, if its blocks fit into their rows."""
+    """The type a tensor is stored as: vectors exactly; matrices as wanted, if the type's blocks fit into their rows."""
     if len(shape) < 2:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]

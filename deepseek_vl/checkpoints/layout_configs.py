@@ -104,7 +104,7 @@ def as_published(output: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def _llama_diff(config: LlamaConfig) -> dict[str, Any]:
-    """The keys without which `LlamaConfig` would be another one."""
+    """The keys that differ from `LlamaConfig`'s defaults."""
     full = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
     defaults = LlamaConfig().to_dict()
     diff = {name: value for name, value in full.items() if name not in defaults or defaults[name] != value}

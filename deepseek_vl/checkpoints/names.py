@@ -162,8 +162,7 @@ def as_reference(tensors: Mapping[str, Any], model: Mapping[str, torch.Tensor]) 
 
 
 def unused_weights(model: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What stands for those of `UNUSED` that a model in the reference's layout has, in a file without them: a layer
-    norm that changes nothing.
+    """Layer norms that change nothing, for the weights of `UNUSED` that a file in transformers' layout lacks.
 
     Args:
         model: the model's weights, whatever they are yet.
@@ -186,7 +185,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _pattern(name: str, places: Mapping[str, tuple[str, ...]]) -> re.Pattern[str]:
-    """Matches what a name of the table stands for."""
+    """The regular expression of the weight names that a name in the table stands for."""
 
     def of(match: re.Match[str]) -> str:
         if match[0] == "*":

@@ -1,4 +1,4 @@
-"""Weights in: tensors of files that are read one by one, so that memory holds each of them once."""
+"""Reading weights tensor by tensor, so that each is in memory only once."""
 
 import ctypes
 import json
@@ -129,7 +129,7 @@ def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None
 
 
 def forget_pages(tensor: torch.Tensor) -> None:
-    """Let the system have back the memory that a tensor mapped from a file has taken as it was read.
+    """Release the memory that reading a tensor from a mapped file has taken.
 
     Until then it counts as the process's. Its numbers stay readable, from the file.
     """

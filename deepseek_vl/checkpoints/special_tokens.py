@@ -37,7 +37,7 @@ def checkpoint_special_tokens(directory: str | Path, config: LlamaConfig) -> dic
 
 
 def _complete(ids: dict[str, Any]) -> dict[str, Any]:
-    """Those ids that are there; texts are padded with their end if nothing else is said."""
+    """The ids that are given; the end token pads if no padding token is given."""
     if ids["pad_token_id"] is None:
         ends = ids["eos_token_id"]
         ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends

@@ -1,4 +1,4 @@
-"""Tensors of files, read or not: what is known of them without reading, and rows of several put together."""
+"""Tensors in files that need not be read yet: their shapes and dtypes, and tensors joined from rows of others."""
 
 import functools
 from typing import Any, Protocol
@@ -92,7 +92,7 @@ class JoinedRows:
 
 
 def divide_rows(tensors: list[Slice], shares: list[int]) -> list[Slice]:
-    """Tensors one below the other, divided anew: so many of the rows for each share."""
+    """Stack tensors by rows, and divide the rows into as many tensors as there are shares."""
     shapes = [shape_of(tensor) for tensor in tensors]
     total = sum(shape[0] for shape in shapes)
     divided: list[Slice] = []

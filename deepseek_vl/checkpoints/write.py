@@ -1,4 +1,4 @@
-"""Weights out, tensor by tensor, so that memory holds one at a time, however large the files are."""
+"""Writing weights tensor by tensor, so that only one is in memory at a time."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 
 @contextlib.contextmanager
 def appearing_whole(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory`, to be filled, which becomes it at the end; if anything fails it is gone."""
+    """A temporary directory that is renamed to `directory` at the end, or deleted if anything fails."""
     parent = directory.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{directory.name}-") as name:

@@ -107,7 +107,7 @@ def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _check_is_lines(path: Path, text: str) -> None:
-    """What is said of a file whose first line is no row.
+    """Raise an error if a file's first line shows that it is not JSON Lines.
 
     Raises:
         DataError: if it is a table, or JSON that goes over several lines.

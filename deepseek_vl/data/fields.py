@@ -1,4 +1,4 @@
-"""The values of a row, as JSON has them: what they are in words, and keys that nobody reads."""
+"""Checks of a row's JSON values: their types, in words for errors, and keys that are not used."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -24,9 +24,9 @@ CONTENT = {
 
 
 def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]) -> None:
-    """Check that nothing of what is called `name` is passed over in silence.
+    """Check that a JSON object has no key that would be ignored.
 
-    Free of that are empty values, numbers (sizes, scores) and notes, such as an id or a source.
+    Allowed are empty values, numbers (sizes, scores) and notes, such as an id or a source.
 
     Args:
         entry: an object of a row.

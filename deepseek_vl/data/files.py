@@ -1,4 +1,4 @@
-"""Files that are whole at any moment."""
+"""Writing files so that a reader never sees one half written."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A chat: the messages so far, and the next answer to them. A door holds one per user."""
+"""A user's chat session: the messages so far, and the next answer. The terminal and the page hold one per user."""
 
 import itertools
 import json
@@ -111,7 +111,7 @@ class ChatSession:
         return self._answer(self.messages, {"content": tagged, "images": list(images)})
 
     def retry(self) -> Generator[str]:
-        """Another answer to the last message, in place of the one it has. Until there is one, that stays.
+        """Answer the last message again. The old answer stays until there is a new one.
 
         Raises:
             ValueError: if nothing was asked yet; and as `ask`.

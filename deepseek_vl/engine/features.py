@@ -69,7 +69,7 @@ def _mean(features: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def _by_head(model: MultiModalityCausalLM) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
-    """What pools the last of the towers' features, which is SigLIP's."""
+    """A function that pools the last tower's features (SigLIP's) with SigLIP's own pooling head."""
     vision: nn.Module = model.vision_model
     tower: Any = getattr(vision, "vision_tower_low", vision).vision_tower
     if getattr(tower, "attn_pool", None) is None or getattr(vision, "concat_type", "tuple") != "tuple":

@@ -1,4 +1,4 @@
-"""One answer in the making, and its text as a stream."""
+"""An answer while it is generated (`Generation`), and its text as a stream (`AnswerStream`)."""
 
 import logging
 import queue
@@ -47,7 +47,7 @@ class MemoryBudgetError(ValueError):
 
 
 class Generation:
-    """One answer in the making, for `Engine.submit`.
+    """An answer while it is generated, for `Engine.submit`.
 
     Args:
         engine: which is to generate it.
@@ -164,7 +164,7 @@ class Generation:
         return False
 
     def end(self, error: BaseException | None = None) -> None:
-        """Let go of it: finished, cancelled, or failed with an error."""
+        """End the generation: finished, cancelled, or failed with an error."""
         if error is None:
             try:
                 rest = self._detokenizer.flush()

@@ -1,4 +1,4 @@
-"""Each row's own keys and values, and those of several rows as one step sees them.
+"""The key-value cache: one per row, and several rows' caches as one batch for a decoding step.
 
 A row comes, grows and leaves without a byte of another's being touched, and none is padded to another's length.
 """
@@ -54,7 +54,7 @@ class GrowingLayer(DynamicLayer):
         return self.append(key_states, value_states)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> Buffers:
-        """`update`, of a layer that holds something already."""
+        """`update`, for a layer that already holds keys and values."""
         start, new = self.keys.shape[2], keys.shape[2]
         for buffer, states in zip(self.reserve(start + new), (keys, values), strict=True):
             buffer.narrow(2, start, new).copy_(states)  # quicker than an index, which counts: see `_RowsLayer`
@@ -69,12 +69,12 @@ class GrowingLayer(DynamicLayer):
         return self._buffers
 
     def show(self, length: int) -> None:
-        """Hold the first so many positions of the buffers."""
+        """Make the first `length` positions of the buffers the layer's keys and values."""
         keys, values = self._buffers
         self.keys, self.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
 
     def borrow(self, buffers: Buffers) -> None:
-        """Hold the same in buffers of another's, which are long enough."""
+        """Move keys and values into someone else's buffers, which must be long enough."""
         if self.is_borrowed and all(map(torch.Tensor.is_set_to, buffers, self._buffers)):
             return
         length = self.get_seq_length()
@@ -86,7 +86,7 @@ class GrowingLayer(DynamicLayer):
         self.is_borrowed = True
 
     def give_back(self) -> None:
-        """Hold the same in buffers of its own."""
+        """Move keys and values back into buffers of the layer's own."""
         if self.is_borrowed:
             self._own([states.clone() for states in (self.keys, self.values)], self.get_seq_length())
 
@@ -155,7 +155,7 @@ class RowCache(Cache):
         return copied
 
     def truncate(self, length: int) -> None:
-        """Forget what is behind so many positions. (transformers' `crop` counts otherwise from version to version.)"""
+        """Forget all but the first `length` positions. (transformers' `crop` differs between versions.)"""
         for layer in self.layers:
             layer.show(length)
 
@@ -181,7 +181,7 @@ class _RowsLayer(DynamicLayer):
         self.is_initialized = True
 
     def get_seq_length(self, *args: object) -> int:
-        """The longest row's."""
+        """The length of the longest row."""
         return max(row.get_seq_length() for row in self._rows)
 
     def update(
@@ -207,11 +207,14 @@ class SharedBuffers:
         self._lent: weakref.ref[RowCache] | None = None
 
     def has_room(self, cache: RowCache) -> bool:
-        """Whether a cache, and one more position of it, can be here."""
+        """Whether a cache with one more position fits into this memory."""
         return math.prod(_shape(cache)) <= self._memory[0][0].numel()
 
     def lend(self, cache: RowCache) -> list[Buffers]:
-        """Move a cache here, unless it is, and one that was here and is in use out; returns each layer's buffers."""
+        """Move a cache into this memory; returns each layer's buffers.
+
+        A cache that was here before, and is still in use, moves back into buffers of its own.
+        """
         before = None if self._lent is None else self._lent()
         if before is not None and before is not cache:
             for layer in before.layers:
@@ -226,7 +229,7 @@ class SharedBuffers:
 
 
 def _shape(cache: RowCache) -> tuple[int, int, int, int]:
-    """Of a layer's keys, with room for one more position."""
+    """The shape of a layer's keys, with room for at least one more position."""
     rows, heads, length, head_dim = cache.layers[0].keys.shape
     capacity = SHARED_POSITIONS
     while capacity <= length:

@@ -1,4 +1,4 @@
-"""What may be asked, and what may be kept: every bound of the engine and its doors. Of libraries it imports Pillow."""
+"""All limits of the engine and of the servers. The only library that this module imports is Pillow."""
 
 from dataclasses import dataclass, replace
 

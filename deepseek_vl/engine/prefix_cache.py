@@ -20,7 +20,7 @@ Value = TypeVar("Value", torch.Tensor, RowCache)
 
 
 def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
-    """Equal as long as no weight is trained, loaded, moved, cast or replaced; None if that cannot be told.
+    """A value that changes when a weight is trained, loaded, moved, cast or replaced; None if that cannot be told.
 
     It cannot for a model that was made in inference mode, where torch does not count changes. What bypasses the count
     (writing through `.data`, switching an adapter off) goes unnoticed.
@@ -44,7 +44,7 @@ def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
 
 
 class LRUCache(Generic[Value]):
-    """Values of limited size in all: the least recently used make room for others."""
+    """A cache with a limit on its total size, from which the least recently used values are dropped first."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -89,10 +89,10 @@ class ImageFeatures(LRUCache[torch.Tensor]):
     def encode(
         self, model: MultiModalityCausalLM, images: Sequence[PromptImage], keeps: bool = True
     ) -> dict[bytes, torch.Tensor]:
-        """Each image's features, by its key. Only those that are not known run through the vision tower, together.
+        """The features of images, by their keys. Images that are not cached are encoded, in one batch.
 
         Args:
-            keeps: whether these are then known.
+            keeps: whether these are then cached.
         """
         features = {image.key: self.use(image.key) for image in images if image.key in self}
         missing = {image.key: image.pixels for image in images if image.key not in features}
@@ -139,14 +139,14 @@ def _content(key: bytes) -> np.ndarray:
 
 
 def _shared(first: np.ndarray, second: np.ndarray) -> int:
-    """With how many equal numbers both begin."""
+    """The length of the common prefix of two sequences of numbers."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length
 
 
 class Caches:
-    """What is kept of a model's work, for as long as its weights stay what they are.
+    """All caches of a model's work. They are valid as long as its weights do not change.
 
     Attributes:
         images: encoded images.
@@ -171,5 +171,5 @@ class Caches:
         return self.images.nbytes + self.prefixes.nbytes
 
     def hold_for(self, model: MultiModalityCausalLM) -> bool:
-        """Whether this is what the model, as it is now, would compute."""
+        """Whether the caches are still valid for the model's present weights."""
         return self._weights is not None and self._weights == weights_state(model)

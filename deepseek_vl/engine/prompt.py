@@ -1,4 +1,4 @@
-"""A processed conversation as the engine reads it: without padding, and with images known by their pixels."""
+"""A processed conversation in the engine's form: without padding, and with images identified by their pixels."""
 
 import hashlib
 from collections.abc import Mapping

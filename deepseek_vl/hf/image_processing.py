@@ -135,7 +135,7 @@ class DeepseekVLImageProcessor(FromCheckpoint, BaseImageProcessor):
 
 
 class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
-    """The same; without a `device`, the pixels are where the images are, if these are tensors.
+    """`DeepseekVLImageProcessor` whose pixels are on the device of the images, if these are tensors, or on `device`.
 
     Pillow resizes them, on the CPU. What is computed on another device, the hybrid's low-resolution pixels and the
     normalisation, may differ in the last bits of a float.

@@ -93,7 +93,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
 
 
 def _prefixed(tensors: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Tensors with the first of the prefixes that a name has replaced."""
+    """Tensors renamed: the first of the given prefixes that a name begins with is replaced."""
     named = {}
     for name, tensor in tensors.items():
         old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
@@ -102,7 +102,7 @@ def _prefixed(tensors: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[s
 
 
 def _rename_to_modules(model: Any, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """torch's hook before weights are loaded: those of a file, as `Trainer` loads them, get a model's own names."""
+    """torch's hook before loading a state dict: weights named as in a file, as `Trainer` gives them, are renamed."""
     if prefix or state_dict.keys() <= model.state_dict().keys():
         return
     weights = model.own_names(state_dict)

@@ -99,7 +99,7 @@ class PictureClient:
         self.has_left = False
 
     def leave(self) -> None:
-        """Want no more pictures: one that is being decoded is given up at once. May be called from any thread."""
+        """Stop: a picture that is being decoded is given up at once. May be called from any thread."""
         with self._decoder._changed:
             self.has_left = True
             if self._process is not None:
@@ -246,7 +246,7 @@ def _decoded(data: bytes, limits: PictureLimits, square: dict[str, Any] | None) 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Any:
-    """Let the system end this process when the time is over, even if the one that started it is gone."""
+    """Have the system kill this process after a deadline, even if its parent is gone."""
     if not hasattr(signal, "setitimer"):  # on Windows
         yield
         return

@@ -39,7 +39,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 
 def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with a cache under either name, as the installed transformers wants them; it is absent if it is None.
+    """The arguments with the cache under the name that the installed transformers uses, or without it if it is None.
 
     Raises:
         ValueError: if there is a cache under both names.
@@ -92,7 +92,7 @@ class MultiModalityPreTrainedModel(CheckpointModel):
         self._no_split_modules = [name for name in self._no_split_modules or () if name in classes]
 
     def after_loading(self) -> None:
-        """Ask no gradient of what no forward pass uses: DistributedDataParallel would wait for it in vain."""
+        """Freeze what no forward pass uses: DistributedDataParallel would wait for its gradients in vain."""
         for module in self.modules():
             if isinstance(module, CLIPVisionTower | HybridVisionTower):
                 module.freeze_unused()
@@ -248,7 +248,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         images_seq_mask: torch.Tensor,
         images_emb_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Embed images without a look at which slots are real: features of the others are made and left over.
+        """Embed images without checking which slots are real; features of the others are computed and not used.
 
         For graphs, whose shapes cannot depend on that, and for batches that do not say it. There the number of features
         of an image tells how many images a row has.
@@ -323,7 +323,7 @@ class ImageGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _refuse_assistance(arguments: Mapping[str, Any]) -> None:
-        """Refuse what transformers would decode without a prompt's images, if these arguments of `generate` ask it."""
+        """Refuse arguments of `generate` with which transformers would ignore a prompt's images."""
         if arguments.get("assistant_model") is not None or arguments.get("prompt_lookup_num_tokens"):
             raise ValueError("Assisted decoding and prompt lookup are for prompts without images.")
 

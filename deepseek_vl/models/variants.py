@@ -1,4 +1,4 @@
-"""Tables of tower variants: published rows by name, any field of a row open to the config."""
+"""Tower variants: tables of the published ones, of which a config can override any field."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -163,7 +163,7 @@ class DeepseekVL(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         return AutoWeightsLoader(self).load_weights(self._as_reference(weights))
 
     def _as_reference(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The language model's tensors one by one; the towers', some of which make one together, at the end."""
+        """Rename tensors: the language model's one by one, the towers' at the end, since some of these are joined."""
         towers = {}
         for name, tensor in weights:
             if "language_model." in name or name.startswith("lm_head."):

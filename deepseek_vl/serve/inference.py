@@ -1,6 +1,6 @@
-"""(model, processor, conversation, settings) -> a stream of text, by the model's engine.
+"""Answers as streams of text: from a model, its processor, a conversation and settings.
 
-`generate` and `deepseek_generate` are the reference's names for it.
+`stream_answer` is the way in; `generate` and `deepseek_generate` keep the reference's signatures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What servers share beside their work: where they listen, the names they answer to, wrong passwords, and their end.
+"""What the servers share: where they listen, the names they answer to, delays after wrong passwords, and shutting down.
 
 Imports nothing heavy.
 """
@@ -47,7 +47,7 @@ def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Check that a server can listen there; for what takes long, such as loading a model, comes before it does.
+    """Check that a server can listen there, before anything that takes long, such as loading a model.
 
     Raises:
         ValueError: if it cannot.
@@ -132,7 +132,7 @@ def _name_in(header: str) -> str | None:
 
 
 class OwnNames:
-    """Middleware that answers only who asks for the server by one of its names.
+    """Middleware that refuses requests whose Host header is not one of the server's names.
 
     Args:
         names: as `names_of` gives them.
@@ -154,7 +154,7 @@ class OwnNames:
 
 
 class Patience:
-    """Has clients wait that gave a wrong key or password, as guessing then takes long; others do not wait for it.
+    """Delays clients that gave a wrong key or password, to slow down guessing. Other clients are not delayed.
 
     Args:
         limits: what begins with `refusal` counts here.
@@ -165,7 +165,7 @@ class Patience:
         self._waiting = 0
 
     async def wait(self) -> bool:
-        """Wait; or return False at once if as many as may be wait already."""
+        """Wait; returns False at once if too many are waiting already."""
         if self._waiting >= self._limits.refusals:
             return False
         self._waiting += 1

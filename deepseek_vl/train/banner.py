@@ -1,4 +1,4 @@
-"""What a run is about to do, in the log before its first step."""
+"""A summary of a training run, logged before its first step."""
 
 import logging
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""From conversations to what the model learns: tokens, pixels, and labels on the assistant's answers."""
+"""Batches for training: tokens, pixels, and labels for the assistant's answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ class TrainingCollator:
 
 
 def _join(items: Sequence[VLChatProcessorOutput]) -> VLChatProcessorOutput:
-    """Conversations behind each other."""
+    """Join conversations to one sequence."""
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
     return VLChatProcessorOutput(
         sft_format="".join(item.sft_format for item in items),

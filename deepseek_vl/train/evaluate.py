@@ -95,7 +95,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of an evaluation: every answer asked for, in order."""
+    """The result of an evaluation: every answer, in order."""
 
     answers: list[EvaluatedAnswer]
 
@@ -141,7 +141,7 @@ class Evaluation:
         return cells
 
     def confusion(self, most: int = MOST_WORDS) -> tuple[list[str], list[list[int]]]:
-        """Which word was said for which, place by place, in scored answers of as many words as expected.
+        """Counts of (expected word, given word), compared by position, in answers with the expected number of words.
 
         Args:
             most: how many words to keep.
@@ -167,7 +167,7 @@ class Evaluation:
         return words, [[*(pairs[row, column] for column in words), other[row]] for row in words]
 
     def plot(self, path: Path) -> None:
-        """Draw what was said for what, if anything was wrong, and the scores beside it, to a PNG file."""
+        """Draw the scores, and beside them the confused words if there are any, to a PNG file."""
         import matplotlib
         from matplotlib.figure import Figure
 

@@ -58,7 +58,7 @@ def add_lora(
 
 
 def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
-    """Let an adapter that is to be saved in `output` name its base: a name as it is, a directory as seen from there."""
+    """Record an adapter's base model: a name as it is, a directory relative to `output`, where the adapter is saved."""
     base = Path(os.path.relpath(model_path, output)).as_posix() if Path(model_path).is_dir() else model_path
     model: Any = adapted.get_base_model()
     model.name_or_path = model.config.name_or_path = base  # what peft's model cards have
@@ -117,7 +117,7 @@ or load them over the base model:
 
 
 def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
-    """Write the checkpoint that an adapter and the model it was trained on make together.
+    """Merge an adapter into the model it was trained on, and write the resulting checkpoint.
 
     Args:
         adapter: directory that training with LoRA wrote.

@@ -1,4 +1,4 @@
-"""What a command that trains tells glibc about the process's memory."""
+"""glibc's memory settings for commands that train."""
 
 import ctypes
 import platform

@@ -50,7 +50,7 @@ class SeparatorStyle(IntEnum):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt, or the text of one message, and what its characters are.
+    """A prompt, or one message's text, with the spans that are learnt and those that are literal.
 
     Attributes:
         text: all of it.
@@ -172,7 +172,7 @@ class Conversation:
         return _Frame("<image>\n" if is_image else "", separator, "", has_text=not is_image)
 
     def _role_numbers(self) -> dict[str, int]:
-        """Which of `roles` a name in lower case means: user and assistant, or this template's own."""
+        """Map lower-case role names (user, assistant, or the template's own) to positions in `roles`."""
         own = {name.lower(): number for number, name in enumerate(self.roles) if name}
         return {**own, "user": 0, "assistant": 1}
 

@@ -1,4 +1,4 @@
-"""Images and checkpoints in: the one place that opens image files and the one place that loads a model."""
+"""Loading images and checkpoints: the original's functions."""
 
 import contextlib
 import json
@@ -155,7 +155,7 @@ def check_model_type(name: str, directory: Path) -> None:
 
 @contextlib.contextmanager
 def errors_that_name(source: str, directory: Path) -> Iterator[None]:
-    """What broken files make the loaders raise becomes an error that names the checkpoint or the file.
+    """Turn the loaders' errors about broken files into errors that name the checkpoint or the file.
 
     Raises:
         OSError: for a JSON file that is none.

@@ -10,7 +10,7 @@ from deepseek_vl.serve.api.service import Service
 
 
 class Body:
-    """A request's body. Whoever leaves the context is done with it, and gives its bytes back to the server's budget."""
+    """A request's body, as a context manager. Leaving it returns the body's bytes to the server's budget."""
 
     def __init__(self, service: Service):
         self._service = service

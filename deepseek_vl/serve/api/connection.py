@@ -1,4 +1,4 @@
-"""Connections whose clients send or take nothing are closed: no client keeps one for nothing."""
+"""Close connections whose clients neither send nor read for too long."""
 
 import asyncio
 from typing import Any
@@ -17,7 +17,7 @@ def connections(limits: RequestLimits) -> type[H11Protocol]:
     """
 
     class Connection(H11Protocol):
-        """One of a client's. uvicorn itself closes those on which nothing comes behind an answer."""
+        """One connection. (uvicorn itself closes those that stay idle after an answer.)"""
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ def connections(limits: RequestLimits) -> type[H11Protocol]:
             self._watch()
 
         def _watch(self) -> None:
-            """Begin to wait for a head, or for the rest of a body whose answer has been sent; or end that."""
+            """Start or stop the timer for a request's head, or for the rest of a body that has been answered."""
             if self.conn.our_state not in (h11.IDLE, h11.DONE):
                 if self._head is not None:
                     self._head.cancel()

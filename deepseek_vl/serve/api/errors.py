@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape. Their texts are ours: what a library says may tell a stranger about the machine."""
+"""Errors in OpenAI's shape. Their texts are our own, since a library's may reveal something about the machine."""
 
 from typing import Any, Literal
 

@@ -26,13 +26,13 @@ Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The system's own answer."""
+    """Look a name up with the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to a host of the internet at large, by every way of writing IPv4 in IPv6."""
+    """Whether an IP address is public. IPv4 addresses that are embedded in IPv6 ones are checked as well."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

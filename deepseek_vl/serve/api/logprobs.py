@@ -21,7 +21,7 @@ class Token(NamedTuple):
 
 
 class ShownTokens:
-    """Which tokens make up the text that was shown: of a stop word and of what is behind it, none.
+    """Keeps the tokens of the text that was shown, which a stop word and what follows it are not part of.
 
     Args:
         generation: the answer, whose settings ask for log probabilities.
@@ -93,5 +93,5 @@ class ChatLogprobs(BaseModel):
 
 
 def text_of(token: Token) -> str:
-    """A token as text; what is no whole character is shown as such."""
+    """A token as text; bytes that are not a whole character become U+FFFD."""
     return token.text.decode("utf-8", errors="replace")

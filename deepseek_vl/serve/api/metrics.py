@@ -34,7 +34,7 @@ class Metrics:
         self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
 
     def count_tokens(self, generation: Generation) -> None:
-        """Count those of an answer that has ended, whoever may still read it. May be called from any thread."""
+        """Count the tokens of an answer that has ended, though it may still be read. For any thread."""
         if generation.token_ids:  # else its prompt has not run
             self.prompt_tokens.inc(generation.prompt_tokens)
             self.cached_tokens.inc(generation.cached_tokens)

@@ -61,7 +61,7 @@ _LISTS_OF_UNIONS = ("messages", "content", "prompt")
 
 
 def _path(loc: Sequence[str | int]) -> list[str]:
-    """Where in the request something stands, without the tags of unions ("user", "text"), which are no fields of it."""
+    """The path of a field in the request, without pydantic's tags of unions ("user", "text"), which are not fields."""
 
     def is_tag(i: int) -> bool:
         if isinstance(loc[i], int) or i == 0:
@@ -72,7 +72,7 @@ def _path(loc: Sequence[str | int]) -> list[str]:
 
 
 def _check_shape(body: bytes | bytearray, limits: RequestLimits) -> None:
-    """Refuse what would take long to decode or to validate, before either.
+    """Refuse a body that would take long to decode or validate, before doing so.
 
     Raises:
         APIError: for too many values, too deep, or too long numbers.

@@ -1,4 +1,4 @@
-"""The model that a server has, and what a request needs of it: a place, its prompt, its pictures, a generation."""
+"""A server's model, and what a request needs from it: a place in the queue, a prompt, pictures, generations."""
 
 import asyncio
 import contextlib
@@ -68,7 +68,7 @@ class Service:
         self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that those who wait take no thread
 
     def cancel(self) -> None:
-        """End every answer, and begin none any more."""
+        """Cancel every answer, and refuse new ones."""
         self._is_closing = True
         self.engine.cancel()
 
@@ -189,7 +189,7 @@ class Service:
     def generations(
         self, question: "Question", images: Sequence[Image.Image], sinks: Sequence[Callable[[Any], None]]
     ) -> list[Generation]:
-        """What a question asks of the engine: for each sink an answer. Those behind the first find its prompt run.
+        """One generation per sink for a question. The later ones reuse the first one's prompt.
 
         Raises:
             APIError: for what there is not the memory, or a form of answers that is not supported.

@@ -1,4 +1,4 @@
-"""One question about many pictures: a few are read ahead, and the engine's batch stays full."""
+"""Ask one question about many pictures. A few are read ahead, so that the engine's batch stays full."""
 
 import functools
 import itertools
@@ -168,7 +168,10 @@ class _Asking:
             self._ended.put((index, error, True))
 
     def _take(self, index: int, items: list[Any], item: Any) -> None:
-        """A generation's sink. It does not refer to it: what is in a circle stays in memory for a while."""
+        """Collect one generation's pieces.
+
+        It holds no reference to the generation: a cycle would keep that in memory for a while.
+        """
         if item is not END:
             items.append(item)
         elif items and isinstance(items[-1], BaseException):

@@ -46,12 +46,12 @@ class PictureSource:
 
     @property
     def key(self) -> str:
-        """Equal for two names of one picture."""
+        """Identifies the picture: two names of the same picture have the same key."""
         return key_of(self.name)
 
 
 def key_of(name: str) -> str:
-    """What `PictureSource.key` is for a name in the output."""
+    """The `PictureSource.key` that belongs to a name in the output."""
     return os.path.abspath(name)  # noqa: PTH100  a tar member's is no path
 
 

@@ -1,4 +1,4 @@
-"""The output of a run over many pictures: JSON Lines, which a later run needs nothing but to go on."""
+"""The output of a run over many pictures, as JSON Lines. A later run goes on from this file alone."""
 
 import contextlib
 import json
@@ -138,7 +138,7 @@ class Journal:
             self._write(header)
 
     def _differences(self, line: bytes, header: Mapping[str, Any]) -> str:
-        """In what the question of a file's first line is another one."""
+        """How the question in the file's first line differs from this run's."""
         try:
             earlier = json.loads(line)
             is_ours = earlier.get("format") == FORMAT
@@ -171,7 +171,7 @@ def _is_none(path: Path, line: int) -> str:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep other processes out until the file is closed, or this process has ended in whatever way."""
+    """Lock the file against other processes, until it is closed or this process ends."""
     try:
         if os.name == "nt":
             import msvcrt

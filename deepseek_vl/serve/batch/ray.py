@@ -46,7 +46,7 @@ class Captioner:
         self._prompt, self._settings = args.prompt, settings
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of one, a task's `pictures` by number, pickled, becomes its `rows` for the journal by number."""
+        """Ask about the pictures of one task (pickled, by number); returns the journal's rows for them (by number)."""
         from deepseek_vl.serve.batch.caption import caption_many
 
         (pictures,) = map(pickle.loads, batch["pictures"])

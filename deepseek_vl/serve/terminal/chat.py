@@ -101,7 +101,7 @@ class TerminalChat:
         return text
 
     def _obey(self, text: str) -> bool:
-        """Whether it was a command, which then is done."""
+        """Carry out a command; returns whether the line was one."""
         say, session = self.screen.say, self.session
         name, _, rest = text.partition(" ")
         match name.lower(), _path(name, rest):
@@ -131,7 +131,7 @@ class TerminalChat:
         return True
 
     def _send(self, text: str) -> None:
-        """Answer a message with its images: those that wait for it, those it names, and those it has tags for.
+        """Answer a message with its images: those given before, those it names, and those that its tags ask for.
 
         A message that gets no answer is not in the conversation: it comes back to be mended.
         """

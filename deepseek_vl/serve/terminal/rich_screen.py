@@ -85,7 +85,7 @@ def without_control(text: str) -> str:
 
 
 def _bindings() -> KeyBindings:
-    """Keys that mean nothing here.
+    """Bindings that make keys without a meaning here do nothing.
 
     A pasted colour looks like a mouse's report, of which prompt_toolkit expects three numbers.
     """
@@ -145,7 +145,7 @@ def _markdown(text: str, is_first: bool) -> Markdown:
 
 
 class _Console(Console):
-    """As large as its terminal, whatever LINES and COLUMNS say: a parent process may have left those of its own."""
+    """A console with its terminal's size. LINES and COLUMNS are not used: they may be a parent process's."""
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -168,7 +168,7 @@ class _Tail:
 
 
 class _Paths(Completer):
-    """Completes paths; a directory's ends with a slash, so that what is in it can follow."""
+    """Completes paths. A directory's path ends with a slash, so that its contents can be completed next."""
 
     def __init__(self, file_filter: Callable[[str], bool] | None = None):
         self._paths = PathCompleter(file_filter=file_filter, expanduser=True)
@@ -203,14 +203,14 @@ def _may_be_image(name: str) -> bool:
 
 
 class _TextHistory(FileHistory):
-    """A file's history, to which text alone is written: bytes that were typed and are none would be an error."""
+    """History in a file. Typed bytes that are not valid text, which cannot be written, are replaced."""
 
     def store_string(self, string: str) -> None:
         super().store_string(without_control(string).encode("utf-8", "replace").decode("utf-8"))
 
 
 def _open_history(path: Path) -> History:
-    """A file's history, or that of this run alone where no file can be written."""
+    """History in a file, or in memory for this run if the file cannot be written."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("a"):

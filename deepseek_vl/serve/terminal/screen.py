@@ -1,4 +1,4 @@
-"""What the chat reads from and writes to: plain streams without any control code, or a terminal with its comforts."""
+"""Where the chat reads and writes: plain streams without control codes, or (`rich_screen.py`) a terminal."""
 
 import contextlib
 import shutil

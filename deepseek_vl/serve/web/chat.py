@@ -101,13 +101,13 @@ class WebChat:
     def send(
         self, request: gr.Request, message: dict[str, Any], conversation: Conversation | None, *controls: Any
     ) -> Iterator[Shown]:
-        """Answer a message. One that has no answer is for the message box again."""
+        """Answer a message. If there is no answer, the message goes back into the box."""
         before = (conversation or Conversation()).answered()
         turn = Turn(message["text"].strip("\r\n"), tuple(message["files"]))
         yield from self._run(request, before, turn, controls, box={**STOP, "value": None})
 
     def regenerate(self, request: gr.Request, conversation: Conversation | None, *controls: Any) -> Iterator[Shown]:
-        """Another answer to the last message. One that fails leaves the old one."""
+        """Answer the last message again. If that fails, the old answer stays."""
         if conversation is None or not conversation.turns:
             gr.Info("There is no answer yet to generate again.", MOMENT)
             yield SAME
@@ -119,7 +119,7 @@ class WebChat:
     def edit(
         self, request: gr.Request, event: gr.EditData, conversation: Conversation, *controls: Any
     ) -> Iterator[Shown]:
-        """Another wording of a message, which is answered in place of it and all that followed."""
+        """Answer an edited message; it replaces the old one and all that followed."""
         number = conversation.turn_at(event.index)
         turn = Turn(unmarked(event.value).strip("\r\n"), conversation.turns[number].files)
         before = conversation.with_turns(*conversation.turns[:number]).answered()
@@ -166,7 +166,7 @@ class WebChat:
         return {"pictures": [file_data(file) for file in kept], "side": side, "words": words}
 
     def stop(self, request: gr.Request) -> None:
-        """End the answer that this tab waits for. It stays as far as it got."""
+        """Stop the answer that this tab waits for. What has come of it stays."""
         if run := self._running.get(request.session_hash):
             run.stop()
 
@@ -216,7 +216,7 @@ class WebChat:
             first = False
 
     def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: Any) -> Iterator[Progress | None]:
-        """A turn, as its answer grows. None, once, if the tab waits for another, or, at last, if it was abandoned.
+        """Yield the turn as its answer grows; None if the tab waits for another answer, or if this one was abandoned.
 
         (The server sends what was yielded last once more at the end. If that is an abandoned answer, it must change
         nothing.)
@@ -275,7 +275,7 @@ class WebChat:
             yield Progress(replace(turn, error="The model failed on this message; the server's log says why."), "")
 
     def _pieces(self, run: Run, turn: Turn) -> Generator[str]:
-        """An answer's text, piece by piece. Its pixels are there when it is its turn, and not before."""
+        """An answer's text, piece by piece. Its pictures are prepared only when it is this answer's turn."""
         with contextlib.closing(run.session.ask(turn.text, turn.files)) as pieces:
             with self._turn_to_prepare(run):
                 first = "" if run.stopped.is_set() else next(pieces, "")

@@ -152,7 +152,7 @@ def _said(role: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(text: str) -> dict[str, str]:
-    """Text as it is: of a plain string Gradio would change the white space."""
+    """A text component that keeps white space, which Gradio changes in a plain string."""
     return {"type": "text", "text": text}
 
 

@@ -1,4 +1,4 @@
-"""What keeps strangers from having the page's server do what it is not for."""
+"""Guards of the page's server: against fetching addresses for strangers, and against guessing passwords."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def take_no_addresses(component: Component) -> None:
 
 
 class SlowLogin:
-    """Middleware that has whoever gives a wrong password wait for the answer."""
+    """Middleware that delays the answer to a wrong password."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -183,7 +183,7 @@ def launch(
     names: frozenset[str] | None = None,
     **options: Any,
 ) -> str:
-    """Serve a page as it is meant to look, in threads of its own; `page.block_thread()` waits until it is to stop.
+    """Serve a page with its own style, in background threads; `page.block_thread()` waits until it is told to stop.
 
     Args:
         names: that the server answers to, see `names_of`; None for all.

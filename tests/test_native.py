@@ -70,7 +70,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 import torch
-from deepseek_vl.train.memory import keeping_freed_memory
+from deepseek_vl.kernels.memory import keeping_freed_memory
 
 SIZE = 2**26
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek_vl.command_line import OneLineParser, run_command
+from deepseek_vl.kernels.memory import share_memory_between_threads
 from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
 from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, end_within, names_of
 from deepseek_vl.serve.web.page import DEFAULTS, create_page, launch
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
+    share_memory_between_threads()
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)

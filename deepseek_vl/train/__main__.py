@@ -22,9 +22,9 @@ from deepseek_vl.command_line import OneLineParser, positive, run_command
 from deepseek_vl.data.checks import check_data, load_data
 from deepseek_vl.data.files import whole_file
 from deepseek_vl.kernels.device import pick_device
+from deepseek_vl.kernels.memory import keeping_freed_memory
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from deepseek_vl.train.collator import TrainingCollator
-from deepseek_vl.train.memory import keeping_freed_memory
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
 from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
 from deepseek_vl.utils.io import load_pretrained_model

@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 
 from deepseek_vl.kernels.compiling import CompilationError, compiling
 from deepseek_vl.kernels.device import pick_device
+from deepseek_vl.kernels.memory import keeping_freed_memory
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.siglip_vit import SigLIPVisionTransformer
 from deepseek_vl.train.collator import TrainingCollator
-from deepseek_vl.train.memory import keeping_freed_memory
 from deepseek_vl.train.stages import parts_of, set_trainable
 from deepseek_vl.train.trainer import BaseTrainer, VLTrainer, train, training_dtype
 from recipes.tiny.optimizer import make_optimizer

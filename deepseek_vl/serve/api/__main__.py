@@ -63,11 +63,13 @@ def _run(args: argparse.Namespace) -> None:
     with starting():
         import uvicorn
 
+        from deepseek_vl.kernels.memory import share_memory_between_threads
         from deepseek_vl.serve.api.app import create_app
         from deepseek_vl.serve.api.connection import connections
         from deepseek_vl.serve.api.fetch import ImageFetcher
         from deepseek_vl.serve.api.service import Service
 
+    share_memory_between_threads()
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)
     limits = RequestLimits(waiting=args.max_waiting)

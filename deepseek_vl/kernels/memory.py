@@ -1,4 +1,4 @@
-"""glibc's memory settings for commands that train."""
+"""glibc's memory settings, for commands."""
 
 import ctypes
 import platform
@@ -7,7 +7,21 @@ from contextlib import contextmanager
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
+
+ARENAS = 2
+"""Of a server: one for its main thread, and one for all others."""
+
+
+def share_memory_between_threads() -> None:
+    """Let all threads allocate from `ARENAS` of glibc's arenas; called before there are threads, for the whole process.
+
+    glibc gives each new thread one of its own, up to 8 for each core, and takes what was freed there for that thread
+    alone. On CPUs the engine has a new thread for every burst of work, so that a server of the bundled model grew by 70
+    MB now and then for an hour. Threads that wait for each other's arena do so for microseconds.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS)
 
 
 @contextmanager

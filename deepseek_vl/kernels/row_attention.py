@@ -1,0 +1,163 @@
+"""Attention of one token per row over keys and values that lie wherever each row has them. For CUDA GPUs, by Triton.
+
+Addresses and lengths are read from the GPU's memory, so that a CUDA graph serves rows that come, go and grow.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on Linux, or a PyTorch without CUDA
+    triton = None
+
+POSITIONS = 64
+"""A program reads keys and values of so many positions at a time."""
+
+PROGRAMS = 256
+"""Rows are split among about so many programs: two for each multiprocessor of an H100."""
+
+MOST_PARTS = 16
+"""A row's positions are split into so many parts at most."""
+
+
+def is_available() -> bool:
+    """Whether Triton is installed."""
+    return triton is not None
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    addresses: torch.Tensor,
+    strides: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Write each row's new key and value to its place, then attend to all positions up to that one.
+
+    Rows may share their memory, for several tokens of one conversation: all are written before one is read.
+
+    Args:
+        query: [rows, heads, head_dim] of any float dtype.
+        key, value: [rows, kv_heads, head_dim], in the dtype of what the addresses point to.
+        addresses: int64 [2, rows], of each row's keys and values, each [kv_heads, capacity, head_dim]. The memory must
+            have room for the row's place.
+        strides: int64 [rows], elements from one head to the next: capacity * head_dim.
+        places: int64 [rows], the position of the row's token: so many are held already.
+        scale: of the products of queries and keys.
+
+    Returns:
+        [rows, heads, head_dim] in the query's dtype.
+    """
+    return torch.ops.deepseek_vl.attend_rows(query, key, value, addresses, strides, places, scale)
+
+
+# It writes to memory that none of its arguments is, of which compiled code need not know.
+@torch.library.custom_op("deepseek_vl::attend_rows", mutates_args=())
+def _attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    addresses: torch.Tensor,
+    strides: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    rows, heads, head_dim = query.shape
+    kv_heads, padded = key.shape[1], triton.next_power_of_2(head_dim)
+    parts = min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * heads)))
+    sums = query.new_empty(rows * heads, parts, head_dim, dtype=torch.float32)
+    largest, weights = query.new_empty(2, rows * heads, parts, dtype=torch.float32)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    where = (addresses, strides, places, rows)
+    _write[rows, kv_heads](key.contiguous(), value.contiguous(), *where, head_dim, padded)
+    _attend_part[rows * heads, parts](
+        query.contiguous(), key, *where, sums, largest, weights, scale, heads, heads // kv_heads, head_dim, padded,
+        parts, POSITIONS,
+    )  # fmt: skip
+    _combine[(rows * heads,)](sums, largest, weights, output, head_dim, padded, parts)
+    return output
+
+
+@_attend_rows.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    addresses: torch.Tensor,
+    strides: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _write(keys, values, addresses, strides, places, rows, head_dim: tl.constexpr, padded: tl.constexpr):
+        """Write a row's key and value of one head."""
+        row, head = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, padded)
+        is_column = column < head_dim
+        read = (row * tl.num_programs(1) + head) * head_dim + column
+        written = head * tl.load(strides + row) + tl.load(places + row) * head_dim + column
+        keys_of_row = tl.load(addresses + row).to(keys.dtype)
+        values_of_row = tl.load(addresses + rows + row).to(keys.dtype)
+        tl.store(keys_of_row + written, tl.load(keys + read, is_column), is_column)
+        tl.store(values_of_row + written, tl.load(values + read, is_column), is_column)
+
+    @triton.jit
+    def _attend_part(
+        queries, keys, addresses, strides, places, rows, sums, largest, weights, scale,
+        heads: tl.constexpr, queries_per_key: tl.constexpr, head_dim: tl.constexpr, padded: tl.constexpr,
+        parts: tl.constexpr, positions: tl.constexpr,
+    ):  # fmt: skip
+        """A head of a row, over one part of its positions: softmax's largest, its sum, and the values' weighted sum."""
+        index, part = tl.program_id(0), tl.program_id(1)
+        row, head = index // heads, index % heads
+        column = tl.arange(0, padded)
+        is_column = column < head_dim
+        of_head = head // queries_per_key * tl.load(strides + row)
+        keys_of_row = tl.load(addresses + row).to(keys.dtype) + of_head
+        values_of_row = tl.load(addresses + rows + row).to(keys.dtype) + of_head
+        length = tl.load(places + row) + 1
+        per_part = tl.cdiv(tl.cdiv(length, parts), positions) * positions
+        end = tl.minimum(length, (part + 1) * per_part)
+        query = tl.load(queries + index * head_dim + column, is_column, 0.0).to(tl.float32) * scale
+        top, weight = float("-inf"), 0.0
+        total = tl.zeros((padded,), tl.float32)
+        for start in range(part * per_part, end, positions):
+            position = start + tl.arange(0, positions)
+            place = position[:, None] * head_dim + column[None, :]
+            is_held = (position < end)[:, None] & is_column[None, :]
+            key = tl.load(keys_of_row + place, is_held, 0.0).to(tl.float32)
+            score = tl.where(position < end, tl.sum(key * query[None, :], 1), float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 0))
+            shrink, share = tl.exp(top - new_top), tl.exp(score - new_top)
+            value = tl.load(values_of_row + place, is_held, 0.0).to(tl.float32)
+            total = total * shrink + tl.sum(share[:, None] * value, 0)
+            weight = weight * shrink + tl.sum(share, 0)
+            top = new_top
+        at = index * parts + part
+        tl.store(sums + at * head_dim + column, total, is_column)
+        tl.store(largest + at, top)
+        tl.store(weights + at, weight)
+
+    @triton.jit
+    def _combine(
+        sums, largest, weights, output, head_dim: tl.constexpr, padded: tl.constexpr, parts: tl.constexpr
+    ):  # fmt: skip
+        """The parts of a head of a row together."""
+        index = tl.program_id(0)
+        column, part = tl.arange(0, padded), tl.arange(0, parts)
+        at = index * parts + part
+        top = tl.load(largest + at)
+        share = tl.exp(top - tl.max(top, 0))  # 0 of parts without positions
+        of_part = tl.load(
+            sums + at[:, None] * head_dim + column[None, :], (column < head_dim)[None, :] & (part >= 0)[:, None], 0.0
+        )
+        total = tl.sum(share[:, None] * of_part, 0) / tl.sum(share * tl.load(weights + at), 0)
+        tl.store(output + index * head_dim + column, total.to(output.dtype.element_ty), column < head_dim)

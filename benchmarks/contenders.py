@@ -8,8 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,27 +33,24 @@ class Contender(Protocol):
 
 
 class TokenClock:
-    """Inside the `with`, notes when a model has computed the logits of a token."""
+    """Inside the `with`, notes when each token is there.
+
+    Args:
+        model: whose device is waited for.
+    """
 
     def __init__(self, model: Any):
         from measuring import now
 
-        self._model = model
         self._now = lambda: now(model.device)
 
     def __enter__(self) -> "TokenClock":
         self._ticks: list[float] = []
-        head = self._model.get_output_embeddings()
-        self._hook = head.register_forward_hook(lambda *_: self.tick())
         self._begun = self._now()
         return self
 
-    def tick(self) -> None:
-        """Note it, where the model cannot: compiled code calls no hooks."""
-        self._ticks.append(self._now())
-
     def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+        pass
 
     def read(self, tokens: int) -> dict[str, float | None]:
         """Seconds until the first of the answer's tokens, and for each of the others."""
@@ -63,6 +59,42 @@ class TokenClock:
             "first": ticks[0] - self._begun,
             "each": (ticks[-1] - ticks[0]) / (tokens - 1) if tokens > 1 else None,
         }
+
+
+class LogitsClock(TokenClock):
+    """Notes when a model has computed the logits of a token."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self._head = model.get_output_embeddings()
+
+    def __enter__(self) -> TokenClock:
+        self._hook = self._head.register_forward_hook(lambda *_: self._ticks.append(self._now()))
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+
+class EngineClock(TokenClock):
+    """Notes when this package's engine knows a token: graphs and compiled code call no hooks."""
+
+    def __enter__(self) -> TokenClock:
+        from deepseek_vl.engine.generation import Generation
+
+        self._advance = advance = Generation.advance
+
+        def noting(generation: Generation, token_id: int) -> bool:
+            self._ticks.append(time.perf_counter())
+            return advance(generation, token_id)
+
+        Generation.advance = noting
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        from deepseek_vl.engine.generation import Generation
+
+        Generation.advance = self._advance
 
 
 class Ours:
@@ -87,12 +119,11 @@ class Ours:
 
         tokenizer, self.processor, self.model = load_pretrained_model(model_path, device, dtype, quantize)
         self.engine = Engine(self.model, tokenizer, EngineLimits(keeps=remembers))
-        self.compiled = compiled
         if compiled:
-            self.engine.compile(self.processor)
+            self.engine.compile()
 
     def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
-        with TokenClock(self.model) as clock, self._ticking(clock):
+        with EngineClock(self.model) as clock:
             stream = self.stream(messages, tokens)
             answer = "".join(stream)
         return {**clock.read(stream.completion_tokens), "answer": answer}
@@ -106,28 +137,6 @@ class Ours:
         inputs = self.processor(conversations=messages, images=message_images(messages))
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         return AnswerStream(self.engine, inputs, GenerationSettings(max_new_tokens=tokens))
-
-    @contextmanager
-    def _ticking(self, clock: TokenClock) -> Iterator[None]:
-        """Let the clock tick after each compiled step."""
-        from deepseek_vl.engine.decode_step import Step
-
-        step = self.engine.step
-
-        class Ticking(Step):
-            def __call__(self, *arguments: Any) -> Any:
-                logits = step(*arguments)
-                clock.tick()
-                return logits
-
-            def forget(self) -> None:
-                step.forget()
-
-        self.engine.use(Ticking() if self.compiled else step)
-        try:
-            yield
-        finally:
-            self.engine.use(step)
 
     def encode(self, image: "Image.Image") -> Callable[[], Any]:
         pixels = self.processor.image_processor(image)["pixel_values"].to(self.model.device)
@@ -179,7 +188,7 @@ class Transformers:
         inputs = self.processor.apply_chat_template(
             parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
-        with TokenClock(self.model) as clock:
+        with LogitsClock(self.model) as clock:
             output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
         return {**clock.read(len(new)), "answer": self.processor.decode(new, skip_special_tokens=True)}
@@ -307,7 +316,7 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
     if not session.messages:
         raise SystemExit("The model answers nothing, which leaves no conversation to go on with.")
     first_answer = session.messages[-1]["content"]
-    with TokenClock(loaded.model) as clock:
+    with EngineClock(loaded.model) as clock:
         list(session.ask(text))
     return {**clock.read(session.answer.completion_tokens), "first_answer": first_answer}
 

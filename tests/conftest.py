@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from deepseek_vl.engine.decode_step import Step
-from deepseek_vl.engine.kv_cache import RowCache, SharedBuffers
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
@@ -386,22 +384,6 @@ Loaded = tuple[PreTrainedTokenizerBase, MultiModalityCausalLM, VLChatProcessor]
 def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
     """A conversation that asks one question."""
     return [{"role": "User", "content": question, "images": list(images)}, {"role": "Assistant", "content": ""}]
-
-
-class LentStep(Step):
-    """Runs where CUDA graphs would: in buffers that all caches share, one after the other."""
-
-    def __init__(self) -> None:
-        self._buffers: SharedBuffers | None = None
-
-    def __call__(
-        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
-    ) -> torch.Tensor:
-        if len(caches) == 1:
-            if self._buffers is None or not self._buffers.has_room(caches[0]):
-                self._buffers = SharedBuffers(caches[0])
-            self._buffers.lend(caches[0])
-        return super().__call__(language_model, token_ids, caches)
 
 
 PARROT_ANSWERS = {

@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LentStep, Loaded, messages_of, wait_until
+from conftest import Loaded, messages_of, wait_until
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_vl.engine import engine as engine_module
 from deepseek_vl.engine import generation as generation_module
-from deepseek_vl.engine import kv_cache
 from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import END, Generation
-from deepseek_vl.engine.kv_cache import SHARED_POSITIONS, STEP, RowCache, SharedBuffers
+from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.sampling import sample
 from deepseek_vl.engine.settings import GenerationSettings
@@ -78,7 +77,7 @@ def questions(picture: Path, count: int) -> list[tuple[list[dict[str, Any]], int
 @pytest.fixture(scope="module")
 def compiled_step(loaded: Loaded) -> Step:
     engine, progress = engine_for(loaded), []
-    engine.compile(loaded[2], progress.append)
+    engine.compile(progress.append)
     assert progress == ["Compiling the language model ..."]
     return engine.step
 
@@ -102,12 +101,10 @@ def test_answers_in_a_batch_are_those_alone(loaded: Loaded, picture: Path, max_r
     check_that_all_answer_as_alone(loaded, engine_for(loaded, max_rows), picture)
 
 
-def test_answers_from_shared_buffers_are_those_alone(
-    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_cache, "SHARED_POSITIONS", 64)  # so that answers outgrow it
-    engine = engine_for(loaded, 3)
-    engine.use(LentStep())
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_answers_that_run_ahead_are_those_alone(loaded: Loaded, picture: Path, max_rows: int) -> None:
+    engine = engine_for(loaded, max_rows)
+    engine.runs_ahead = True
     check_that_all_answer_as_alone(loaded, engine, picture)
 
 
@@ -192,33 +189,6 @@ def test_when_memory_runs_out_in_a_step_one_answer_ends_at_most(loaded: Loaded, 
         if not errors:
             assert generation.token_ids == alone(loaded, messages_of(text), length)
     assert failed == failures_alone
-
-
-class FailingLentStep(LentStep):
-    """Fails once for several rows."""
-
-    has_failed = False
-
-    def __call__(
-        self, language_model: PreTrainedModel, token_ids: Sequence[int], caches: Sequence[RowCache]
-    ) -> torch.Tensor:
-        if len(caches) > 1 and not self.has_failed:
-            self.has_failed = True
-            raise RuntimeError("The step failed.")
-        return super().__call__(language_model, token_ids, caches)
-
-
-def test_rows_that_go_on_alone_are_not_written_to_each_others_memory(loaded: Loaded) -> None:
-    engine = engine_for(loaded)
-    engine.use(FailingLentStep())
-    asked = [messages_of(f"Hello {i}.") for i in range(3)]
-    generations = [generation_of(engine, loaded, messages, 40) for messages in asked]
-    for generation in generations:
-        engine.submit(generation)
-    for generation, messages in zip(generations, asked, strict=True):
-        assert generation.done.wait(60)
-        assert generation.token_ids == alone(loaded, messages, 40)
-    assert engine.step.has_failed
 
 
 def test_a_reader_that_fails_ends_its_own_answer(loaded: Loaded) -> None:
@@ -456,7 +426,7 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     language_model = model.language_model
     before = counters["stats"]["unique_graphs"]
     engine = engine_of(model, processor.tokenizer)
-    engine.compile(processor)
+    engine.compile()
     graphs = counters["stats"]["unique_graphs"]
     # None where a model of the same shapes was compiled before. Before 2.8 transformers' wrappers break it.
     assert graphs <= before + 1 or Version(torch.__version__) < Version("2.8")
@@ -489,73 +459,7 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
 def test_what_cannot_be_compiled_is_said(siglip_checkpoint: Path, loading: dict[str, str], message: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32", **loading)
     with pytest.raises(ValueError, match=message):
-        engine_of(model, processor.tokenizer).compile(processor)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("max_rows", [1, 3])
-def test_answers_from_graphs_are_those_alone(checkpoint: Path, picture: Path, max_rows: int) -> None:
-    on_gpu = load_model(str(checkpoint), device="cuda", dtype="float32")
-    engine = engine_for(on_gpu, max_rows)
-    engine.compile(on_gpu[2])
-    check_that_all_answer_as_alone(on_gpu, engine, picture)
-
-
-def test_what_is_remembered_is_no_longer_in_shared_buffers(loaded: Loaded, picture: Path) -> None:
-    engine = engine_for(loaded)
-    engine.use(LentStep())
-    image = load_image(picture)
-    for question in ("First.", "Another one, which is written to the same memory.", "First."):
-        generation = generation_of(engine, loaded, messages_of(f"<image_placeholder>{question}", image), 30)
-        engine.submit(generation)
-        assert generation.done.wait(60)
-        assert generation.token_ids == alone(loaded, messages_of(f"<image_placeholder>{question}", image), 30)
-    assert generation.cached_tokens == generation.prompt_tokens - 1
-
-
-def cache_of(length: int) -> RowCache:
-    cache = RowCache()
-    cache.update(*torch.randn(2, 1, 3, length, 4), 0)
-    return cache
-
-
-def test_a_cache_lies_where_others_of_its_size_lay() -> None:
-    torch.manual_seed(0)
-    first, second, longer = cache_of(5), cache_of(SHARED_POSITIONS - 1), cache_of(SHARED_POSITIONS)
-    expected = [cache.layers[0].keys.clone() for cache in (first, second)]
-    buffers = SharedBuffers(first)
-    (lent,) = buffers.lend(first)
-    assert lent[0].shape == (1, 3, SHARED_POSITIONS, 4)
-    assert buffers.lend(first)[0][0].is_set_to(lent[0])
-    assert first.is_borrowed
-    assert torch.equal(first.layers[0].keys, expected[0])
-    kept = first.prefix(5)
-    assert not kept.is_borrowed
-    assert buffers.lend(second)[0][0].is_set_to(lent[0])
-    assert torch.equal(kept.layers[0].keys, expected[0])
-    assert torch.equal(second.layers[0].keys, expected[1])
-    assert not buffers.has_room(longer)
-
-
-def test_a_cache_is_the_same_in_larger_buffers() -> None:
-    torch.manual_seed(0)
-    cache = cache_of(5)
-    expected = cache.layers[0].keys.clone()
-    for _ in range(2):
-        (lent,) = SharedBuffers(cache_of(5 * SHARED_POSITIONS)).lend(cache)
-        assert lent[0].shape == (1, 3, SHARED_POSITIONS, 4)
-        assert torch.equal(cache.layers[0].keys, expected)
-
-
-def test_shared_buffers_forget_what_was_there() -> None:
-    """What is masked is multiplied with 0, which leaves 0 of finite numbers only."""
-    spoilt, cache = cache_of(9), cache_of(5)
-    spoilt.layers[0].values.fill_(torch.nan)
-    buffers = SharedBuffers(spoilt)
-    buffers.lend(spoilt)
-    ((keys, values),) = buffers.lend(cache)
-    assert keys.isfinite().all()
-    assert values.isfinite().all()
+        engine_of(model, processor.tokenizer).compile()
 
 
 def test_an_answer_whose_scores_overflow_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Batch, LentStep, Loaded, messages_of, wait_until
+from conftest import Batch, Loaded, messages_of, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,8 @@ class Visit:
 class Fault:
     """The model fails: from one call of a kind on, so many times, before it has done anything, or within, or after.
 
-    The kinds: `encode` images, `prefill`, a `step` of one row, of a `batch`, and of one row `again` after one failed.
+    The kinds: `encode` images, `prefill`, a `step` of one row, of a `batch`, of one row `again` after one failed, and a
+    step `ahead` of its time, which is then run anew.
     """
 
     kind: str
@@ -90,7 +91,7 @@ class Scenario:
         max_rows, keeps, prefill_seconds: the engine's limits.
         at_once: the budget is for so many answers like the largest, and `spare` positions; None for the default.
         piece, room: the engine's `PIECE` and `STEP`.
-        is_lent: whether single rows run in buffers that all share, as in CUDA graphs.
+        runs_ahead: whether steps begin before the last ones are read, as on GPUs.
     """
 
     visits: list[Visit]
@@ -103,7 +104,7 @@ class Scenario:
     spare: int
     piece: int
     room: int
-    is_lent: bool
+    runs_ahead: bool
 
 
 VISITS = st.builds(
@@ -116,7 +117,7 @@ VISITS = st.builds(
 )
 FAULTS = st.builds(
     Fault,
-    kind=st.sampled_from(["batch", "batch", "again", "step", "prefill", "encode"]),
+    kind=st.sampled_from(["batch", "batch", "again", "step", "ahead", "prefill", "encode"]),
     call=st.integers(1, 3) | st.integers(1, 30),
     times=st.sampled_from([1, 1, 2, 5]),
     place=st.sampled_from(["before", "within", "after"]),
@@ -134,7 +135,7 @@ SCENARIOS = st.builds(
     spare=st.integers(0, 100),
     piece=st.sampled_from([engine_module.PIECE, 32]),
     room=st.sampled_from([kv_cache.STEP, 8]),
-    is_lent=st.booleans(),
+    runs_ahead=st.booleans(),
 )
 
 
@@ -201,6 +202,7 @@ class Day:
         self._calls: Counter[str] = Counter()
         self._due: Fault | None = None
         self._again = 0  # rows that have yet to run alone, after a step that failed
+        self._is_ahead = False
 
     def run(self) -> None:
         """Until everybody has come and has been answered."""
@@ -237,9 +239,18 @@ class Day:
                 inner.register_forward_pre_hook(lambda *_: self._reach("within")),
                 last.register_forward_hook(lambda *_: self._reach("after")),
             ]
+        run_ahead = self._engine._run_ahead
+
+        def ahead(*arguments: Any) -> None:
+            self._is_ahead = True
+            run_ahead(*arguments)
+            self._is_ahead = False
+
+        self._engine._run_ahead = ahead
         try:
             yield
         finally:
+            self._engine._run_ahead = run_ahead
             for hook in hooks:
                 hook.remove()
 
@@ -250,6 +261,8 @@ class Day:
             kind = "encode"
         elif "inputs_embeds" in kwargs:
             kind = "prefill"
+        elif self._is_ahead:
+            kind = "ahead"
         else:
             kind = "again" if self._again else "batch" if rows > 1 else "step"
         self._calls[kind] += 1
@@ -267,7 +280,7 @@ class Day:
         if self._due is not None:
             if kind == "batch" or (kind == "step" and self._due.error is torch.OutOfMemoryError):
                 self._again = rows
-            else:
+            elif kind != "ahead":
                 self.fatal.append(f"Call {calls} fails.")
         self._reach("before")
 
@@ -352,8 +365,7 @@ def test_whatever_happens_each_answer_is_the_one_alone(
         memory = scenario.at_once and scenario.at_once * largest + scenario.spare * POSITION
         limits = EngineLimits(scenario.max_rows, scenario.prefill_seconds, memory, keeps=scenario.keeps)
         engine = Engine(loaded[1], loaded[0], limits)
-        if scenario.is_lent:
-            engine.use(LentStep())
+        engine.runs_ahead = scenario.runs_ahead
         spend_day(engine, questions, scenario)
         again = [replace(visit, comes=0, fate="stays") for visit in scenario.visits[:1]]
         spend_day(engine, questions, replace(scenario, visits=again, faults=[], forgets=0))
@@ -367,7 +379,6 @@ def test_whatever_happens_each_answer_is_the_one_alone(
             for module in (engine_module, kv_cache, prefix_cache):
                 patch.setattr(module, "STEP", scenario.room)
             patch.setattr(engine_module, "PIECE", scenario.piece)
-            patch.setattr(kv_cache, "SHARED_POSITIONS", 64)  # so that answers outgrow it
             for module in (engine_module, generation_module):  # pytest would keep what is logged, and that what failed
                 patch.setattr(module.logger, "disabled", True)
             with nothing_stays():

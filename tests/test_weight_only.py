@@ -53,7 +53,7 @@ def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) ->
         assert 4 <= stored_bytes(layer.weight) / layer.out_features - layer.in_features <= 8
 
     if is_compiled:
-        engine_of(model, processor.tokenizer).compile(processor)
+        engine_of(model, processor.tokenizer).compile()
     assert colour_of_the_star(tiny) == "The star is blue."
 
 
@@ -64,5 +64,5 @@ def test_on_a_gpu_all_kinds_answer(kind: str, is_compiled: bool) -> None:
     pytest.importorskip("torchao")
     loaded = load_model("tiny", device="cuda", dtype="bfloat16", quantize=kind)
     if is_compiled:
-        engine_of(loaded[1], loaded[0]).compile(loaded[2])
+        engine_of(loaded[1], loaded[0]).compile()
     assert colour_of_the_star(loaded) == "The star is blue."

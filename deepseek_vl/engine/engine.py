@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_vl.engine.decode_step import Step, compile_step
+from deepseek_vl.engine.compiling import compile_step, step_for
+from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.generation import Generation, MemoryBudgetError, PromptTooLongError
 from deepseek_vl.engine.kv_cache import STEP, RowCache
 from deepseek_vl.engine.limits import EngineLimits, default_memory
@@ -31,8 +32,7 @@ from deepseek_vl.engine.prefix_cache import Caches, weight_bytes
 from deepseek_vl.engine.prompt import Prompt
 from deepseek_vl.kernels.attention import gpu_attention
 from deepseek_vl.kernels.device import free_memory
-from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.models.modeling_vlm import CACHE
+from deepseek_vl.models import MultiModalityCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ IMAGES_AT_A_TIME = 4
 """Images are encoded so many at a time on GPUs, and one by one on CPUs, which gain nothing by more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """An answer's place.
 
@@ -71,6 +71,19 @@ class _Row:
         return self.features is None
 
 
+@dataclass
+class _Ahead:
+    """A step that was begun before it was known which answers go on.
+
+    Attributes:
+        rows: those that it is of.
+        logits: float32 [rows, vocabulary].
+    """
+
+    rows: list[_Row]
+    logits: torch.Tensor
+
+
 class Engine:
     """Generates the answers that are submitted, as many at a time as its limits say; the others wait in order.
 
@@ -85,6 +98,7 @@ class Engine:
     Attributes:
         tokenizer, limits: as given.
         step: what computes one more token for every row.
+        runs_ahead: whether a step begins before the tokens of the last one are read. On GPUs, which would wait for it.
     """
 
     def __init__(
@@ -92,7 +106,7 @@ class Engine:
     ):
         self.tokenizer = tokenizer
         self.limits = limits or EngineLimits()
-        self.step = Step()
+        self.step = step_for(model)
         self._model: Callable[[], MultiModalityCausalLM] = lambda: model
         self._caches: Caches | None = None
         self._waiting: collections.deque[Generation] = collections.deque()
@@ -103,7 +117,8 @@ class Engine:
         self._working = threading.Lock()
         self._worker: _Worker | None = None
         # Another thread's parallel operations take longer while one that is idle holds OpenMP's threads.
-        self._keeps_thread = model.device.type == "cuda"
+        self._keeps_thread = self.runs_ahead = model.device.type == "cuda"
+        self._ahead: _Ahead | None = None
         _engines.add(self)
 
     @property
@@ -169,21 +184,20 @@ class Engine:
         caches = self._caches
         return sum(row.reserved_bytes for row in list(self._rows)) + (0 if caches is None else caches.nbytes)
 
-    def compile(self, processor: VLChatProcessor, progress: Callable[[str], None] = logger.info) -> None:
-        """Compile what the model runs for each token of an answer, and on GPUs its vision tower, by `torch.compile`.
+    def compile(self, progress: Callable[[str], None] = logger.info) -> None:
+        """Compile what the language model runs for each token, and on GPUs for prompts, by `torch.compile`.
 
-        All answers from then on are faster, and the same up to rounding. It takes a minute or two; PyTorch keeps the
+        All answers from then on are faster, and the same up to rounding. It takes less than a minute; PyTorch keeps the
         code on the disk, for the next time. Move, cast, quantise or otherwise change the model before, not after.
 
         Args:
-            processor: the model's.
-            progress: gets a line of text whenever something begins.
+            progress: gets a line of text when it begins.
 
         Raises:
             ValueError: if the model is on several devices or one for which PyTorch does not compile, attends with
                 another implementation than `sdpa`, or has int8 weights on the CPU; or if there is no compiler.
         """
-        self.use(compile_step(self.model, processor, progress))
+        self.use(compile_step(self.model, progress))
 
     def use(self, step: Step) -> None:
         """Compute tokens with another step, which is ready for the model as it is now."""
@@ -322,18 +336,21 @@ class Engine:
         piece = row.prompt.part(start, end)
         if missing := [image for image in piece.images if image.key not in row.features]:
             count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
-            row.features |= self._current_caches().images.encode(model, missing[:count], row.generation.keeps)
+            caches = row.caches() or self._current_caches()  # another thread may have let go of them
+            row.features |= caches.images.encode(model, missing[:count], row.generation.keeps)
             self._make_room()  # conversations give way to what is kept of these
             return
         begun = time.monotonic()
-        features = torch.stack([row.features[image.key] for image in piece.images]) if piece.images else None
-        inputs_embeds = model.prepare_inputs_embeds(**piece.arguments(model.device), image_features=features)
-        output = model.language_model(
-            inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1, **{CACHE: row.cache}
-        )
+
+        def embed() -> torch.Tensor:
+            features = torch.stack([row.features[image.key] for image in piece.images]) if piece.images else None
+            return model.prepare_inputs_embeds(**piece.arguments(model.device), image_features=features)
+
+        token_ids = None if piece.images else piece.input_ids.clamp(min=0).tolist()
+        logits = self.step.prompt(model.language_model, embed, row.cache, token_ids)
         if end == len(row.prompt):
             row.features = None
-            self._advance([row], output.logits[:, -1].float())
+            self._advance([row], logits.float())
         elif end - start == self._piece:  # the next ones take about as long as they may
             is_fast = time.monotonic() - begun < self.limits.prefill_seconds / 2
             self._piece = min(2 * self._piece, LARGEST_PIECE) if is_fast else max(self._piece // 2, PIECE)
@@ -349,6 +366,11 @@ class Engine:
 
     def _step(self) -> None:
         """One more token for every answer that has begun."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (rows := [row for row in ahead.rows if row in self._rows]):
+            numbers = [ahead.rows.index(row) for row in rows]
+            self._advance(rows, ahead.logits if rows == ahead.rows else ahead.logits[numbers])
+            return
         rows = [row for row in self._rows if row.has_begun]
         if not rows:
             return
@@ -370,26 +392,54 @@ class Engine:
         else:
             self._advance(rows, logits)
 
-    def _logits(self, rows: Sequence[_Row]) -> torch.Tensor:
-        """float32 [rows, vocabulary] of the rows' next tokens."""
-        token_ids = [row.generation.token_ids[-1] for row in rows]
-        return self.step(self.model.language_model, token_ids, [row.cache for row in rows]).float()
+    def _logits(self, rows: Sequence[_Row], token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [rows, vocabulary] of the rows' next tokens.
+
+        Args:
+            token_ids: the last ones, int64 [rows] on the model's device, if only it knows them yet.
+        """
+        if token_ids is None:
+            token_ids = [row.generation.token_ids[-1] for row in rows]
+        logits = self.step(self.model.language_model, token_ids, [row.cache for row in rows])
+        return logits.to(torch.float32, copy=True)
 
     def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
-        """Choose each row's next token. A GPU is waited for once, not for each row."""
+        """Choose each row's next token. A GPU is waited for once, not for each row, and has the next step by then."""
         likeliest, chosen = logits.argmax(-1), []
         for row, scores, token in zip(rows, logits, likeliest, strict=True):
             try:
                 chosen.append((row, row.generation.choose(scores, token)))
             except Exception as error:  # raised again in the reader
                 self._end(row, error)
-        token_ids = torch.stack([token for _, token in chosen]).tolist() if chosen else []
-        for (row, _), token_id in zip(chosen, token_ids, strict=True):
+        if not chosen:
+            return
+        token_ids = torch.stack([token for _, token in chosen])
+        read = _start_reading(token_ids)
+        if self.runs_ahead:
+            self._run_ahead([row for row, _ in chosen], token_ids)
+        for (row, _), token_id in zip(chosen, read(), strict=True):
             if not row.generation.advance(token_id):
                 self._end(row)
 
+    def _run_ahead(self, rows: list[_Row], token_ids: torch.Tensor) -> None:
+        """Begin the next step before its tokens are read, if it is to be of the same rows.
+
+        Answers that then turn out to have ended have run for nothing.
+        """
+        if rows != [row for row in self._rows if row.has_begun]:
+            return
+        lengths = [row.cache.get_seq_length() for row in rows]
+        try:
+            self._ahead = _Ahead(rows, self._logits(rows, token_ids))
+        except Exception:
+            logger.debug("A step failed ahead of its time.", exc_info=True)
+            for row, length in zip(rows, lengths, strict=True):
+                row.cache.truncate(length)
+
     def _end(self, row: _Row, error: BaseException | None = None) -> None:
         """Let go of a row, and keep what it leaves for later prompts."""
+        if self._ahead is not None and row in self._ahead.rows:  # its last token is not for it to run
+            row.cache.truncate(row.cache.get_seq_length() - 1)
         row.reserved_bytes = 0  # what it leaves counts among what is kept
         self._make_room()
         try:
@@ -401,6 +451,8 @@ class Engine:
                 self._remember(row)
         finally:
             self._rows.remove(row)
+            if not self._rows:
+                self._ahead = None
 
     def _current_caches(self) -> Caches:
         """What is kept of the model as it is now."""
@@ -421,10 +473,24 @@ class Engine:
             return
         content = np.concatenate([row.prompt.content, np.array(generation.token_ids, dtype=np.int64)])[:length]
         try:
-            caches.prefixes.keep(content, cache.prefix(length) if cache.is_borrowed else cache)
+            caches.prefixes.keep(content, cache)
         except RuntimeError:  # no memory left
             logger.warning("What was kept of earlier answers is dropped.", exc_info=True)
             self.forget()
+
+
+def _start_reading(numbers: torch.Tensor) -> Callable[[], list[int]]:
+    """Begin to copy numbers to the CPU; what is returned waits for them, and not for what the device does after."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    on_cpu, copied = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(numbers.device))
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return on_cpu.tolist()
+
+    return read
 
 
 class _Worker(threading.Thread):

@@ -4,8 +4,6 @@ A row comes, grows and leaves without a byte of another's being touched, and non
 """
 
 import functools
-import math
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +12,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 STEP = 128
 """A cache that has grown has room for so many tokens more, so that most are written without copying the rest."""
-
-SHARED_POSITIONS = 1024
-"""Shared buffers have room for so many positions of a row, or twice as many, or four times, and so on."""
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 """Room for a layer's keys and values of one row, [1, heads, capacity, head_dim] each."""
@@ -31,32 +26,50 @@ class GrowingLayer(DynamicLayer):
         room: for how many positions there is to be room from the beginning.
 
     Attributes:
-        is_borrowed: whether the buffers are someone else's, who will write other rows to them.
+        buffers: room for more positions than are held.
     """
 
-    is_borrowed = False
-    keys: torch.Tensor  # ty: ignore[incompatible-mutable-override]  transformers' are None at first
-    values: torch.Tensor  # ty: ignore[incompatible-mutable-override]
-    _buffers: Buffers
-
     def __init__(self, room: int = 0):
-        super().__init__()
+        self.buffers: Buffers = (torch.empty(1, 0, 0, 0), torch.empty(1, 0, 0, 0))
+        self._length = 0
         self._room = room
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[1, heads, length, head_dim]"""
+        return self.buffers[0].narrow(2, 0, self._length)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[1, heads, length, head_dim]"""
+        return self.buffers[1].narrow(2, 0, self._length)
+
+    # transformers' constructor says that there are none.
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        pass
+
+    @values.setter
+    def values(self, values: None) -> None:
+        pass
+
+    def get_seq_length(self) -> int:
+        return self._length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [1, heads, T, head_dim]; returns all that is held."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._own([states[:, :, :0] for states in (key_states, value_states)], 0)
-            self.reserve(self._room)
+            self._hold([states[:, :, :0] for states in (key_states, value_states)], self._room)
         return self.append(key_states, value_states)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> Buffers:
         """`update`, for a layer that already holds keys and values."""
-        start, new = self.keys.shape[2], keys.shape[2]
-        for buffer, states in zip(self.reserve(start + new), (keys, values), strict=True):
+        start, new = self._length, keys.shape[2]
+        self.reserve(start + new)
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer.narrow(2, start, new).copy_(states)  # quicker than an index, which counts: see `_RowsLayer`
         self.show(start + new)
         return self.keys, self.values
@@ -64,50 +77,33 @@ class GrowingLayer(DynamicLayer):
     def reserve(self, length: int) -> Buffers:
         """The buffers, long enough for so many positions; `STEP` longer if they had to grow. All that is in them is
         finite."""
-        if length > self._buffers[0].shape[2]:
-            self._own([_widened(held, length + STEP) for held in (self.keys, self.values)], self.get_seq_length())
-        return self._buffers
+        if length > self.buffers[0].shape[2]:
+            self._hold([self.keys, self.values], length - self._length + STEP)
+        return self.buffers
 
     def show(self, length: int) -> None:
         """Make the first `length` positions of the buffers the layer's keys and values."""
-        keys, values = self._buffers
-        self.keys, self.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
-
-    def borrow(self, buffers: Buffers) -> None:
-        """Move keys and values into someone else's buffers, which must be long enough."""
-        if self.is_borrowed and all(map(torch.Tensor.is_set_to, buffers, self._buffers)):
-            return
-        length = self.get_seq_length()
-        held = [states.clone() if self.is_borrowed else states for states in (self.keys, self.values)]  # may overlap
-        for buffer, states in zip(buffers, held, strict=True):
-            buffer[:, :, :length] = states
-            buffer[:, :, length:] = 0  # another's may not be finite, see `_widened`
-        self._own(buffers, length)
-        self.is_borrowed = True
-
-    def give_back(self) -> None:
-        """Move keys and values back into buffers of the layer's own."""
-        if self.is_borrowed:
-            self._own([states.clone() for states in (self.keys, self.values)], self.get_seq_length())
+        self._length = length
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, room: int) -> "GrowingLayer":
         """A layer that begins with a copy of these, with room for so many positions more."""
         layer = cls()
-        layer.lazy_initialization(keys, values)
-        length = keys.shape[2]
-        layer._own([_widened(held, length + room) for held in (keys, values)], length)
+        layer._hold([keys, values], room)
         return layer
 
     @property
     def nbytes(self) -> int:
         """How much memory it takes."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
-    def _own(self, buffers: Sequence[torch.Tensor], length: int) -> None:
-        keys, values = buffers
-        self._buffers, self.is_borrowed = (keys, values), False
-        self.show(length)
+    def _hold(self, states: Sequence[torch.Tensor], room: int) -> None:
+        """Hold a copy of keys and values, in buffers with room for so many positions more."""
+        self._length = states[0].shape[2]
+        keys, values = (_widened(held, self._length + room) for held in states)
+        self.buffers = (keys, values)
+        self.device, self.dtype = states[0].device, states[0].dtype  # as transformers has them
+        self.is_initialized = True
 
 
 def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
@@ -141,11 +137,6 @@ class RowCache(Cache):
         """How much of that memory is room for more positions."""
         return self.nbytes - sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
-    @property
-    def is_borrowed(self) -> bool:
-        """Whether its keys and values are in someone else's buffers."""
-        return any(layer.is_borrowed for layer in self.layers)
-
     def prefix(self, length: int, room: int = 0) -> "RowCache":
         """The first `length` positions, copied to a cache of their own with room for so many more."""
         copied = RowCache()
@@ -154,8 +145,15 @@ class RowCache(Cache):
         ]
         return copied
 
+    def reserve(self, length: int) -> None:
+        """Have room for so many positions."""
+        if length > self.layers[-1].buffers[0].shape[2]:  # the last to grow, should memory not suffice for all
+            for layer in self.layers:
+                layer.reserve(length)
+
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` positions. (transformers' `crop` differs between versions.)"""
+        """Hold the first so many of the positions for which there is room. (transformers' `crop` counts otherwise from
+        version to version.)"""
         for layer in self.layers:
             layer.show(length)
 
@@ -190,48 +188,3 @@ class _RowsLayer(DynamicLayer):
         """Append [rows, heads, 1, head_dim]; returns each row's keys, and values, [1, heads, length, head_dim]."""
         pairs = list(map(GrowingLayer.append, self._rows, key_states.split(1), value_states.split(1)))
         return [keys for keys, _ in pairs], [values for _, values in pairs]
-
-
-class SharedBuffers:
-    """Memory for one cache at a time, in which caches of the same size lie at the same addresses.
-
-    Args:
-        cache: what there is to be room for, at least.
-    """
-
-    def __init__(self, cache: RowCache):
-        elements = 1 << (math.prod(_shape(cache)) - 1).bit_length()  # so that it seldom has to grow
-        self._memory: list[Buffers] = [  # each layer's, flat
-            (layer.keys.new_empty(elements), layer.values.new_empty(elements)) for layer in cache.layers
-        ]
-        self._lent: weakref.ref[RowCache] | None = None
-
-    def has_room(self, cache: RowCache) -> bool:
-        """Whether a cache with one more position fits into this memory."""
-        return math.prod(_shape(cache)) <= self._memory[0][0].numel()
-
-    def lend(self, cache: RowCache) -> list[Buffers]:
-        """Move a cache into this memory; returns each layer's buffers.
-
-        A cache that was here before, and is still in use, moves back into buffers of its own.
-        """
-        before = None if self._lent is None else self._lent()
-        if before is not None and before is not cache:
-            for layer in before.layers:
-                layer.give_back()
-        self._lent = weakref.ref(cache)
-        shape = _shape(cache)
-        size = math.prod(shape)
-        lent = [(keys[:size].view(shape), values[:size].view(shape)) for keys, values in self._memory]
-        for layer, buffers in zip(cache.layers, lent, strict=True):
-            layer.borrow(buffers)
-        return lent
-
-
-def _shape(cache: RowCache) -> tuple[int, int, int, int]:
-    """The shape of a layer's keys, with room for at least one more position."""
-    rows, heads, length, head_dim = cache.layers[0].keys.shape
-    capacity = SHARED_POSITIONS
-    while capacity <= length:
-        capacity *= 2
-    return rows, heads, capacity, head_dim

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepseek_vl.engine.kv_cache import STEP, RowCache
@@ -19,28 +20,47 @@ from deepseek_vl.models import MultiModalityCausalLM
 Value = TypeVar("Value", torch.Tensor, RowCache)
 
 
-def weights_state(model: MultiModalityCausalLM) -> tuple[Any, ...] | None:
-    """A value that changes when a weight is trained, loaded, moved, cast or replaced; None if that cannot be told.
+class WeightsState:
+    """A model's weights as they are now.
 
-    It cannot for a model that was made in inference mode, where torch does not count changes. What bypasses the count
-    (writing through `.data`, switching an adapter off) goes unnoticed.
+    What bypasses PyTorch's count of changes (writing through `.data`, switching an adapter off) goes unnoticed.
     """
-    weights = list(_weights(model))
-    if any(weight.is_inference() for weight in weights):
-        return None
-    # Addresses alone may be used again. The reference is weak: it does not keep the weights.
-    states = ((StorageWeakRef(w.untyped_storage()), w._version, w.dtype, w.shape) for w in weights)
-    return (model.training, *itertools.chain.from_iterable(states))
+
+    def __init__(self, model: MultiModalityCausalLM):
+        weights = list(_weights(model))
+        # A model that was made in inference mode has no count.
+        self._state = None if any(weight.is_inference() for weight in weights) else _state_of(model)
+        # As long as they are referred to, even weakly, no other storage is in their place. Their memory may be.
+        self._references = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+
+    def is_still_of(self, model: MultiModalityCausalLM) -> bool:
+        """Whether no weight was trained, loaded, moved, cast or replaced; False if that cannot be told."""
+        return self._state is not None and self._state == _state_of(model)
+
+
+def _state_of(model: MultiModalityCausalLM) -> tuple[Any, ...]:
+    weights = ((w.untyped_storage()._cdata, w._version, w.dtype, w.shape) for w in _weights(model))
+    return (model.training, *itertools.chain.from_iterable(weights))
+
+
+def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
+    """All parameters and buffers; those of a shared module come several times.
+
+    This runs for every prompt. `parameters()` takes five times as long, as it makes names.
+    """
+    modules: list[nn.Module] = [model]
+    while modules:
+        module = modules.pop()
+        modules += (child for child in module._modules.values() if child is not None)
+        for weight in itertools.chain(module._parameters.values(), module._buffers.values()):
+            if weight is not None:
+                yield weight
 
 
 def weight_bytes(model: MultiModalityCausalLM) -> int:
     """How much memory a model's weights take, as they are stored."""
     quantised = (module.weight_bytes for module in model.modules() if isinstance(module, QuantizedLinear))
-    return sum(map(stored_bytes, _weights(model))) + sum(quantised)
-
-
-def _weights(model: MultiModalityCausalLM) -> Iterator[torch.Tensor]:
-    return itertools.chain(model.parameters(), model.buffers())
+    return sum(map(stored_bytes, itertools.chain(model.parameters(), model.buffers()))) + sum(quantised)
 
 
 class LRUCache(Generic[Value]):
@@ -154,7 +174,7 @@ class Caches:
     """
 
     def __init__(self, model: MultiModalityCausalLM, limits: EngineLimits):
-        self._weights = weights_state(model)
+        self._weights = WeightsState(model)
         self._limits = limits
         self.images = ImageFeatures(0)
         self.prefixes = PrefixCache(0)
@@ -171,5 +191,5 @@ class Caches:
         return self.images.nbytes + self.prefixes.nbytes
 
     def hold_for(self, model: MultiModalityCausalLM) -> bool:
-        """Whether the caches are still valid for the model's present weights."""
-        return self._weights is not None and self._weights == weights_state(model)
+        """Whether this is what the model, as it is now, would compute."""
+        return self._weights.is_still_of(model)

@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings,
     about = "checkpoint directory, id on the Hugging Face Hub, or tiny, which comes with the package"
     add("--model_path", help=about, **model_path)
     add_loading(parser)
-    add("--compile", action="store_true", help="compile the model first, in a minute or two: answers are faster then")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the model first, in half a minute: answers are faster then",
+    )
     add(
         "--memory_mb", type=positive, metavar="MB",
         help="memory for running answers and for going on with earlier conversations "
@@ -90,7 +94,7 @@ def open_engine(
         OSError, ValueError: as `load_pretrained_model` and `Engine.compile` do.
     """
     with starting():
-        from deepseek_vl.engine.decode_step import check_compile
+        from deepseek_vl.engine.compiling import check_compile
         from deepseek_vl.engine.engine import Engine
         from deepseek_vl.engine.limits import EngineLimits
         from deepseek_vl.kernels.device import pick_device
@@ -102,5 +106,5 @@ def open_engine(
     memory_bytes = None if args.memory_mb is None else args.memory_mb << 20
     engine = Engine(model, tokenizer, EngineLimits(max_rows or EngineLimits.max_rows, memory_bytes=memory_bytes))
     if args.compile:
-        engine.compile(processor, progress)
+        engine.compile(progress)
     return engine, processor

@@ -1,0 +1,90 @@
+"""Choosing the step for a model, and compiling it."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from deepseek_vl.engine.decode_step import CompiledStep, Step
+from deepseek_vl.engine.decoder import Decoder, after_attention, before_attention
+from deepseek_vl.engine.graphed_step import GraphedStep, can_be_graphed
+from deepseek_vl.engine.kv_cache import RowCache
+from deepseek_vl.kernels.attention import ATTENTION, gpu_attention
+from deepseek_vl.kernels.compiling import CompilationError, compiling
+from deepseek_vl.kernels.quantized import QuantizedLinear
+from deepseek_vl.models import MultiModalityCausalLM
+
+logger = logging.getLogger(__name__)
+
+TYPICAL_POSITIONS = 1024
+"""Compiled code holds for every number of positions, and is best for so many."""
+
+
+def step_for(model: MultiModalityCausalLM) -> Step:
+    """The step for a model as it comes."""
+    return GraphedStep(model.language_model) if can_be_graphed(model.language_model) else Step()
+
+
+def check_compile(device: torch.device, is_quantised: bool) -> None:
+    """Whether a model on this device, with quantised weights or others, can be compiled, as far as is known beforehand.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Models are compiled for the CPU and for CUDA, not for {device.type}.")
+    if device.type == "cpu" and is_quantised:
+        raise ValueError("With quantised weights on the CPU compiling gains nothing; leave --compile out.")
+
+
+def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) -> Step:
+    """Compile a model's step, and run it once.
+
+    Takes and raises what `Engine.compile` does.
+    """
+    is_quantised = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    check_compile(model.device, is_quantised)
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ValueError("A model that is spread over several devices cannot be compiled.")
+    attention = model.language_model.config._attn_implementation
+    if attention not in ("sdpa", *ATTENTION.values()):
+        raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
+    is_gpu = model.device.type == "cuda"
+    if is_gpu and not can_be_graphed(model.language_model):
+        raise ValueError("On GPUs PyTorch compiles with Triton, which is not installed here.")
+    step = _compiled_graphs(model) if is_gpu else CompiledStep(model.language_model)
+    progress("Compiling the language model ...")
+    try:
+        # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
+        with compiling(), ThreadPoolExecutor(1) as thread:
+            thread.submit(_answer_nothing, model, step).result()
+    except CompilationError as error:
+        raise ValueError(f"The model cannot be compiled on this machine: {error}") from error
+    return step
+
+
+def _compiled_graphs(model: MultiModalityCausalLM) -> GraphedStep:
+    """A step whose layers are compiled: once for one token, with products of one row that are as fast as the weights
+    are read, and once for any other number."""
+    tuned: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+    one = Decoder(
+        torch.compile(before_attention, dynamic=False, options=tuned),
+        torch.compile(after_attention, dynamic=False, options=tuned),
+    )
+    several = Decoder(torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True))
+    return GraphedStep(model.language_model, one, several)
+
+
+@torch.inference_mode()
+def _answer_nothing(model: MultiModalityCausalLM, step: Step) -> None:
+    cache, embeddings = RowCache(), model.get_input_embeddings()
+    prompt = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    with gpu_attention(model.device):
+        step.prompt(model.language_model, lambda: embeddings(prompt), cache)
+        cache.reserve(TYPICAL_POSITIONS)
+        if isinstance(step, GraphedStep):
+            for rows in (1, 2):
+                step.capture(model.language_model, rows)
+        step(model.language_model, [0], [cache])

@@ -1,0 +1,66 @@
+"""A Llama's layers over single tokens, each in two parts, between which any attention has its place.
+
+transformers' own layers take a batch of equal lengths. These take tokens of any conversations at any positions, and
+what is compiled is one layer for all, as nothing in it depends on which of them it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+
+Attention = Callable[[LlamaAttention, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Layer's attention module, layer's number, query, key, value -> attended; each [tokens, heads, head_dim]."""
+
+
+def before_attention(
+    layer: LlamaDecoderLayer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [tokens, D] and their positions' rotation [tokens, head_dim] -> query, key and value."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (project(normed).unflatten(-1, (-1, attention.head_dim)) for project in projections)
+    return *apply_rotary_pos_emb(query, key, cos, sin), value
+
+
+def after_attention(layer: LlamaDecoderLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Hidden states [tokens, D] and what was attended to, [tokens, heads, head_dim] -> the next hidden states."""
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a language model's layers are run.
+
+    Attributes:
+        before, after: `before_attention` and `after_attention`, or these compiled.
+    """
+
+    before: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = before_attention
+    after: Callable[..., torch.Tensor] = after_attention
+
+    def run(
+        self, language_model: PreTrainedModel, embeds: torch.Tensor, positions: torch.Tensor, attend: Attention
+    ) -> torch.Tensor:
+        """The language model up to its head.
+
+        Args:
+            embeds: [tokens, D].
+            positions: int64 [tokens].
+            attend: keeps the tokens' keys and values, and attends.
+
+        Returns:
+            [tokens, D], ready for the head.
+        """
+        model: Any = language_model.model  # LlamaModel
+        cos, sin = (rotation[0] for rotation in model.rotary_emb(embeds, position_ids=positions[None]))
+        hidden = embeds
+        for number, layer in enumerate(model.layers):
+            query, key, value = self.before(layer, hidden, cos, sin)
+            hidden = self.after(layer, hidden, attend(layer.self_attn, number, query, key, value))
+        return model.norm(hidden)

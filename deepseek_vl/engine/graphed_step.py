@@ -1,0 +1,277 @@
+"""One more token for every row as a CUDA graph: how GPUs do it.
+
+Launched one by one, the few hundred small kernels of a token take a GPU less time than they take Python to launch. A
+graph launches them at once, on inputs and outputs whose addresses stay the same. Where a row's keys and values lie is
+one of the inputs, so that one graph serves all rows there ever are.
+"""
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.decoder import Decoder
+from deepseek_vl.engine.kv_cache import RowCache
+from deepseek_vl.kernels.attention import ATTENTION
+from deepseek_vl.kernels.row_attention import attend_rows, is_available
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""The numbers of rows for which there are graphs. What lies between runs with rows to spare, whose results nobody
+reads."""
+
+_capturing = threading.Lock()
+"""PyTorch captures one graph at a time in a process."""
+
+
+def can_be_graphed(language_model: PreTrainedModel) -> bool:
+    """Whether there can be CUDA graphs of a language model: a Llama on one GPU that attends as is usual."""
+    return (
+        is_available()
+        and isinstance(language_model, LlamaForCausalLM)
+        and {parameter.device for parameter in language_model.parameters()} == {language_model.device}
+        and language_model.device.type == "cuda"
+        and language_model.config._attn_implementation in ("sdpa", *ATTENTION.values())
+    )
+
+
+class GraphedStep(Step):
+    """One more token for every row of one language model, from CUDA graphs.
+
+    Answers are those of `Step` up to rounding.
+
+    Args:
+        language_model: one that `can_be_graphed`. Others run plainly.
+        one, several: how its layers are run for one token, and for more.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, one: Decoder | None = None, several: Decoder | None = None):
+        self._language_model = weakref.ref(language_model)
+        self._device = language_model.device
+        self._decoders = one or Decoder(), several or Decoder()
+        # Its own: a stream that is shared may belong to another GPU.
+        self._stream = torch.cuda.Stream(language_model.device)
+        self._captured: _Captured | None = None
+        self.forget()
+
+    def __call__(
+        self, language_model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor, caches: Sequence[RowCache]
+    ) -> torch.Tensor:
+        places = [cache.get_seq_length() for cache in caches]
+        logits = self._run(language_model, token_ids, caches, places)
+        return super().__call__(language_model, token_ids, caches) if logits is None else logits
+
+    def prompt(
+        self,
+        language_model: PreTrainedModel,
+        embed: Callable[[], torch.Tensor],
+        cache: RowCache,
+        token_ids: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """`Step.prompt`; a few tokens behind others that have run are as many rows of one cache."""
+        start = cache.get_seq_length()
+        if token_ids is not None and start:
+            tokens = len(token_ids)
+            logits = self._run(language_model, token_ids, [cache] * tokens, range(start, start + tokens))
+            if logits is not None:
+                return logits[-1:]
+        if not self._is_for(language_model):
+            return super().prompt(language_model, embed, cache, token_ids)
+        (embeds,) = embed()
+        positions = torch.arange(start, start + len(embeds), device=embeds.device)
+        hidden = self._decoders[1].run(language_model, embeds, positions, _Causal(cache, positions))
+        return language_model.get_output_embeddings()(hidden[-1:])
+
+    def capture(self, language_model: PreTrainedModel, rows: int) -> None:
+        """Make the graph of so many rows ready.
+
+        Raises:
+            RuntimeError: if that is not possible.
+        """
+        with torch.cuda.device(language_model.device):
+            self._graph(language_model, rows)
+
+    def forget(self) -> None:
+        """Free the graphs, whose weights may be others now. May be called from any thread."""
+        self._captured, self._most = None, ROWS[-1]
+
+    def _is_for(self, language_model: PreTrainedModel) -> bool:
+        return language_model is self._language_model() and language_model.device == self._device
+
+    def _run(
+        self,
+        language_model: PreTrainedModel,
+        token_ids: Sequence[int] | torch.Tensor,
+        caches: Sequence[RowCache],
+        places: Sequence[int],
+    ) -> torch.Tensor | None:
+        """Run tokens at places of caches, and add them to these.
+
+        Returns:
+            logits [tokens, vocabulary]; None if they have to run in another way.
+        """
+        if not self._is_for(language_model) or len(caches) > self._most:
+            return None
+        for cache, place in zip(caches, places, strict=True):
+            cache.reserve(place + 1)
+        try:
+            with torch.cuda.device(language_model.device):
+                graph = self._graph(language_model, len(caches))
+                logits = graph(token_ids, caches, places)
+        except RuntimeError:  # out of memory, or what a graph cannot hold
+            self._captured, self._most = None, math.ceil(len(caches) / 2) - 1
+            logger.warning("No CUDA graph of %d tokens: they run one kernel at a time.", len(caches), exc_info=True)
+            return None
+        for cache, place in zip(caches, places, strict=True):
+            cache.truncate(place + 1)
+        return logits
+
+    def _graph(self, language_model: PreTrainedModel, tokens: int) -> "_Graph":
+        self._captured = captured = self._captured or _Captured()
+        rows = next(rows for rows in ROWS if rows >= tokens)
+        if rows not in captured.graphs:
+            decoder = self._decoders[rows > 1]
+            captured.graphs[rows] = _Graph(language_model, decoder, rows, self._stream, captured.pool)
+        return captured.graphs[rows]
+
+
+class _Causal:
+    """A prompt's tokens, each of which attends to those before it, which a cache keeps.
+
+    Args:
+        positions: int64 [tokens], the tokens'.
+    """
+
+    def __init__(self, cache: RowCache, positions: torch.Tensor):
+        self._cache = cache
+        start, tokens = cache.get_seq_length(), len(positions)
+        self._mask = None  # from the beginning they are causal for all that is held
+        if start:
+            self._mask = torch.arange(start + tokens, device=positions.device) <= positions[:, None]
+
+    def __call__(
+        self, attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, T, head_dim]
+        keys, values = self._cache.update(key, value, number)
+        attended = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=self._mask,
+            is_causal=self._mask is None,
+            scale=attention.scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        return attended[0].transpose(0, 1)
+
+
+@dataclass
+class _Captured:
+    """Graphs by their number of rows, and the memory that all of them use."""
+
+    pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
+    graphs: dict[int, "_Graph"] = field(default_factory=dict)
+
+
+def _capture(
+    run: Callable[[], torch.Tensor], stream: torch.cuda.Stream, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of what runs on inputs that stay where they are, and its output, which does as well."""
+    graph = torch.cuda.CUDAGraph()
+    with _capturing:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels, and lets libraries get their own memory
+            for _ in range(2):
+                run()
+        # Other threads may go on: they prepare other requests' images.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            output = run()
+    return graph, output
+
+
+class _Graph:
+    """The step of so many rows.
+
+    What it reads: `_inputs`, int64 [2, rows], the tokens and their places; and `_table`, int64 [2 * layers + 1, rows],
+    the addresses of each layer's keys and values, and the stride of their heads.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        decoder: Decoder,
+        rows: int,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ):
+        config, device = language_model.config, language_model.device
+        layers = config.num_hidden_layers
+        # Rows to spare write here.
+        head_dim = language_model.model.layers[0].self_attn.head_dim
+        self._spare = torch.zeros(config.num_key_value_heads, head_dim, dtype=language_model.dtype, device=device)
+        self._idle = [self._spare.data_ptr()] * (2 * layers) + [head_dim]
+        self._rows = rows
+        self._layout: list[weakref.ref[torch.Tensor]] = []
+        self._inputs = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self._table = torch.tensor(self._idle, device=device)[:, None].repeat(1, rows)
+        self._graph, self._logits = _capture(lambda: self._run(language_model, decoder), stream, pool)
+
+    def _run(self, language_model: PreTrainedModel, decoder: Decoder) -> torch.Tensor:
+        token_ids, places = self._inputs
+        table, strides = self._table[:-1].view(-1, 2, self._rows), self._table[-1]
+
+        def attend(
+            attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> torch.Tensor:
+            return attend_rows(query, key, value, table[number], strides, places, attention.scaling)
+
+        embeds = language_model.get_input_embeddings()(token_ids)
+        hidden = decoder.run(language_model, embeds, places, attend)
+        return language_model.get_output_embeddings()(hidden)
+
+    def __call__(
+        self, token_ids: Sequence[int] | torch.Tensor, caches: Sequence[RowCache], places: Sequence[int]
+    ) -> torch.Tensor:
+        """Run it; returns logits [tokens, vocabulary], to be read before any graph runs again."""
+        self._lay_out(caches)
+        spare = [0] * (self._rows - len(caches))
+        places = [*places, *spare]
+        if isinstance(token_ids, torch.Tensor):
+            self._inputs[0, : len(caches)].copy_(token_ids)
+            _send([places], self._inputs[1:])
+        else:
+            _send([[*token_ids, *spare], places], self._inputs)
+        self._graph.replay()
+        return self._logits[: len(caches)]
+
+    def _lay_out(self, caches: Sequence[RowCache]) -> None:
+        """Say where the rows' keys and values lie, if they do not lie where they did."""
+        # The last layer's, which is the last to grow.
+        layout = [cache.layers[-1].buffers[0] for cache in caches]
+        if len(layout) == len(self._layout) and all(
+            before() is now for before, now in zip(self._layout, layout, strict=True)
+        ):
+            return
+        columns = [
+            [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers] + [buffer.stride(1)]
+            for cache, buffer in zip(caches, layout, strict=True)
+        ]
+        columns += [self._idle] * (self._rows - len(caches))
+        _send([list(row) for row in zip(*columns, strict=True)], self._table)
+        self._layout = list(map(weakref.ref, layout))
+
+
+def _send(numbers: Sequence[Sequence[int]], to: torch.Tensor) -> None:
+    """Copy numbers to a GPU without waiting for what runs there."""
+    to.copy_(torch.tensor(numbers).pin_memory(), non_blocking=True)

@@ -1,0 +1,149 @@
+"""Steps on GPUs: attention over rows by Triton, which its interpreter runs here, and CUDA graphs, which need a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Loaded, make_picture, messages_of
+
+from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import Generation
+from deepseek_vl.engine.graphed_step import GraphedStep
+from deepseek_vl.engine.limits import EngineLimits
+from deepseek_vl.engine.settings import GenerationSettings
+from deepseek_vl.imaging.open import load_image
+from deepseek_vl.kernels.row_attention import attend_rows, is_available
+from deepseek_vl.serve.inference import load_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def check_attention(device: str, heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> None:
+    """Rows of many lengths, the last of which share their memory, against PyTorch's attention in float64."""
+    torch.manual_seed(0)
+    rows, shared = len(lengths), 3
+    keys, values = (
+        [torch.randn(kv_heads, length + 9, head_dim, device=device) for length in lengths] for _ in range(2)
+    )
+    query = torch.randn(rows + shared, heads, head_dim, device=device)
+    key, value = torch.randn(2, rows + shared, kv_heads, head_dim, device=device)
+    places = torch.tensor([*lengths, *(lengths[-1] + 1 + i for i in range(shared))])
+    held = [*range(rows), *[rows - 1] * shared]
+    addresses = torch.tensor([[states[row].data_ptr() for row in held] for states in (keys, values)])
+    strides = torch.tensor([keys[row].stride(0) for row in held])
+    where = (tensor.to(device) for tensor in (addresses, strides, places))
+    attended = attend_rows(query, key, value, *where, scale=0.3)
+    for row, (own, place) in enumerate(zip(held, places.tolist(), strict=True)):
+        for states, new in ((keys, key), (values, value)):
+            assert torch.equal(states[own][:, place], new[row])
+        seen = (states[own][:, : place + 1].double() for states in (keys, values))
+        expected = F.scaled_dot_product_attention(query[row, :, None].double(), *seen, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(attended[row], expected[:, 0].float(), rtol=1e-5, atol=1e-5)
+
+
+CASES = [(3, 3, 64, [0, 5, 100]), (4, 2, 24, [31, 32, 33, 0])]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Triton")
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_rows_attend_to_what_they_hold(case: int) -> None:
+    code = f"from test_graphs import *; check_attention('cpu', *CASES[{case}])"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", [*CASES, (16, 16, 128, [(37 * i * i) % 1500 for i in range(60)])])
+def test_rows_attend_to_what_they_hold_on_a_gpu(case: tuple[Any, ...]) -> None:
+    check_attention("cuda", *case)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(checkpoint: Path) -> Loaded:
+    """Each kind of model with random weights."""
+    return load_model(str(checkpoint), device="cuda", dtype="float32")
+
+
+def answers(loaded: Loaded, step: Step | None, runs_ahead: bool, tmp_path: Path) -> list[list[int]]:
+    """Those of a day: alone and together, to text and pictures, and to a second question each."""
+    tokenizer, model, processor = loaded
+    engine = Engine(model, tokenizer, EngineLimits(max_rows=5))
+    engine.runs_ahead = runs_ahead
+    if step is not None:
+        engine.use(step)
+
+    def ask(messages: list[dict[str, Any]], length: int) -> Generation:
+        images = [image for message in messages for image in message.get("images", ())]
+        inputs = processor(conversations=messages, images=images)
+        generation = Generation(engine, inputs, GenerationSettings(max_new_tokens=length), lambda _: None)
+        engine.submit(generation)
+        return generation
+
+    asked = []
+    for number in range(9):
+        images = [
+            load_image(make_picture(tmp_path / f"{number}-{i}.png", seed=3 * number + i)) for i in range(number % 3)
+        ]
+        asked.append(messages_of("<image_placeholder>" * len(images) + "More words. " * number, *images))
+    found = []
+    for count in (1, 9):
+        generations = [ask(messages, 7 + 30 * number) for number, messages in enumerate(asked[:count])]
+        assert all(generation.done.wait(300) for generation in generations)
+        found += [generation.token_ids for generation in generations]
+    for number, messages in enumerate(asked):
+        answer = {"role": "Assistant", "content": tokenizer.decode(found[1 + number], skip_special_tokens=True)}
+        generation = ask([messages[0], answer, *messages_of("And then?")], 5)
+        assert generation.done.wait(300)
+        found.append(generation.token_ids)
+    engine.close()
+    return found
+
+
+@needs_gpu
+def test_answers_from_graphs_are_those_without(on_gpu: Loaded, tmp_path: Path) -> None:
+    expected = answers(on_gpu, Step(), False, tmp_path)
+    assert answers(on_gpu, None, True, tmp_path) == expected
+    assert answers(on_gpu, Step(), True, tmp_path) == expected
+
+
+@needs_gpu
+def test_answers_of_compiled_graphs_are_those_without(on_gpu: Loaded, tmp_path: Path) -> None:
+    engine = Engine(on_gpu[1], on_gpu[0])
+    engine.compile()
+    assert answers(on_gpu, engine.step, True, tmp_path) == answers(on_gpu, Step(), False, tmp_path)
+
+
+@needs_gpu
+def test_changed_weights_are_not_answered_from_old_graphs(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(checkpoint), device="cuda", dtype="float32")
+    step = GraphedStep(loaded[1].language_model)
+    before = answers(loaded, step, True, tmp_path)
+    with torch.no_grad():
+        loaded[1].language_model.lm_head.weight = torch.nn.Parameter(loaded[1].language_model.lm_head.weight.flip(0))
+    after = answers(loaded, step, True, tmp_path)
+    assert after != before
+    assert after == answers(loaded, Step(), False, tmp_path)
+
+
+@needs_gpu
+def test_what_no_graph_can_hold_runs_without(on_gpu: Loaded, tmp_path: Path) -> None:
+    """A hook that waits for the GPU cannot be captured."""
+    expected = answers(on_gpu, Step(), False, tmp_path)
+    step = GraphedStep(on_gpu[1].language_model)
+    layer = on_gpu[1].language_model.model.layers[0].mlp
+    hook = layer.register_forward_hook(lambda *_: torch.cuda.synchronize())
+    try:
+        assert answers(on_gpu, step, True, tmp_path) == expected
+    finally:
+        hook.remove()
+    assert not step._captured or not step._captured.graphs

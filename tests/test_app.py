@@ -1,8 +1,11 @@
 """The web page in a real browser."""
 
 import concurrent.futures
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -269,6 +272,33 @@ def guarded(parrot_checkpoint: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait(10)
+
+
+def test_a_server_that_ends_takes_its_own_uploads_and_no_others() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    with contextlib.ExitStack() as stack:
+        servers, files = [], []
+        for _ in range(2):
+            port = free_port()
+            command = [sys.executable, "-m", "deepseek_vl.serve.app_deepseek", "--model_path", "tiny"]
+            command += ["--port", str(port)]
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            stack.callback(process.kill)
+            servers.append((process, f"http://127.0.0.1:{port}"))
+        for process, url in servers:
+            wait_until(lambda: answers_at(f"{url}/", process), 120)  # noqa: B023
+            picture = (IMAGES / "shapes.png").read_bytes()
+            answer = httpx.post(f"{url}/gradio_api/upload", files={"files": ("shapes.png", picture, "image/png")})
+            files.append(Path(answer.raise_for_status().json()[0]))
+        (first, _), (second, _) = servers
+        first.send_signal(signal.SIGINT)
+        first.wait(60)
+        assert [file.exists() for file in files] == [False, True]
+        second.send_signal(signal.SIGINT)
+        second.wait(60)
+        assert not files[1].exists()
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,13 @@ Each browser tab has its own conversation. All share one engine per model.
 """
 
 import argparse
+import contextlib
 import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepseek_vl.command_line import OneLineParser, run_command
@@ -57,11 +60,25 @@ def _run(args: argparse.Namespace) -> None:
     auth = (user, password) if args.auth else None
     # Who comes through the public address asks for a name that is not known before.
     names = None if args.share else names
-    page = create_page(models, settings)
-    address = launch(page, args.host, args.port, auth, names, share=args.share, root_path=args.root_path.rstrip("/"))
-    logger.info("The page is at %s; Ctrl-C ends it. %s", address, _advice(args))
-    page.block_thread()
+    with _own_uploads():
+        page = create_page(models, settings)
+        address = launch(
+            page, args.host, args.port, auth, names, share=args.share, root_path=args.root_path.rstrip("/")
+        )
+        logger.info("The page is at %s; Ctrl-C ends it. %s", address, _advice(args))
+        page.block_thread()
     end_within(END_SECONDS)
+
+
+@contextlib.contextmanager
+def _own_uploads() -> Iterator[None]:
+    """Keep uploads in a directory of this server's own, unless `GRADIO_TEMP_DIR` names one.
+
+    Gradio's is one for all servers of a user, and each deletes all of it when it ends.
+    """
+    with tempfile.TemporaryDirectory(prefix="deepseek_vl-page-") as directory:
+        os.environ.setdefault("GRADIO_TEMP_DIR", directory)
+        yield
 
 
 def _advice(args: argparse.Namespace) -> str:

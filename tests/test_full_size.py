@@ -74,7 +74,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     assert peak - before < 2 * 102400 * 2048 * 2 < 1e9  # two of the largest, far less than a file
 
 
-@pytest.mark.parametrize(("size", "kind"), [("1.3b", "siglip"), ("7b", "hybrid")])
+@pytest.mark.parametrize(("size", "kind"), [("1.3b", "siglip"), pytest.param("7b", "hybrid", marks=pytest.mark.long)])
 def test_transformers_own_class_agrees_at_full_width(
     size: str, kind: str, published_tokenizer_dir: Path, tmp_path: Path
 ) -> None:

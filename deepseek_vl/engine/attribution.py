@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from deepseek_vl.engine.decoder import Decoder
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.utils.io import load_pil_images
 
@@ -92,24 +93,23 @@ def _attention(model: MultiModalityCausalLM, inputs_embeds: torch.Tensor, rows: 
     Returns:
         float32 [R, T], each row with the sum 1.
     """
-    decoder: Any = model.language_model.get_decoder()
-    length = inputs_embeds.shape[1]
-    positions = torch.arange(length, device=inputs_embeds.device)
+    (embeds,) = inputs_embeds
+    positions = torch.arange(len(embeds), device=embeds.device)
     asked = positions[list(rows)]
     is_hidden = positions > asked[:, None]  # [R, T]
-    rotations = decoder.rotary_emb(inputs_embeds, position_ids=positions[None])
-    hidden, total = inputs_embeds, inputs_embeds.new_zeros((), dtype=torch.float32)
-    for layer in decoder.layers:
-        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        query, key, value = (
-            project(normed).view(1, length, -1, attention.head_dim).transpose(1, 2) for project in projections
+    totals: list[torch.Tensor] = []
+
+    def attend(
+        attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # [heads, T, head_dim]
+        shared = len(query) // len(key)
+        scores = (query[:, asked] @ key.repeat_interleave(shared, 0).transpose(1, 2)).float() * attention.scaling
+        totals.append(scores.masked_fill(is_hidden, -torch.inf).softmax(-1).mean(0))
+        attended = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, enable_gqa=shared > 1
         )
-        query, key = apply_rotary_pos_emb(query, key, *rotations)
-        shared = query.shape[1] // key.shape[1]
-        scores = (query[0, :, asked] @ key[0].repeat_interleave(shared, 0).transpose(1, 2)).float() * attention.scaling
-        total = total + scores.masked_fill(is_hidden, -torch.inf).softmax(-1).mean(0)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
-        hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(1, length, -1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return total / len(decoder.layers)
+        return attended[0].transpose(0, 1)
+
+    Decoder().run(model.language_model, embeds, positions, attend)
+    return torch.stack(totals).mean(0)

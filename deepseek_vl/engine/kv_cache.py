@@ -74,12 +74,10 @@ class GrowingLayer(DynamicLayer):
         self.show(start + new)
         return self.keys, self.values
 
-    def reserve(self, length: int) -> Buffers:
-        """The buffers, long enough for so many positions; `STEP` longer if they had to grow. All that is in them is
-        finite."""
+    def reserve(self, length: int) -> None:
+        """Have room for so many positions, and for `STEP` more if the buffers must grow. What is in them is finite."""
         if length > self.buffers[0].shape[2]:
             self._hold([self.keys, self.values], length - self._length + STEP)
-        return self.buffers
 
     def show(self, length: int) -> None:
         """Make the first `length` positions of the buffers the layer's keys and values."""

@@ -51,20 +51,6 @@ def attend_rows(
     Returns:
         [rows, heads, head_dim] in the query's dtype.
     """
-    return torch.ops.deepseek_vl.attend_rows(query, key, value, addresses, strides, places, scale)
-
-
-# It writes to memory that none of its arguments is, of which compiled code need not know.
-@torch.library.custom_op("deepseek_vl::attend_rows", mutates_args=())
-def _attend_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    addresses: torch.Tensor,
-    strides: torch.Tensor,
-    places: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
     rows, heads, head_dim = query.shape
     kv_heads, padded = key.shape[1], triton.next_power_of_2(head_dim)
     parts = min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * heads)))
@@ -79,19 +65,6 @@ def _attend_rows(
     )  # fmt: skip
     _combine[(rows * heads,)](sums, largest, weights, output, head_dim, padded, parts)
     return output
-
-
-@_attend_rows.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    addresses: torch.Tensor,
-    strides: torch.Tensor,
-    places: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 if triton is not None:

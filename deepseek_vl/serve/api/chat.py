@@ -8,20 +8,19 @@ from pydantic import BaseModel, Field, create_model
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.api.answer import Answer, Usage, WholeAnswer
 from deepseek_vl.serve.api.errors import APIError
-from deepseek_vl.serve.api.events import DONE, event, new_head
 from deepseek_vl.serve.api.fields import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
     GenerationRequest,
     No,
     ResponseFormat,
-    Strict,
     UnusedInCompletions,
     limit_of,
     optional,
 )
 from deepseek_vl.serve.api.logprobs import ChatLogprobs, ChatToken
 from deepseek_vl.serve.api.messages import Messages, conversation_of, turns_of
+from deepseek_vl.serve.api.reply import CompletionEvents, StreamOptions
 from deepseek_vl.serve.api.service import Question, Service
 
 UnusedInChats = create_model(
@@ -37,14 +36,6 @@ UnusedInChats = create_model(
     ),
 )
 """Fields of chats that change nothing."""
-
-
-class StreamOptions(Strict):
-    """How a stream ends."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-    continuous_usage_stats: No | None = None
 
 
 class ChatCompletionRequest(GenerationRequest, UnusedInChats):
@@ -132,14 +123,14 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class ChatReply:
+class ChatReply(CompletionEvents):
     """A chat's answers, whole or as events."""
 
+    PREFIX = "chatcmpl-"
+    KIND = "chat.completion.chunk"
+
     def __init__(self, service: Service, request: ChatCompletionRequest):
-        options = request.stream_options
-        self.streams = bool(request.stream)
-        self._head = new_head("chatcmpl-", service.name)
-        self._with_usage = options is not None and bool(options.include_usage)
+        super().__init__(service.name, request.stream, request.stream_options)
 
     def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> dict[str, Any]:
         """The body of all answers."""
@@ -152,29 +143,18 @@ class ChatReply:
             )
             for i, answer in enumerate(answers)
         ]
-        return ChatCompletion(**self._head, choices=choices, usage=usage).model_dump()
+        return ChatCompletion(**self.head, choices=choices, usage=usage).model_dump()
 
-    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        """The answers, piece by piece."""
-        head = {**self._head, "object": "chat.completion.chunk"}
-
-        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None) -> bytes:
+    async def choices(self, answer: Answer) -> AsyncIterator[dict[str, Any]]:
+        def choice(index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None) -> Any:
             if logprobs is not None:
                 logprobs = {"content": [ChatToken.of(token).model_dump() for token in logprobs], "refusal": None}
-            choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
-            return event({**head, "choices": [choice], **({"usage": None} if self._with_usage else {})})
+            return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
 
-        try:
-            for index in range(len(answer.generations)):
-                yield chunk(index, {"role": "assistant", "content": ""})
-            async for piece in answer.pieces():
-                if piece.text or piece.logprobs:
-                    yield chunk(piece.index, {"content": piece.text}, piece.logprobs)
-                if piece.finish_reason is not None:
-                    yield chunk(piece.index, {}, finish_reason=piece.finish_reason)
-        except APIError as error:  # the status has been sent
-            yield event(error.body())
-            return
-        if self._with_usage:
-            yield event({**head, "choices": [], "usage": answer.usage().model_dump()})
-        yield DONE
+        for index in range(len(answer.generations)):
+            yield choice(index, {"role": "assistant", "content": ""})
+        async for piece in answer.pieces():
+            if piece.text or piece.logprobs:
+                yield choice(piece.index, {"content": piece.text}, piece.logprobs)
+            if piece.finish_reason is not None:
+                yield choice(piece.index, {}, finish_reason=piece.finish_reason)

@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from deepseek_vl.serve.api.answer import Answer, Usage, WholeAnswer
-from deepseek_vl.serve.api.chat import StreamOptions
 from deepseek_vl.serve.api.errors import APIError
-from deepseek_vl.serve.api.events import DONE, event, new_head
 from deepseek_vl.serve.api.fields import MAX_ANSWERS, GenerationRequest, ResponseFormat, UnusedInCompletions
 from deepseek_vl.serve.api.logprobs import Token, text_of
+from deepseek_vl.serve.api.reply import CompletionEvents, StreamOptions
 from deepseek_vl.serve.api.service import Question, Service
 from deepseek_vl.utils.conversation import Rendered
 
@@ -111,14 +110,14 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class CompletionReply:
+class CompletionReply(CompletionEvents):
     """Answers, whole or as events."""
 
+    PREFIX = "cmpl-"
+    KIND = "text_completion"
+
     def __init__(self, service: Service, request: CompletionRequest):
-        options = request.stream_options
-        self.streams = bool(request.stream)
-        self._head = new_head("cmpl-", service.name)
-        self._with_usage = options is not None and bool(options.include_usage)
+        super().__init__(service.name, request.stream, request.stream_options)
 
     def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> dict[str, Any]:
         """The body of all answers."""
@@ -131,31 +130,21 @@ class CompletionReply:
             )
             for i, answer in enumerate(answers)
         ]
-        return Completion(**self._head, choices=choices, usage=usage).model_dump()
+        return Completion(**self.head, choices=choices, usage=usage).model_dump()
 
-    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        """The answers, piece by piece."""
-        head = {**self._head, "object": "text_completion"}
+    async def choices(self, answer: Answer) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(answer.generations)
-        try:
-            async for piece in answer.pieces():
-                logprobs = None
-                if piece.logprobs is not None:
-                    logprobs = _logprobs(piece.logprobs, lengths[piece.index]).model_dump()
-                lengths[piece.index] += len(piece.text)
-                choice = {
-                    "index": piece.index,
-                    "text": piece.text,
-                    "finish_reason": piece.finish_reason,
-                    "logprobs": logprobs,
-                }
-                yield event({**head, "choices": [choice], **({"usage": None} if self._with_usage else {})})
-        except APIError as error:  # the status has been sent
-            yield event(error.body())
-            return
-        if self._with_usage:
-            yield event({**head, "choices": [], "usage": answer.usage().model_dump()})
-        yield DONE
+        async for piece in answer.pieces():
+            logprobs = None
+            if piece.logprobs is not None:
+                logprobs = _logprobs(piece.logprobs, lengths[piece.index]).model_dump()
+            lengths[piece.index] += len(piece.text)
+            yield {
+                "index": piece.index,
+                "text": piece.text,
+                "finish_reason": piece.finish_reason,
+                "logprobs": logprobs,
+            }
 
 
 def _logprobs(tokens: Sequence[Token], start: int) -> CompletionLogprobs:

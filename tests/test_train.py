@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_picture
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from training import ERROR, MIXED, TAG, changed, log, refusal, row, train, weights, write
+from training import ERROR, MIXED, TAG, changed, log, refusal, row, train, weights, write, write_mixed
 
 from deepseek_vl.data.rows import read_rows
 from deepseek_vl.engine.chat import ChatSession
@@ -49,9 +49,7 @@ def folder(tmp_path_factory) -> Path:
             picture.save(folder / f"{colour} {corner}.png")
             rows.append(row(f"{TAG}What is where?", f"A {colour} square at the {corner}.", f"{colour} {corner}.png"))
     write(folder / "squares.jsonl", *rows)
-    for i in range(2):
-        make_picture(folder / f"{i}.png", seed=i)
-    write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
+    write_mixed(folder)
     write(folder / "few.jsonl", *MIXED[:3])
     bad = [row(f"{TAG}What?", "It.", "missing.png"), row("Hi", ""), row("Long", "very " * 1100)]
     write(folder / "bad.jsonl", MIXED[0], *bad, MIXED[1])

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_picture
+from conftest import ROOT
 from safetensors.torch import load_file
-from training import ERROR, MIXED, log, train, weights, write
+from training import ERROR, log, train, weights, write_mixed
 
 from deepseek_vl.serve.inference import GenerationSettings, stream_answer
 from deepseek_vl.train.lora import main as merge_command
@@ -27,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Rows with none, one and two pictures."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(2):
-        make_picture(folder / f"{i}.png", seed=i)
-    return write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
+    return write_mixed(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_picture
 from PIL import Image
-from training import MIXED, log, train, weights, write
+from training import log, train, weights, write_mixed
 
 from deepseek_vl import DeepseekVLProcessor, VLChatProcessor
 from deepseek_vl.utils.io import load_pretrained_model
@@ -27,10 +27,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Rows with none, one and two pictures."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(2):
-        make_picture(folder / f"{i}.png", seed=i)
-    return write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
+    return write_mixed(tmp_path_factory.mktemp("data"))
 
 
 def launch(*command: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_picture
 from safetensors.torch import load_file
 
 from deepseek_vl.train.__main__ import main
@@ -26,6 +27,13 @@ def write(path: Path, *rows: Any) -> Path:
     """A JSON Lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_mixed(folder: Path) -> Path:
+    """`MIXED`, there and back, in a file beside its two pictures."""
+    for i in range(2):
+        make_picture(folder / f"{i}.png", seed=i)
+    return write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
 
 
 def row(question: str, answer: str, *images: str) -> list[dict[str, Any]]:

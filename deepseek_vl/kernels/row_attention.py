@@ -11,8 +11,8 @@ try:
 except ImportError:  # not on Linux, or a PyTorch without CUDA
     triton = None
 
-POSITIONS = 64
-"""A program reads keys and values of so many positions at a time."""
+POSITIONS, WARPS = 32, 8
+"""A program reads keys and values of so many positions at a time, with so many warps."""
 
 PROGRAMS = 256
 """Rows are split among about so many programs: two for each multiprocessor of an H100."""
@@ -61,13 +61,15 @@ def attend_rows(
     _write[rows, kv_heads](key.contiguous(), value.contiguous(), *where, head_dim, padded)
     _attend_part[rows * heads, parts](
         query.contiguous(), key, *where, sums, largest, weights, scale, heads, heads // kv_heads, head_dim, padded,
-        parts, POSITIONS,
+        parts, POSITIONS, num_warps=WARPS,
     )  # fmt: skip
     _combine[(rows * heads,)](sums, largest, weights, output, head_dim, padded, parts)
     return output
 
 
 if triton is not None:
+    LEAST = tl.constexpr(-1e30)
+    """Less than any score; infinity less itself is no number."""
 
     @triton.jit
     def _write(keys, values, addresses, strides, places, rows, head_dim: tl.constexpr, padded: tl.constexpr):
@@ -96,28 +98,35 @@ if triton is not None:
         of_head = head // queries_per_key * tl.load(strides + row)
         keys_of_row = tl.load(addresses + row).to(keys.dtype) + of_head
         values_of_row = tl.load(addresses + rows + row).to(keys.dtype) + of_head
+        if head_dim % 8 == 0:  # then 16 bytes can be read at once
+            keys_of_row, values_of_row = tl.multiple_of(keys_of_row, 16), tl.multiple_of(values_of_row, 16)
         length = tl.load(places + row) + 1
         per_part = tl.cdiv(tl.cdiv(length, parts), positions) * positions
         end = tl.minimum(length, (part + 1) * per_part)
         query = tl.load(queries + index * head_dim + column, is_column, 0.0).to(tl.float32) * scale
-        top, weight = float("-inf"), 0.0
-        total = tl.zeros((padded,), tl.float32)
+        # Every lane sums up every `positions`-th position on its own, so that the loop waits for nothing but memory.
+        top = tl.full((positions,), LEAST, tl.float32)
+        weight = tl.zeros((positions,), tl.float32)
+        total = tl.zeros((positions, padded), tl.float32)
         for start in range(part * per_part, end, positions):
             position = start + tl.arange(0, positions)
             place = position[:, None] * head_dim + column[None, :]
-            is_held = (position < end)[:, None] & is_column[None, :]
-            key = tl.load(keys_of_row + place, is_held, 0.0).to(tl.float32)
-            score = tl.where(position < end, tl.sum(key * query[None, :], 1), float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 0))
-            shrink, share = tl.exp(top - new_top), tl.exp(score - new_top)
-            value = tl.load(values_of_row + place, is_held, 0.0).to(tl.float32)
-            total = total * shrink + tl.sum(share[:, None] * value, 0)
-            weight = weight * shrink + tl.sum(share, 0)
+            is_held = position < end
+            is_read = is_held[:, None] if head_dim == padded else is_held[:, None] & is_column[None, :]
+            key = tl.load(keys_of_row + place, is_read, 0.0).to(tl.float32)
+            value = tl.load(values_of_row + place, is_read, 0.0).to(tl.float32)
+            score = tl.where(is_held, tl.sum(key * query[None, :], 1), LEAST)
+            new_top = tl.maximum(top, score)
+            shrink, share = tl.exp(top - new_top), tl.where(is_held, tl.exp(score - new_top), 0.0)
+            total = total * shrink[:, None] + share[:, None] * value
+            weight = weight * shrink + share
             top = new_top
+        highest = tl.max(top, 0)
+        shrink = tl.exp(top - highest)
         at = index * parts + part
-        tl.store(sums + at * head_dim + column, total, is_column)
-        tl.store(largest + at, top)
-        tl.store(weights + at, weight)
+        tl.store(sums + at * head_dim + column, tl.sum(total * shrink[:, None], 0), is_column)
+        tl.store(largest + at, highest)
+        tl.store(weights + at, tl.sum(weight * shrink, 0))
 
     @triton.jit
     def _combine(

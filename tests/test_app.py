@@ -124,7 +124,7 @@ def test_stop_while_a_picture_is_decoded_gives_the_message_back(parrot: Served, 
     message = {"text": "Colour?", "files": [str(tmp_path / "slow.jpg")]}
     threading.Timer(1, chat.stop, [tab]).start()
     begun = time.monotonic()
-    *_, (conversation, shown, kept, *_) = chat.send(tab, message, None, "parrot", 1, 0, 1.1, 64, 4096)
+    *_, (conversation, shown, kept, *_), _ = chat.send(tab, message, None, "parrot", 1, 0, 1.1, 64, 4096)
     assert conversation.turns == ()
     assert shown == []
     assert kept["unsent"]["text"] == "Colour?"

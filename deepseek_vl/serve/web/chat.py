@@ -132,9 +132,9 @@ class WebChat:
         return _shown(conversation.with_turns(*conversation.turns[:-1]), "", SEND)
 
     def new_conversation(self, request: gr.Request) -> Shown:
-        """Stop, and begin another conversation."""
+        """Stop, and begin another conversation. What is in the message box stays: it may have been written meanwhile."""
         self._abandon(request.session_hash)
-        return _shown(Conversation(), "", {**SEND, "value": None})
+        return _shown(Conversation(), "", SEND)
 
     def open(self, request: gr.Request, record: Any) -> Shown:
         """Go on with a conversation that the browser has kept, or that comes from a file; see `Conversation.of`."""
@@ -201,8 +201,7 @@ class WebChat:
         first = True
         for progress in self._answer(before, turn, controls, request.session_hash):
             if progress is None:
-                yield SAME
-                return
+                break
             newest, is_over = progress.turn, progress.note is not None
             now = before.with_turns(*before.turns, newest)
             if newest.answer and not newest.error:
@@ -214,13 +213,11 @@ class WebChat:
                 status = html.escape(newest.error) if instead else ""
                 yield _shown(stays, status, SEND, None if is_kept else turn)
             first = False
+        # The server sends what was yielded last once more at the end, when its user may be editing already.
+        yield SAME
 
     def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: Any) -> Iterator[Progress | None]:
-        """Yield the turn as its answer grows; None if the tab waits for another answer, or if this one was abandoned.
-
-        (The server sends what was yielded last once more at the end. If that is an abandoned answer, it must change
-        nothing.)
-        """
+        """Yield the turn as its answer grows; None if the tab waits for another answer, or if this one was abandoned."""
         try:
             client = self.decoder.client()
             run = Run(self._session(client, *controls), client)

@@ -22,6 +22,7 @@ IMAGES = ROOT / "images"
 WIDE, PHONE = (1280, 800), (390, 844)
 Served = tuple[Engine, VLChatProcessor]
 expect = sync_api.expect
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -142,7 +143,7 @@ class Tab:
         with self.page.expect_file_chooser() as chooser:
             self.press("Add pictures")
         chooser.value.set_files([str(file) for file in files])
-        expect(self.page.locator("#message .thumbnail-item")).to_have_count(len(files), timeout=30_000)
+        expect(self.page.locator("#message .thumbnail-item")).to_have_count(len(files))
 
     def press(self, button: str) -> None:
         self.page.get_by_role("button", name=button, exact=True).click()
@@ -153,9 +154,11 @@ class Tab:
         self.input.fill(text)
         self.press("Send")
 
-    def is_idle(self) -> None:
-        """Wait until no answer comes."""
-        expect(self.page.get_by_role("button", name="Send", exact=True)).to_be_visible(timeout=30_000)
+    def is_idle(self, answers: int | None = None) -> None:
+        """Wait until no answer comes; behind a click at Send only with how many answers there are then."""
+        if answers is not None:
+            expect(self.answers).to_have_count(answers)
+        expect(self.page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
     @property
     def answers(self) -> sync_api.Locator:
@@ -182,7 +185,7 @@ class Tab:
 
     def sees(self, *answers: str | re.Pattern[str]) -> None:
         """Wait until the answers are these."""
-        expect(self.answers).to_have_text(list(answers), timeout=30_000)
+        expect(self.answers).to_have_text(list(answers))
 
     def titles(self) -> sync_api.Locator:
         """The names of the conversations that are kept."""

@@ -132,7 +132,7 @@ class WebChat:
         return _shown(conversation.with_turns(*conversation.turns[:-1]), "", SEND)
 
     def new_conversation(self, request: gr.Request) -> Shown:
-        """Stop, and begin another conversation. What is in the message box stays: it may have been written meanwhile."""
+        """Stop, and begin another conversation. What is in the message box stays: it may have been written since."""
         self._abandon(request.session_hash)
         return _shown(Conversation(), "", SEND)
 
@@ -217,7 +217,7 @@ class WebChat:
         yield SAME
 
     def _answer(self, before: Conversation, turn: Turn, controls: Sequence[Any], tab: Any) -> Iterator[Progress | None]:
-        """Yield the turn as its answer grows; None if the tab waits for another answer, or if this one was abandoned."""
+        """Yield the turn as its answer grows; None if the tab waits for another one, or if this one was abandoned."""
         try:
             client = self.decoder.client()
             run = Run(self._session(client, *controls), client)

@@ -1,4 +1,4 @@
-"""Where an answer looked: how much each region of the pictures weighed in each of its tokens."""
+"""Attribution: the attention that each token of an answer pays to each region of the pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from deepseek_vl.utils.io import load_pil_images
 
 @dataclass(frozen=True)
 class TokenAttribution:
-    """Where one token of an answer looked.
+    """The attention that one token of an answer pays to the pictures.
 
     Attributes:
-        token_id: its id.
-        text: what it adds to the answer.
-        maps: of each picture, in order, float32 [rows, columns]: how much each region of the square that the picture is
-            padded to weighed. They are not negative, and the largest of all is 1.
+        token_id: the token's id.
+        text: the text that the token adds to the answer.
+        maps: one per picture, in order, float32 [rows, columns]: the weight of each region of the square that the
+            picture is padded to. Weights are not negative; the largest in all of the token's maps is 1.
     """
 
     token_id: int
@@ -39,13 +39,13 @@ def attribute_answer(
     system_prompt: str | None = None,
     untrusted: bool = False,
 ) -> list[TokenAttribution]:
-    """Where each token of a conversation's last answer looked in the pictures.
+    """The attention that each token of a conversation's last answer pays to the pictures.
 
-    It is the attention that the language model pays to the pictures' features where it chooses the token, averaged over
-    its heads and layers. The answer may be the model's own or another: it is read, not generated.
+    It is the language model's attention to the image features at the position where the token is chosen, averaged over
+    heads and layers. The answer need not be the model's own: it is read, not generated.
 
-    Of 100 answers of the bundled model about a colour or a shape, 92 look at the right object most, and 88 do so with
-    the word that answers.
+    In 100 answers of the bundled model about a colour or a shape, the largest weight of the whole answer is in the
+    right object 92 times, and that of the word that names the colour or shape 88 times.
 
     Args:
         messages: `{"role", "content", "images"}` as `stream_answer` takes them, and the answer as the last content.
@@ -67,7 +67,7 @@ def attribute_answer(
     prompt = processor.render(messages, system_prompt, untrusted)
     ids, spans = processor.encode(prompt)
     inputs = processor(prompt=prompt, ids=ids, images=images).to(model.device, model.dtype)
-    shift = inputs.input_ids.shape[1] - len(ids)  # the pictures, all of which are in front of the answer
+    shift = inputs.input_ids.shape[1] - len(ids)  # image features, all of which are before the answer
     start = prompt.text.index(answer, prompt.learnt[-1][0])
     end = start + len(answer)
     chosen = [i for i, span in enumerate(spans) if span[0] < end and span[1] > start]
@@ -77,21 +77,21 @@ def attribute_answer(
     maps /= maps.max(axis=(1, 2, 3), keepdims=True)
     tokens, covered = [], start
     for i, own in zip(chosen, maps, strict=True):
-        last = min(max(spans[i][1], covered), end)  # tokens of one character have its span each
+        last = min(max(spans[i][1], covered), end)  # tokens that share a character have the same span
         tokens.append(TokenAttribution(ids[i], prompt.text[covered:last], tuple(own)))
         covered = last
     return tokens
 
 
 def _attention(model: MultiModalityCausalLM, inputs_embeds: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """How much some positions attend to all, averaged over heads and layers.
+    """The attention weights of some positions over all positions, averaged over heads and layers.
 
     Args:
         inputs_embeds: [1, T, D].
-        rows: R of the positions.
+        rows: the R positions that attend.
 
     Returns:
-        float32 [R, T], each row with the sum 1.
+        float32 [R, T]; each row sums to 1.
     """
     (embeds,) = inputs_embeds
     positions = torch.arange(len(embeds), device=embeds.device)

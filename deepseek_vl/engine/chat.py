@@ -24,7 +24,7 @@ from deepseek_vl.utils.io import load_pil_images
 
 
 def with_image_tags(text: str, images: int, tag: str) -> str:
-    """`text` with a tag for every image: those it lacks are put in front, a line each.
+    """`text` with one tag per image: missing tags are put in front, each on a line of its own.
 
     Raises:
         ValueError: if it has more tags than images.
@@ -46,14 +46,14 @@ def _is_one_conversation(path: Path) -> bool:
 class ChatSession:
     """One user's conversation with a model.
 
-    What the user writes is text: special tokens in it are not obeyed, except the image tag.
+    Special tokens that the user writes are plain text, except the image tag.
 
     Args:
-        engine: answers; it may be shared by many sessions.
+        engine: generates the answers; may be shared by many sessions.
         processor: the model's.
         settings: how answers are generated; the conversation template's stop words are added.
-        max_history_tokens: the oldest turns are left out of longer prompts; None for as long as the model takes.
-        open_image: opens the images of what is asked and was asked, each time they are in a prompt.
+        max_history_tokens: the oldest turns are left out of longer prompts; None for the model's own limit.
+        open_image: opens the images of the messages, each time they are part of a prompt.
 
     Attributes:
         messages: `{"role", "content", "images"}`, user and assistant in turn; `images` holds what `open_image` takes.
@@ -82,7 +82,7 @@ class ChatSession:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End the answer that is being generated, or its prompt made, within one token. For any thread."""
+        """End the current answer within one token, or when its prompt is prepared. May be called from any thread."""
         self._stopped.set()
         if self.answer is not None:
             self.answer.stop()
@@ -95,7 +95,7 @@ class ChatSession:
         self.answer = None
 
     def ask(self, text: str, images: Sequence[Any] = ()) -> Generator[str]:
-        """The answer to one more message, piece by piece.
+        """Answer one more message; yields the answer piece by piece.
 
         An answer that is stopped half-way (by closing the iterator or by an interrupt) stays in the conversation as far
         as it got; a message that fails, or has no answer, leaves the conversation as it was.
@@ -133,7 +133,7 @@ class ChatSession:
         return question
 
     def attribution(self) -> list[TokenAttribution]:
-        """Where the last answer looked in the pictures, token by token; see `attribute_answer`.
+        """The attention that the last answer pays to the pictures, token by token; see `attribute_answer`.
 
         Raises:
             ValueError: if nothing was asked yet, there is no picture, or one cannot be opened.
@@ -151,10 +151,11 @@ class ChatSession:
         """Write the conversation as a row of training data, images included; `load` reads it back.
 
         Args:
-            path: a `.json` or `.jsonl` file; only a saved conversation is replaced.
+            path: a `.json` or `.jsonl` file; an existing file is replaced only if it is a saved conversation.
 
         Raises:
-            ValueError: for another kind of file, or if there is nothing to save.
+            ValueError: for another kind of file, an existing file that is no saved conversation, or if there is
+                nothing to save.
             OSError: if it cannot be written.
         """
         path = Path(os.path.expanduser(path))  # noqa: PTH111  Path's raises for unknown users
@@ -166,7 +167,7 @@ class ChatSession:
         for message in self.messages:
             saved = {key: message[key] for key in ("role", "content", "weight") if key in message}
             if message["role"] == "User":
-                # With images, even none, `<image>` in the text is text to whoever reads the row.
+                # In messages with a list of images, even an empty one, `<image>` is read as ordinary text.
                 saved["images"] = [image_data_url(image) for image in load_pil_images([message], self.open_image)]
             messages.append(saved)
         row: dict[str, Any] = {"messages": messages}
@@ -179,13 +180,14 @@ class ChatSession:
             part.write_bytes(data)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Go on with a saved conversation, or any row of training data, in place of this one.
+        """Replace this conversation by a saved one, or by any row of training data.
 
         Args:
             path: a file with one conversation, see `deepseek_vl.data.rows`.
 
         Raises:
-            ValueError: if it is not one, or an image cannot be read; this conversation then stays.
+            ValueError: if the file has no or several conversations, or an image cannot be read; this conversation then
+                stays.
             OSError: if there is no such file.
         """
         rows = list(read_rows(path, self.processor.image_tag))
@@ -201,7 +203,7 @@ class ChatSession:
             self.system_prompt = row.system
 
     def _answer(self, history: list[dict[str, Any]], question: dict[str, Any]) -> Generator[str]:
-        """Answer a question; the conversation is then the history, the question and its answer."""
+        """Answer a question. The conversation becomes the history, the question and its answer."""
         self._stopped.clear()
         question = {**question, "role": "User"}
         answer = {"role": "Assistant", "content": ""}
@@ -228,7 +230,7 @@ class ChatSession:
                 self.messages = [*history, question, {**answer, "content": content}]
 
     def _fit(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Rendered, list[int]]:
-        """Drop the oldest turns, but neither a system message nor the newest, until there is room for an answer.
+        """Drop the oldest turns until there is room for an answer; a system message and the newest turn stay.
 
         Returns:
             The messages that are left, the prompt for them, and its ids.

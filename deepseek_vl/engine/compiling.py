@@ -19,19 +19,19 @@ from deepseek_vl.models import MultiModalityCausalLM
 logger = logging.getLogger(__name__)
 
 TYPICAL_POSITIONS = 1024
-"""Compiled code holds for every number of positions, and is best for so many."""
+"""The number of positions for which compiled code is tuned; it runs with any other as well."""
 
 
 def step_for(model: MultiModalityCausalLM) -> Step:
-    """The step for a model as it comes."""
+    """The step for a model that is not compiled: CUDA graphs where they are possible, otherwise `Step`."""
     return GraphedStep(model.language_model) if can_be_graphed(model.language_model) else Step()
 
 
 def check_compile(device: torch.device, is_quantised: bool) -> None:
-    """Whether a model on this device, with quantised weights or others, can be compiled, as far as is known beforehand.
+    """Check that models on this device can be compiled, with quantised weights or without.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if they cannot.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"Models are compiled for the CPU and for CUDA, not for {device.type}.")
@@ -57,7 +57,7 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
     step = _compiled_graphs(model) if is_gpu else CompiledStep(model.language_model)
     progress("Compiling the language model ...")
     try:
-        # In a thread, as the engine runs it: how many threads a thread may use is part of what is compiled.
+        # In a thread, as in the engine: the number of threads that the caller may use is part of the compiled code.
         with compiling(), ThreadPoolExecutor(1) as thread:
             thread.submit(_answer_nothing, model, step).result()
     except CompilationError as error:
@@ -66,8 +66,10 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
 
 
 def _compiled_graphs(model: MultiModalityCausalLM) -> GraphedStep:
-    """A step whose layers are compiled: once for one token, with products of one row that are as fast as the weights
-    are read, and once for any other number."""
+    """A graphed step with compiled layers, in one version for one token and one for several.
+
+    The version for one token is tuned, so that its products of one row are as fast as the weights are read.
+    """
     tuned: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
     one = Decoder(
         torch.compile(before_attention, dynamic=False, options=tuned),

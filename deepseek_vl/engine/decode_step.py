@@ -1,4 +1,4 @@
-"""One more token for every row of a batch: plainly, or on CPUs in one compiled function."""
+"""The decoding step: one more token for every row of a batch, either uncompiled or, on CPUs, compiled."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,21 +12,21 @@ from deepseek_vl.models.modeling_vlm import CACHE
 
 
 class Step:
-    """One more token for every row, and the prompts before."""
+    """Runs the prompts of rows, and then one more token for every row at a time."""
 
     def __call__(
         self, language_model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor, caches: Sequence[RowCache]
     ) -> torch.Tensor:
         """Run each row's last token, which its cache does not hold yet, and add it to the cache.
 
-        The products are the rows' together; each row attends to what it holds alone. A model that attends in a way of
-        which `deepseek_vl.kernels.attention` knows nothing runs row by row.
+        Linear layers run on all rows together; each row attends to its own cache. With an attention implementation that
+        `deepseek_vl.kernels.attention` does not have, rows run one by one.
 
         Args:
-            token_ids: numbers, or int64 [rows] on the model's device, which is then not waited for.
+            token_ids: integers, or int64 [rows] on the model's device, which are used without waiting for the device.
 
         Returns:
-            logits [rows, vocabulary] of the next ones; to be read before the next call.
+            logits [rows, vocabulary] of the next tokens; valid until the next call.
         """
         if len(caches) > 1 and language_model.config._attn_implementation not in ATTENTION.values():
             ids = torch.as_tensor(token_ids)
@@ -50,27 +50,27 @@ class Step:
         """Run the next tokens of a row's prompt, and add them to its cache.
 
         Args:
-            embed: gives the tokens' embeddings, [1, T, D], when they are wanted.
-            token_ids: the tokens, if they are nothing but text.
+            embed: returns the tokens' embeddings, [1, T, D]; called only if they are needed.
+            token_ids: the tokens' ids, if all of them are text.
 
         Returns:
-            logits [1, vocabulary] of what follows; to be read before the next call.
+            logits [1, vocabulary] of the next token; valid until the next call.
         """
         output = language_model(inputs_embeds=embed(), use_cache=True, logits_to_keep=1, **{CACHE: cache})
         return output.logits[:, -1]
 
     def forget(self) -> None:
-        """Let go of what holds for the weights as they are only. May be called from any thread."""
+        """Free what is valid only for the present weights. May be called from any thread."""
 
 
 class CompiledStep(Step):
-    """One more token for every row of one language model, compiled if there is one row. For CPUs.
+    """A step for CPUs that is compiled for a single row.
 
-    It is compiled for any number of positions. Several rows run plainly: each number of them would have to be compiled
-    anew. Answers are those of `Step` up to rounding.
+    One compilation serves any number of positions. Several rows run uncompiled, as each number of rows would have to be
+    compiled anew. Results are those of `Step` up to rounding.
 
     Args:
-        language_model: on a CPU. Other models run plainly.
+        language_model: the model to compile, on a CPU. Other models run uncompiled.
     """
 
     def __init__(self, language_model: PreTrainedModel):
@@ -93,10 +93,10 @@ class CompiledStep(Step):
         return logits
 
     def _run(self, numbers: torch.Tensor, buffers: Sequence[Buffers]) -> torch.Tensor:
-        """What is compiled: nothing in it depends on Python's numbers.
+        """The function that is compiled. It takes only tensors, as code is compiled for the values of Python numbers.
 
         Args:
-            numbers: int64 [1, 2]: the row's token, and its position, which is also its place in the buffers.
+            numbers: int64 [1, 2]: the row's token, and its position, which is also its index in the buffers.
             buffers: each layer's.
 
         Returns:
@@ -116,7 +116,7 @@ class CompiledStep(Step):
 
 
 class _PlacedLayer(DynamicLayer):
-    """One layer's keys and values in buffers, to which a token is written in a place that is a tensor, int64 [1]."""
+    """One layer's keys and values in buffers; new ones are written at a position given as a tensor, int64 [1]."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A Llama's layers over single tokens, each in two parts, between which any attention has its place.
+"""Llama's layers over a flat list of tokens, with the attention passed in as a function.
 
-transformers' own layers take a batch of equal lengths. These take tokens of any conversations at any positions, and
-what is compiled is one layer for all, as nothing in it depends on which of them it is.
+transformers' own layers take a batch of equal lengths. Here the tokens may be from any conversations, at any positions.
+Each layer is split into the parts before and after attention; compiled once, these two functions serve all layers.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
 Attention = Callable[[LlamaAttention, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Layer's attention module, layer's number, query, key, value -> attended; each [tokens, heads, head_dim]."""
+"""The layer's attention module and number, query, key, value -> output; tensors are [tokens, heads, head_dim]."""
 
 
 def before_attention(
@@ -28,17 +28,17 @@ def before_attention(
 
 
 def after_attention(layer: LlamaDecoderLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Hidden states [tokens, D] and what was attended to, [tokens, heads, head_dim] -> the next hidden states."""
+    """Hidden states [tokens, D] and the attention's output [tokens, heads, head_dim] -> the next hidden states."""
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a language model's layers are run.
+    """Runs a language model's layers.
 
     Attributes:
-        before, after: `before_attention` and `after_attention`, or these compiled.
+        before, after: `before_attention` and `after_attention`, or compiled versions of them.
     """
 
     before: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = before_attention
@@ -47,15 +47,15 @@ class Decoder:
     def run(
         self, language_model: PreTrainedModel, embeds: torch.Tensor, positions: torch.Tensor, attend: Attention
     ) -> torch.Tensor:
-        """The language model up to its head.
+        """Run the language model without its head.
 
         Args:
             embeds: [tokens, D].
             positions: int64 [tokens].
-            attend: keeps the tokens' keys and values, and attends.
+            attend: computes the attention, and may store the tokens' keys and values.
 
         Returns:
-            [tokens, D], ready for the head.
+            [tokens, D], the head's input.
         """
         model: Any = language_model.model  # LlamaModel
         cos, sin = (rotation[0] for rotation in model.rotary_emb(embeds, position_ids=positions[None]))

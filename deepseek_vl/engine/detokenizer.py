@@ -1,4 +1,4 @@
-"""From token ids to the text that a reader sees, piece by piece."""
+"""Decoding token ids, one at a time, to the text that a reader sees."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class StopWordFilter:
         return shown, False
 
     def _overlap(self, word: str) -> int:
-        """Length of the longest end of the held text that begins `word`."""
+        """The length of the longest suffix of the held text that is a prefix of `word`."""
         longest = min(len(word) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(word[:n])), 0)
 
@@ -63,7 +63,7 @@ class Detokenizer:
         return self._show(piece or "")
 
     def flush(self) -> str:
-        """The text still held back, at the end."""
+        """The text still held back, after the last id."""
         whole: Any = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
         rest = self._show(whole[len(self._decoded) :])  # a character whose bytes never became complete
         return rest if self.stopped else rest + self._filter.flush()
@@ -77,18 +77,18 @@ class Detokenizer:
 
 
 class TokenBytes:
-    """What single tokens of a byte-level tokenizer stand for in a text, which need not be whole characters."""
+    """The bytes of single tokens of a byte-level tokenizer, which need not be whole characters."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._backend = tokenizer.backend_tokenizer
         self._added = tokenizer.added_tokens_decoder
 
     def is_special(self, token_id: int) -> bool:
-        """Whether it is left out of texts."""
+        """Whether a token is special, and therefore left out of decoded text."""
         return token_id in self._added and self._added[token_id].special
 
     def __call__(self, token_id: int) -> bytes:
-        """A token's bytes; of a special one, its name's."""
+        """A token's bytes; for an added token, those of its name."""
         if token_id in self._added:
             return self._added[token_id].content.encode("utf-8")
         token = self._backend.id_to_token(token_id) or ""  # a model may have logits for more than there are tokens
@@ -100,5 +100,5 @@ class TokenBytes:
 
 @functools.cache
 def _byte_of() -> Mapping[str, int]:
-    """The characters that byte-level tokenizers write for bytes."""
+    """The characters that byte-level tokenizers write for bytes -> those bytes."""
     return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,12 +1,13 @@
-"""The engine: answers for many at once. Every door's text comes from here.
+"""The engine: generates the answers of all front-ends, many at once.
 
-An `Engine` has one thread. Each answer has a row with keys and values of its own. A new row's prompt is run piece by
-piece, and between the pieces a step gives every answer that has begun one more token. An answer ends, fails or is
-stopped on its own, within a piece or a step.
+An `Engine` has one thread. Each answer is a row with keys and values of its own. A new row's prompt runs piece by
+piece, and between the pieces a decoding step adds one token to every answer that has begun. An answer ends, fails or is
+stopped independently of the others, within one piece or step.
 
-What was computed for an answer is kept for a while: a later prompt runs only what follows its longest common beginning
-with a conversation that was here, and no image is encoded twice. In float32 greedy answers are the same as from
-nothing; in narrower types, as with batches, the order of sums can part two tokens that are almost equally likely.
+Keys, values and image features of answers are cached: a later prompt runs only what follows its longest common prefix
+with a cached conversation, and cached images are not encoded again. In float32 greedy answers are the same as without
+the caches. In narrower dtypes they may differ where two tokens are almost equally likely, since the caches, like
+batches, change the order of sums.
 """
 
 import atexit
@@ -38,24 +39,24 @@ logger = logging.getLogger(__name__)
 
 
 PIECE = 256
-"""A prompt is run so many tokens at a time at least: fewer would take hardly less time, as every piece reads all
-weights."""
+"""The smallest size of a prompt's pieces, in tokens; the last may be shorter. Smaller ones would take hardly less time,
+as every piece reads all weights."""
 
 LARGEST_PIECE = 4096
 
 IMAGES_AT_A_TIME = 4
-"""Images are encoded so many at a time on GPUs, and one by one on CPUs, which gain nothing by more."""
+"""The batch size for encoding images on GPUs. CPUs encode them one by one, and gain nothing from batches."""
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer's place.
+    """An answer that is being generated.
 
     Attributes:
-        reserved_bytes: set aside for its keys and values, and pixels.
-        prompt, cache: None until the prompt's turn comes; the cache holds as much of it and of the answer as has run.
+        reserved_bytes: memory set aside for its keys, values and pixels.
+        prompt, cache: None until the prompt's turn comes; the cache holds what has run of prompt and answer.
         features: encoded images of the prompt, by their keys; None as soon as all of the prompt has run.
-        caches: which it began with; weak, so that what is forgotten is free at once.
+        caches: the engine's caches when the prompt began; a weak reference, so that dropped caches are freed at once.
     """
 
     generation: Generation
@@ -73,10 +74,10 @@ class _Row:
 
 @dataclass
 class _Ahead:
-    """A step that was begun before it was known which answers go on.
+    """A step that was started before it was known which answers go on.
 
     Attributes:
-        rows: those that it is of.
+        rows: the rows that it runs.
         logits: float32 [rows, vocabulary].
     """
 
@@ -87,18 +88,19 @@ class _Ahead:
 class Engine:
     """Generates the answers that are submitted, as many at a time as its limits say; the others wait in order.
 
-    It has one thread while there is work; on CUDA GPUs from the first answer on until it is closed or nobody has it any
-    more, as what CUDA's libraries make ready, they make ready per thread.
+    It has one thread while there is work. On CUDA GPUs the thread stays from the first answer until the engine is
+    closed or no longer referenced, as CUDA's libraries initialise once per thread.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        limits: how much is done at a time, and kept; None for the defaults.
+        limits: how much is computed at a time, and cached; None for the defaults.
 
     Attributes:
         tokenizer, limits: as given.
-        step: what computes one more token for every row.
-        runs_ahead: whether a step begins before the tokens of the last one are read. On GPUs, which would wait for it.
+        step: computes one more token for every row.
+        runs_ahead: whether a step starts before the last one's tokens are read; true on GPUs, which would be idle until
+            then.
     """
 
     def __init__(
@@ -116,14 +118,14 @@ class Engine:
         self._lock = threading.Lock()
         self._working = threading.Lock()
         self._worker: _Worker | None = None
-        # Another thread's parallel operations take longer while one that is idle holds OpenMP's threads.
+        # Not on CPUs: an idle thread that holds OpenMP's threads slows down the parallel operations of others.
         self._keeps_thread = self.runs_ahead = model.device.type == "cuda"
         self._ahead: _Ahead | None = None
         _engines.add(self)
 
     @property
     def model(self) -> MultiModalityCausalLM:
-        """What answers."""
+        """The model that generates the answers."""
         return self._model()
 
     @property
@@ -132,7 +134,7 @@ class Engine:
         return self.model.config.language_config.max_position_embeddings
 
     def check_prompt(self, tokens: int) -> None:
-        """Check that a prompt of so many tokens leaves room for an answer.
+        """Check that a prompt of this many tokens leaves room for an answer.
 
         Raises:
             PromptTooLongError: if it does not.
@@ -148,7 +150,7 @@ class Engine:
         return self._memory_bytes
 
     def check_memory(self, generation: Generation) -> None:
-        """Check that a generation fits into the budget when it is alone.
+        """Check that a generation fits into the memory budget on its own.
 
         Raises:
             MemoryBudgetError: if it does not.
@@ -180,35 +182,35 @@ class Engine:
 
     @property
     def memory_used(self) -> int:
-        """How many bytes of the budget are in use: set aside for running answers, or kept of those that have ended."""
+        """How many bytes of the budget are in use: set aside for running answers, or taken by caches."""
         caches = self._caches
         return sum(row.reserved_bytes for row in list(self._rows)) + (0 if caches is None else caches.nbytes)
 
     def compile(self, progress: Callable[[str], None] = logger.info) -> None:
-        """Compile what the language model runs for each token, and on GPUs for prompts, by `torch.compile`.
+        """Compile the language model's decoding step, and on GPUs its prompts too, with `torch.compile`.
 
-        All answers from then on are faster, and the same up to rounding. It takes less than a minute; PyTorch keeps the
-        code on the disk, for the next time. Move, cast, quantise or otherwise change the model before, not after.
+        Later answers are faster, and the same up to rounding. Compilation takes less than a minute; PyTorch caches the
+        code on disk. Move, cast, quantise or otherwise change the model before compiling, not after.
 
         Args:
-            progress: gets a line of text when it begins.
+            progress: called with a line of text when compilation begins.
 
         Raises:
             ValueError: if the model is on several devices or one for which PyTorch does not compile, attends with
-                another implementation than `sdpa`, or has int8 weights on the CPU; or if there is no compiler.
+                another implementation than `sdpa`, or has quantised weights on the CPU; or if there is no compiler.
         """
         self.use(compile_step(self.model, progress))
 
     def use(self, step: Step) -> None:
-        """Compute tokens with another step, which is ready for the model as it is now."""
-        self._current_caches()  # before, as it lets a step forget what held for other weights
+        """Replace `step` by another one, made for the model as it is now."""
+        self._current_caches()  # first: if the weights have changed, this calls `step.forget`, for the old step only
         self.step = step
 
     def submit(self, generation: Generation) -> None:
-        """Begin a generation as soon as there is room.
+        """Queue a generation, which begins as soon as there is room.
 
         Raises:
-            RuntimeError: if the system gives the engine no thread.
+            RuntimeError: if the system cannot start a thread.
         """
         with self._lock:
             self._waiting.append(generation)
@@ -219,52 +221,52 @@ class Engine:
             _Worker(self).start()
         except RuntimeError:
             with self._lock:
-                if generation in self._waiting:  # no other's thread has taken it
+                if generation in self._waiting:  # no other call's thread has taken it
                     self._waiting.remove(generation)
                     raise
 
     def cancel(self) -> None:
-        """End everything within one token, or one piece of a prompt."""
+        """Cancel all answers; they end within one token, or one piece of a prompt."""
         with self._lock:
             for generation in (*self._waiting, *(row.generation for row in self._rows)):
                 generation.cancelled.set()
 
     def close(self) -> None:
-        """Cancel everything, wait until it has ended, and free what was kept; the thread ends as well."""
+        """Cancel all answers, wait until they and the thread have ended, and free the caches."""
         self.cancel()
         with self._lock:
             worker, self._worker = self._worker, None
             if worker is not None:
                 worker.calls.put(False)
-        if worker is None:  # or one that has not come to work yet
+        if worker is None:  # there is no thread, or it has not registered yet
             self._work()
         elif worker is not threading.current_thread():
             worker.join()
         self.forget()
 
     def forget(self) -> None:
-        """Free what was kept of earlier answers. May be called from any thread.
+        """Free the caches of earlier answers, and CUDA graphs. May be called from any thread.
 
-        Changes of the model's weights that torch counts are noticed without it; after others (through `.data`, by
-        switching an adapter) call this.
+        The engine notices changes of the model's weights that PyTorch counts. Call this after others (through `.data`,
+        or by switching an adapter).
         """
         self._caches = None
         self.step.forget()
 
     def _employ(self, worker: "_Worker") -> bool:
-        """Take a worker that has come, unless another is here: two answers came at once."""
-        # Not before it has started: Ctrl-C may come while its start is awaited.
+        """Register a thread that has started; False if there is one already, because two answers came at once."""
+        # The thread itself calls this, not `submit`, which Ctrl-C may interrupt while it waits for the start.
         with self._lock:
             if self._worker is not None:
                 return False
             self._worker = worker
-        if self._keeps_thread:  # or else it ends with its work, and nothing is to be left of it
+        if self._keeps_thread:  # otherwise it ends with its work, and must leave no finalizer behind
             weakref.finalize(self, worker.calls.put, False)
         return True
 
     @torch.inference_mode()
     def _work(self) -> None:
-        """Answer until nobody waits any more."""
+        """Generate answers until none is waiting or running."""
         with self._working, gpu_attention(self.model.device):
             while True:
                 try:
@@ -282,9 +284,9 @@ class Engine:
                         return
 
     def _admit(self) -> None:
-        """Give waiting generations a row, in order, while there are any and memory for what they may need."""
+        """Give waiting generations rows, in order, as long as there are rows and memory for all that they may need."""
         while len(self._rows) < self.limits.max_rows:
-            with self._lock:  # `close` must find it in one place or the other
+            with self._lock:  # `cancel` must find each generation in one of the two lists
                 if not self._waiting:
                     return
                 needed = self._needed_bytes(self._waiting[0])
@@ -297,8 +299,8 @@ class Engine:
         return self.memory_bytes - sum(row.reserved_bytes for row in self._rows)
 
     def _make_room(self, needed: int = 0) -> None:
-        """Let what is kept take what is not set aside for rows, less what is needed for one more."""
-        if (caches := self._caches) is not None:  # another thread may forget them
+        """Limit the caches to the memory that is not set aside for rows, less `needed` bytes."""
+        if (caches := self._caches) is not None:  # another thread may drop them meanwhile
             caches.limit(self._unreserved() - needed)
 
     def _drop_cancelled(self) -> None:
@@ -313,7 +315,7 @@ class Engine:
             generation.end()
 
     def _run_prompts(self) -> None:
-        """Run prompts in the order of their coming, piece by piece, until it is the answers' turn."""
+        """Run prompts in order of arrival, piece by piece, for about `prefill_seconds`."""
         begun = time.monotonic()
         while row := next((row for row in self._rows if not row.has_begun), None):
             try:
@@ -325,7 +327,7 @@ class Engine:
                 return
 
     def _run_piece(self, row: _Row) -> None:
-        """Encode a few images of a prompt's next piece, or run it; behind the last one choose the first token."""
+        """Encode some images of a prompt's next piece, or run it if it has all; after the last, choose a token."""
         if row.prompt is None:
             caches = self._current_caches()
             row.prompt, row.caches = Prompt.of(row.generation.inputs), weakref.ref(caches)
@@ -336,9 +338,9 @@ class Engine:
         piece = row.prompt.part(start, end)
         if missing := [image for image in piece.images if image.key not in row.features]:
             count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
-            caches = row.caches() or self._current_caches()  # another thread may have let go of them
+            caches = row.caches() or self._current_caches()  # another thread may have dropped them
             row.features |= caches.images.encode(model, missing[:count], row.generation.keeps)
-            self._make_room()  # conversations give way to what is kept of these
+            self._make_room()  # cached conversations give way to these images
             return
         begun = time.monotonic()
 
@@ -351,13 +353,13 @@ class Engine:
         if end == len(row.prompt):
             row.features = None
             self._advance([row], logits.float())
-        elif end - start == self._piece:  # the next ones take about as long as they may
+        elif end - start == self._piece:  # adapt the next pieces' size to the time they may take
             is_fast = time.monotonic() - begun < self.limits.prefill_seconds / 2
             self._piece = min(2 * self._piece, LARGEST_PIECE) if is_fast else max(self._piece // 2, PIECE)
 
     def _beginning(self, row: _Row, caches: Caches) -> RowCache:
-        """A cache that begins with as much of a row's prompt as has run for another: the same, or a conversation."""
-        content = row.prompt.content[:-1]  # the last token's logits are wanted
+        """A cache with a prefix of a row's prompt: from a row with the same prompt, or else from the prefix cache."""
+        content = row.prompt.content[:-1]  # the last token has to run, for its logits
         for other in self._rows:
             same = other.has_begun and other.caches() is caches and np.array_equal(other.prompt.content[:-1], content)
             if same and len(content):
@@ -365,7 +367,7 @@ class Engine:
         return caches.prefixes.continued(content)
 
     def _step(self) -> None:
-        """One more token for every answer that has begun."""
+        """Add one token to every answer that has begun."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (rows := [row for row in ahead.rows if row in self._rows]):
             numbers = [ahead.rows.index(row) for row in rows]
@@ -382,7 +384,7 @@ class Engine:
                 self._end(rows[0], failure)
                 return
             logger.warning("A step of %d answers failed: each goes on alone.", len(rows), exc_info=True)
-            self.forget()  # memory may be what it wanted
+            self.forget()  # it may have failed for lack of memory
             for row, length in zip(rows, lengths, strict=True):
                 row.cache.truncate(length)
                 try:
@@ -396,7 +398,7 @@ class Engine:
         """float32 [rows, vocabulary] of the rows' next tokens.
 
         Args:
-            token_ids: the last ones, int64 [rows] on the model's device, if only it knows them yet.
+            token_ids: the rows' last tokens, int64 [rows] on the model's device, if the CPU does not have them yet.
         """
         if token_ids is None:
             token_ids = [row.generation.token_ids[-1] for row in rows]
@@ -404,7 +406,7 @@ class Engine:
         return logits.to(torch.float32, copy=True)
 
     def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
-        """Choose each row's next token. A GPU is waited for once, not for each row, and has the next step by then."""
+        """Choose each row's next token. A GPU is waited for once for all rows, with the next step already launched."""
         likeliest, chosen = logits.argmax(-1), []
         for row, scores, token in zip(rows, logits, likeliest, strict=True):
             try:
@@ -422,9 +424,9 @@ class Engine:
                 self._end(row)
 
     def _run_ahead(self, rows: list[_Row], token_ids: torch.Tensor) -> None:
-        """Begin the next step before its tokens are read, if it is to be of the same rows.
+        """Start the next step before its tokens are read, if it would run the same rows.
 
-        Answers that then turn out to have ended have run for nothing.
+        For answers that turn out to have ended, its results are not used.
         """
         if rows != [row for row in self._rows if row.has_begun]:
             return
@@ -437,10 +439,10 @@ class Engine:
                 row.cache.truncate(length)
 
     def _end(self, row: _Row, error: BaseException | None = None) -> None:
-        """Let go of a row, and keep what it leaves for later prompts."""
-        if self._ahead is not None and row in self._ahead.rows:  # its last token is not for it to run
+        """Remove a row, and cache its keys and values for later prompts."""
+        if self._ahead is not None and row in self._ahead.rows:  # the step ahead has run the answer's last token
             row.cache.truncate(row.cache.get_seq_length() - 1)
-        row.reserved_bytes = 0  # what it leaves counts among what is kept
+        row.reserved_bytes = 0  # from here on its keys and values count as cached
         self._make_room()
         try:
             if not row.generation.done.is_set():
@@ -455,7 +457,7 @@ class Engine:
                 self._ahead = None
 
     def _current_caches(self) -> Caches:
-        """What is kept of the model as it is now."""
+        """The caches for the model's present weights; new ones if the weights have changed."""
         caches = self._caches
         if caches is None or not caches.hold_for(self.model):
             self.step.forget()
@@ -464,7 +466,7 @@ class Engine:
         return caches
 
     def _remember(self, row: _Row) -> None:
-        """Keep what a row leaves, unless it failed or the weights have changed since."""
+        """Cache a row's keys and values, unless it failed or the weights have changed since it began."""
         caches, generation, cache = row.caches(), row.generation, row.cache
         if generation.finish_reason is None or caches is None or not caches.hold_for(self.model):
             return
@@ -480,7 +482,7 @@ class Engine:
 
 
 def _start_reading(numbers: torch.Tensor) -> Callable[[], list[int]]:
-    """Begin to copy numbers to the CPU; what is returned waits for them, and not for what the device does after."""
+    """Start to copy numbers to the CPU. The returned function waits for them, but not for later work of the device."""
     if numbers.device.type != "cuda":
         return numbers.tolist
     on_cpu, copied = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -494,10 +496,10 @@ def _start_reading(numbers: torch.Tensor) -> Callable[[], list[int]]:
 
 
 class _Worker(threading.Thread):
-    """An engine's thread. It does not keep the engine, and ends with it.
+    """An engine's thread. While idle it does not keep the engine alive, and ends with it.
 
     Attributes:
-        calls: whether to work once more, or to end.
+        calls: True to work once more, False to end.
     """
 
     def __init__(self, engine: Engine):
@@ -519,9 +521,9 @@ class _Worker(threading.Thread):
 
 
 def engine_of(model: MultiModalityCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine that callers share who have only a model: made when first asked for, or for another tokenizer.
+    """The shared engine of a model, for callers that have no engine of their own.
 
-    It goes with the model, and does not keep it.
+    It is made on first use, and anew for another tokenizer. It does not keep the model alive, and is freed with it.
     """
     with _lock:
         engine = _engine_of.get(model)
@@ -538,6 +540,6 @@ _engine_of: weakref.WeakKeyDictionary[MultiModalityCausalLM, Engine] = weakref.W
 
 @atexit.register
 def _close_all() -> None:
-    """The interpreter must not end below a thread that computes."""
+    """Close all engines, so that the interpreter does not exit while their threads compute."""
     for engine in list(_engines):
         engine.close()

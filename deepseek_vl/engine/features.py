@@ -27,16 +27,16 @@ def embed_images(
 ) -> torch.Tensor:
     """One vector per picture: the features of the vision tower, before the projector, pooled over all patches.
 
-    Compare vectors by their cosine (`torch.nn.functional.normalize`, then a product). Only a batch of pictures is open
-    at a time, however many there are.
+    Compare vectors by their cosine (`torch.nn.functional.normalize`, then a product). Only one batch of pictures is
+    open at a time.
 
-    A model with the hybrid tower has features of both: "mean" gives SAM's mean and then SigLIP's, side by side, and
-    "attention" SigLIP's alone, as SAM has no such head.
+    For the hybrid tower, "mean" concatenates the means of SAM's and SigLIP's features, and "attention" pools SigLIP's
+    alone, as SAM has no such head.
 
     Args:
         images: what `open_image` takes: by default paths, bytes, files or PIL images; may be a generator.
-        pooling: "mean", or "attention" for the pooling head of SigLIP, which the published checkpoints carry as it was
-            pretrained. DeepSeek-VL neither runs nor trains it, while it trains the tower below it.
+        pooling: "mean", or "attention" for SigLIP's pooling head. Published checkpoints carry the head as it was
+            pretrained: DeepSeek-VL trains the tower below it, but neither runs nor trains the head.
         batch_size: pictures that run through the tower together; None for 4, or for 1 on CPUs.
         open_image: opens one of them.
 
@@ -45,7 +45,7 @@ def embed_images(
         both for the mean of a hybrid.
 
     Raises:
-        ValueError: for an unknown pooling, or "attention" with a tower that has no such head.
+        ValueError: for an unknown pooling, "attention" with a tower that has no such head, or without pictures.
         ImageLoadError: for a picture that cannot be read.
     """
     if pooling not in get_args(Pooling):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 END = object()
-"""The last that a generation's sink gets."""
+"""The last item that a generation's sink gets."""
 
 
 class PromptTooLongError(ValueError):
@@ -43,38 +43,39 @@ class PromptTooLongError(ValueError):
 
 
 class MemoryBudgetError(ValueError):
-    """A prompt and its answer take more memory than there is for all answers."""
+    """A prompt and its answer may take more memory than there is for all answers."""
 
 
 class Generation:
     """An answer while it is generated, for `Engine.submit`.
 
     Args:
-        engine: which is to generate it.
-        inputs: the processor's output for one conversation, best on the CPU: the engine reads it, and moves what the
-            model computes with.
+        engine: will generate the answer.
+        inputs: the processor's output for one conversation, best on the CPU: the engine moves only what the model
+            computes with.
         settings: see `GenerationSettings`.
         sink: gets pieces of text; then an exception, if there was one; then `END`. Called in the engine's thread; if it
             raises, the answer ends.
-        keeps: whether what is computed for it is kept for later prompts.
-        goes_on: whether the prompt ends within a text that the answer continues. Otherwise a structured answer begins
-            with the space that is behind the template's "Assistant:", which is not passed on.
+        keeps: whether its keys, values and image features are cached for later prompts.
+        goes_on: whether the answer continues a text that the prompt ends with. Otherwise a structured answer begins
+            with the space after the template's "Assistant:", which the sink does not get.
 
     Attributes:
-        model: the engine's, which is kept as long as the answer is wanted.
+        model: the engine's model, which this reference keeps alive.
         prompt_tokens: length of the prompt.
-        max_tokens: of prompt and answer together.
-        cached_tokens: how many of them an earlier answer had left, so that they did not run again.
+        max_tokens: the most tokens of prompt and answer together.
+        cached_tokens: how many of the prompt's tokens did not run, because their keys and values were cached.
         cancelled: set it to end the answer within one token.
-        logprobs: of the tokens so far, if the settings say so.
-        dropped: how many characters that the answer began with were not passed on.
-        done: is set when the engine has let go of it.
-        finish_reason: `stop` (end token or stop word), `length` or `cancelled`; None while it runs or after an error.
+        logprobs: log probabilities of the tokens so far, if the settings ask for them.
+        dropped: how many characters at the beginning of the answer the sink did not get.
+        done: set when the answer has ended.
+        finish_reason: `stop` (end token, stop word, or a structured answer that is complete), `length` or `cancelled`;
+            None while it runs or after an error.
 
     Raises:
         ValueError: if `inputs` has several rows.
         PromptTooLongError: if its prompt leaves no room for an answer.
-        MemoryBudgetError: if it can never have the memory that it may need.
+        MemoryBudgetError: if it may need more memory than the engine's whole budget.
         StructureError: if the form of the answer is not supported.
     """
 
@@ -116,7 +117,7 @@ class Generation:
         self._generator: torch.Generator | None = None
         if settings.seed is not None and not settings.greedy:
             self._generator = torch.Generator(self.model.device).manual_seed(settings.seed)
-        release_threads()  # this thread has processed the inputs; it is the engine's that needs the cores now
+        release_threads()  # this thread has processed the inputs; now the engine's thread needs the cores
 
     @property
     def token_ids(self) -> list[int]:
@@ -124,11 +125,11 @@ class Generation:
         return self._detokenizer.token_ids
 
     def choose(self, logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
-        """The next token, int64 [], on the device.
+        """Choose the next token, int64 [], on the logits' device.
 
         Args:
             logits: float32 [vocabulary].
-            likeliest: the token with the largest of them, int64 [].
+            likeliest: the token with the largest logit, int64 [].
         """
         if self._settings.logprobs is not None:
             self._logits = logits
@@ -138,10 +139,10 @@ class Generation:
         return likeliest if self._settings.greedy else sample(logits, self._settings, self._generator, self.token_ids)
 
     def advance(self, token_id: int) -> bool:
-        """Add the next token, and pass its text on. An error in that ends the answer.
+        """Add the next token, and pass its text on. An error in either ends the answer.
 
         Returns:
-            whether there are to be more.
+            whether the answer goes on.
         """
         try:
             if self._logits is not None:
@@ -194,10 +195,10 @@ class Generation:
 class AnswerStream(Iterator[str]):
     """Iterates over the pieces of an answer while it is generated; also a context manager that stops it at the end.
 
-    Generation begins with the first piece asked for. The pieces joined are the answer, without special tokens and stop
-    words.
+    Generation begins when the first piece is asked for. The pieces joined are the answer, without special tokens and
+    stop words.
 
-    Takes and raises what `Generation` does; what goes wrong during generation is raised by the iteration.
+    Takes and raises what `Generation` does. Errors during generation are raised by the iteration.
     """
 
     def __init__(self, engine: "Engine", inputs: BatchedVLChatProcessorOutput, settings: GenerationSettings):
@@ -214,7 +215,7 @@ class AnswerStream(Iterator[str]):
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop` (end token or stop word), `length`, `cancelled`; None while it runs or after an error."""
+        """`stop`, `length` or `cancelled`, as in `Generation`; None while it runs or after an error."""
         return self._generation.finish_reason
 
     @property
@@ -224,7 +225,7 @@ class AnswerStream(Iterator[str]):
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """Of the tokens so far, if the settings say so."""
+        """Log probabilities of the tokens so far, if the settings ask for them."""
         return self._generation.logprobs
 
     def stop(self) -> None:

@@ -1,8 +1,8 @@
-"""One more token for every row as a CUDA graph: how GPUs do it.
+"""The decoding step on GPUs, as CUDA graphs.
 
-Launched one by one, the few hundred small kernels of a token take a GPU less time than they take Python to launch. A
-graph launches them at once, on inputs and outputs whose addresses stay the same. Where a row's keys and values lie is
-one of the inputs, so that one graph serves all rows there ever are.
+A token takes a few hundred small kernels, which a GPU runs faster than Python launches them one by one. A graph
+launches them at once, on inputs and outputs at fixed addresses. The addresses of the rows' keys and values are one of
+the inputs, so that one graph serves any rows.
 """
 
 import logging
@@ -27,15 +27,15 @@ from deepseek_vl.kernels.row_attention import attend_rows, is_available
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""The numbers of rows for which there are graphs. What lies between runs with rows to spare, whose results nobody
-reads."""
+"""The numbers of rows for which there are graphs. Other numbers of rows run on the next larger graph, whose spare rows'
+results are not used."""
 
 _capturing = threading.Lock()
 """PyTorch captures one graph at a time in a process."""
 
 
 def can_be_graphed(language_model: PreTrainedModel) -> bool:
-    """Whether there can be CUDA graphs of a language model: a Llama on one GPU that attends as is usual."""
+    """Whether a language model can run as CUDA graphs: a Llama on one GPU that attends with `sdpa` or `ATTENTION`."""
     return (
         is_available()
         and isinstance(language_model, LlamaForCausalLM)
@@ -46,20 +46,20 @@ def can_be_graphed(language_model: PreTrainedModel) -> bool:
 
 
 class GraphedStep(Step):
-    """One more token for every row of one language model, from CUDA graphs.
+    """A step that runs one language model as CUDA graphs.
 
-    Answers are those of `Step` up to rounding.
+    Results are those of `Step` up to rounding.
 
     Args:
-        language_model: one that `can_be_graphed`. Others run plainly.
-        one, several: how its layers are run for one token, and for more.
+        language_model: one that `can_be_graphed`. Other models run as in `Step`.
+        one, several: run its layers for one token, and for several; None for `Decoder()`.
     """
 
     def __init__(self, language_model: PreTrainedModel, one: Decoder | None = None, several: Decoder | None = None):
         self._language_model = weakref.ref(language_model)
         self._device = language_model.device
         self._decoders = one or Decoder(), several or Decoder()
-        # Its own: a stream that is shared may belong to another GPU.
+        # A stream of its own, as a shared one may belong to another GPU.
         self._stream = torch.cuda.Stream(language_model.device)
         self._captured: _Captured | None = None
         self.forget()
@@ -78,7 +78,7 @@ class GraphedStep(Step):
         cache: RowCache,
         token_ids: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """`Step.prompt`; a few tokens behind others that have run are as many rows of one cache."""
+        """`Step.prompt`; a few text tokens after cached ones run on a graph, as rows that share one cache."""
         start = cache.get_seq_length()
         if token_ids is not None and start:
             tokens = len(token_ids)
@@ -93,16 +93,16 @@ class GraphedStep(Step):
         return language_model.get_output_embeddings()(hidden[-1:])
 
     def capture(self, language_model: PreTrainedModel, rows: int) -> None:
-        """Make the graph of so many rows ready.
+        """Capture the graph for this many rows before it is needed.
 
         Raises:
-            RuntimeError: if that is not possible.
+            RuntimeError: if it cannot be captured.
         """
         with torch.cuda.device(language_model.device):
             self._graph(language_model, rows)
 
     def forget(self) -> None:
-        """Free the graphs, whose weights may be others now. May be called from any thread."""
+        """Free the graphs, which read weights at fixed addresses. May be called from any thread."""
         self._captured, self._most = None, ROWS[-1]
 
     def _is_for(self, language_model: PreTrainedModel) -> bool:
@@ -115,10 +115,10 @@ class GraphedStep(Step):
         caches: Sequence[RowCache],
         places: Sequence[int],
     ) -> torch.Tensor | None:
-        """Run tokens at places of caches, and add them to these.
+        """Run tokens at given positions of their caches, and add them to the caches.
 
         Returns:
-            logits [tokens, vocabulary]; None if they have to run in another way.
+            logits [tokens, vocabulary]; None if no graph can run the tokens.
         """
         if not self._is_for(language_model) or len(caches) > self._most:
             return None
@@ -128,7 +128,7 @@ class GraphedStep(Step):
             with torch.cuda.device(language_model.device):
                 graph = self._graph(language_model, len(caches))
                 logits = graph(token_ids, caches, places)
-        except RuntimeError:  # out of memory, or what a graph cannot hold
+        except RuntimeError:  # out of memory, or an operation that cannot be captured
             self._captured, self._most = None, math.ceil(len(caches) / 2) - 1
             logger.warning("No CUDA graph of %d tokens: they run one kernel at a time.", len(caches), exc_info=True)
             return None
@@ -146,16 +146,16 @@ class GraphedStep(Step):
 
 
 class _Causal:
-    """A prompt's tokens, each of which attends to those before it, which a cache keeps.
+    """Causal attention of a prompt's tokens, whose keys and values are added to a cache.
 
     Args:
-        positions: int64 [tokens], the tokens'.
+        positions: int64 [tokens], the tokens' positions.
     """
 
     def __init__(self, cache: RowCache, positions: torch.Tensor):
         self._cache = cache
         start, tokens = cache.get_seq_length(), len(positions)
-        self._mask = None  # from the beginning they are causal for all that is held
+        self._mask = None  # with an empty cache, `is_causal` is enough
         if start:
             self._mask = torch.arange(start + tokens, device=positions.device) <= positions[:, None]
 
@@ -178,7 +178,7 @@ class _Causal:
 
 @dataclass
 class _Captured:
-    """Graphs by their number of rows, and the memory that all of them use."""
+    """Graphs by their number of rows, and the memory pool that they share."""
 
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
     graphs: dict[int, "_Graph"] = field(default_factory=dict)
@@ -187,24 +187,24 @@ class _Captured:
 def _capture(
     run: Callable[[], torch.Tensor], stream: torch.cuda.Stream, pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of what runs on inputs that stay where they are, and its output, which does as well."""
+    """Capture `run`, whose inputs stay at fixed addresses; returns the graph and its output, which stays as well."""
     graph = torch.cuda.CUDAGraph()
     with _capturing:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels, and lets libraries get their own memory
             for _ in range(2):
                 run()
-        # Other threads may go on: they prepare other requests' images.
+        # Other threads may go on using CUDA: they prepare other requests' images.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             output = run()
     return graph, output
 
 
 class _Graph:
-    """The step of so many rows.
+    """The captured step for a fixed number of rows.
 
-    What it reads: `_inputs`, int64 [2, rows], the tokens and their places; and `_table`, int64 [2 * layers + 1, rows],
-    the addresses of each layer's keys and values, and the stride of their heads.
+    It reads `_inputs`, int64 [2, rows], the tokens and their positions; and `_table`, int64 [2 * layers + 1, rows], the
+    addresses of each layer's keys and values, and last the stride from one head to the next.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class _Graph:
     ):
         config, device = language_model.config, language_model.device
         layers = config.num_hidden_layers
-        # Rows to spare write here.
+        # Spare rows write here.
         head_dim = language_model.model.layers[0].self_attn.head_dim
         self._spare = torch.zeros(config.num_key_value_heads, head_dim, dtype=language_model.dtype, device=device)
         self._idle = [self._spare.data_ptr()] * (2 * layers) + [head_dim]
@@ -243,7 +243,7 @@ class _Graph:
     def __call__(
         self, token_ids: Sequence[int] | torch.Tensor, caches: Sequence[RowCache], places: Sequence[int]
     ) -> torch.Tensor:
-        """Run it; returns logits [tokens, vocabulary], to be read before any graph runs again."""
+        """Run the graph; returns logits [tokens, vocabulary], which are valid until any graph runs again."""
         self._lay_out(caches)
         spare = [0] * (self._rows - len(caches))
         places = [*places, *spare]
@@ -256,8 +256,8 @@ class _Graph:
         return self._logits[: len(caches)]
 
     def _lay_out(self, caches: Sequence[RowCache]) -> None:
-        """Say where the rows' keys and values lie, if they do not lie where they did."""
-        # The last layer's, which is the last to grow.
+        """Write the addresses of the rows' keys and values to the table, if they have changed."""
+        # The last layer's buffers, which are the last to grow.
         layout = [cache.layers[-1].buffers[0] for cache in caches]
         if len(layout) == len(self._layout) and all(
             before() is now for before, now in zip(self._layout, layout, strict=True)

@@ -1,6 +1,6 @@
 """The key-value cache: one per row, and several rows' caches as one batch for a decoding step.
 
-A row comes, grows and leaves without a byte of another's being touched, and none is padded to another's length.
+Rows are added, grow and are removed without copying others' keys and values, and none is padded to another's length.
 """
 
 import functools
@@ -11,10 +11,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 STEP = 128
-"""A cache that has grown has room for so many tokens more, so that most are written without copying the rest."""
+"""Buffers that grow get room for this many more tokens, so that most tokens are written without copying the others."""
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
-"""Room for a layer's keys and values of one row, [1, heads, capacity, head_dim] each."""
+"""Buffers for one row's keys and values in a layer, [1, heads, capacity, head_dim] each."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -23,10 +23,10 @@ class GrowingLayer(DynamicLayer):
     transformers' own layer copies everything for each new token.
 
     Args:
-        room: for how many positions there is to be room from the beginning.
+        room: the number of positions to have room for from the beginning.
 
     Attributes:
-        buffers: room for more positions than are held.
+        buffers: the keys and values, with room for more positions.
     """
 
     def __init__(self, room: int = 0):
@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         """[1, heads, length, head_dim]"""
         return self.buffers[1].narrow(2, 0, self._length)
 
-    # transformers' constructor says that there are none.
+    # transformers' constructor sets both to None.
     @keys.setter
     def keys(self, keys: None) -> None:
         pass
@@ -70,12 +70,12 @@ class GrowingLayer(DynamicLayer):
         start, new = self._length, keys.shape[2]
         self.reserve(start + new)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
-            buffer.narrow(2, start, new).copy_(states)  # quicker than an index, which counts: see `_RowsLayer`
+            buffer.narrow(2, start, new).copy_(states)  # faster than indexing, which tells in `_RowsLayer`
         self.show(start + new)
         return self.keys, self.values
 
     def reserve(self, length: int) -> None:
-        """Have room for so many positions, and for `STEP` more if the buffers must grow. What is in them is finite."""
+        """Make room for `length` positions, and for `STEP` more if the buffers must grow. New room is filled with 0."""
         if length > self.buffers[0].shape[2]:
             self._hold([self.keys, self.values], length - self._length + STEP)
 
@@ -85,29 +85,29 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, room: int) -> "GrowingLayer":
-        """A layer that begins with a copy of these, with room for so many positions more."""
+        """A layer that holds a copy of these keys and values, with room for `room` more positions."""
         layer = cls()
         layer._hold([keys, values], room)
         return layer
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes."""
+        """The size of the buffers in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def _hold(self, states: Sequence[torch.Tensor], room: int) -> None:
-        """Hold a copy of keys and values, in buffers with room for so many positions more."""
+        """Hold a copy of keys and values, in buffers with room for `room` more positions."""
         self._length = states[0].shape[2]
         keys, values = (_widened(held, self._length + room) for held in states)
         self.buffers = (keys, values)
-        self.device, self.dtype = states[0].device, states[0].dtype  # as transformers has them
+        self.device, self.dtype = states[0].device, states[0].dtype  # transformers reads these
         self.is_initialized = True
 
 
 def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
     wider = held.new_empty(*held.shape[:2], length, held.shape[3])
     wider[:, :, : held.shape[2]] = held
-    # What is masked is multiplied with 0, which leaves 0 of finite numbers only.
+    # Masked values are multiplied by 0, which gives 0 for finite numbers only.
     wider[:, :, held.shape[2] :] = 0
     return wider
 
@@ -116,7 +116,7 @@ class RowCache(Cache):
     """Keys and values of one conversation.
 
     Args:
-        room: for how many positions there is to be room from the beginning.
+        room: the number of positions to have room for from the beginning.
     """
 
     layers: list[GrowingLayer]
@@ -127,16 +127,16 @@ class RowCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes."""
+        """The size of all buffers in bytes."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def spare_bytes(self) -> int:
-        """How much of that memory is room for more positions."""
+        """How many bytes of the buffers are room for more positions."""
         return self.nbytes - sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def prefix(self, length: int, room: int = 0) -> "RowCache":
-        """The first `length` positions, copied to a cache of their own with room for so many more."""
+        """A copy of the first `length` positions, with room for `room` more."""
         copied = RowCache()
         copied.layers += [
             GrowingLayer.of(layer.keys[:, :, :length], layer.values[:, :, :length], room) for layer in self.layers
@@ -144,14 +144,13 @@ class RowCache(Cache):
         return copied
 
     def reserve(self, length: int) -> None:
-        """Have room for so many positions."""
-        if length > self.layers[-1].buffers[0].shape[2]:  # the last to grow, should memory not suffice for all
+        """Make room for `length` positions."""
+        if length > self.layers[-1].buffers[0].shape[2]:  # the last layer to grow, if memory should run out in between
             for layer in self.layers:
                 layer.reserve(length)
 
     def truncate(self, length: int) -> None:
-        """Hold the first so many of the positions for which there is room. (transformers' `crop` counts otherwise from
-        version to version.)"""
+        """Hold the first `length` positions of the buffers. (transformers' `crop` differs between versions.)"""
         for layer in self.layers:
             layer.show(length)
 
@@ -159,8 +158,8 @@ class RowCache(Cache):
 class RowsCache(Cache):
     """Several rows' caches as one batch, for one more token in each.
 
-    Its layers give the attention two lists, each row's keys and each row's values, which is what the implementations in
-    `deepseek_vl.kernels.attention` take beside tensors.
+    Its layers give the attention two lists, each row's keys and each row's values, which the implementations in
+    `deepseek_vl.kernels.attention` take as well as tensors.
     """
 
     def __init__(self, caches: Sequence[RowCache]):

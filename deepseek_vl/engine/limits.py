@@ -5,28 +5,29 @@ from dataclasses import dataclass, replace
 from deepseek_vl.imaging.open import PictureLimits
 
 PICTURES = PictureLimits(
-    formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"),  # none that calls another program or holds other files
+    formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"),  # none that calls other programs or contains other files
     pixels=40_000_000,
     side=16_384,
     aspect=200,
     seconds=10.0,
     memory_bytes=1 << 30,
 )
-"""Of one picture that a stranger sends."""
+"""Limits of one picture that a server's client sends."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much an engine does at a time, and keeps.
+    """How much an engine computes at a time, and how much it caches.
 
     Attributes:
-        max_rows: how many answers make up a batch.
-        prefill_seconds: about so long prompts are run, piece by piece, before running answers get their next token.
-        memory_bytes: memory on the model's device for everything that grows: keys and values of running answers, for
-            which as much is set aside as prompt and answer may need; and in what is left, what is kept of answers that
-            have ended, least recently used first to go. None for `default_memory`.
-        image_bytes: how much of that may be encoded images: 50 of the 1.3B model's in bfloat16, or 25 of the 7B's.
-        keeps: whether anything is kept of answers that have ended.
+        max_rows: the most answers in a batch.
+        prefill_seconds: about how long prompts run, piece by piece, before running answers get their next token.
+        memory_bytes: memory on the model's device for everything that grows. For each running answer, all that its
+            prompt and answer may need is set aside. The rest is for caches of ended answers, of which the least
+            recently used are dropped first. None for `default_memory`.
+        image_bytes: how much of `memory_bytes` may be encoded images. The default is for 56 of the 1.3B model's in
+            bfloat16, or 28 of the 7B model's.
+        keeps: whether anything is cached of ended answers.
     """
 
     max_rows: int = 16
@@ -37,39 +38,39 @@ class EngineLimits:
 
 
 def default_memory(weight_bytes: int, free_bytes: int) -> int:
-    """`EngineLimits.memory_bytes` of a model whose weights take so much, on a device with so much left beside them.
+    """The default of `EngineLimits.memory_bytes`, by the size of the weights and the memory that is left beside them.
 
-    As much as the weights (1 GiB at least), if that is at most half of what is left: in bfloat16 22,000 tokens of the
-    1.3B model, and 30,000 of the 7B model. The other half is for what a step needs for itself.
+    It is the size of the weights, 1 GiB at least, but at most half of the memory that is left: steps need memory of
+    their own. In bfloat16 this is enough for 22,000 tokens of the 1.3B model, or 30,000 of the 7B model.
     """
     return min(max(weight_bytes, 1 << 30), free_bytes // 2)
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a stranger may ask of a server.
+    """Limits on what an untrusted client may ask of a server.
 
     Attributes:
-        head_seconds: until a request's head has arrived.
-        body_bytes: of a request, or of an upload.
-        body_seconds: until a request's body has arrived.
-        bodies_bytes: of all requests together that are being read, up to their pictures.
-        json_values: names and values in a body: as many as the messages that fit a model.
-        json_depth: of lists and objects in each other; a JSON schema takes two for each level of what it describes.
-        json_digits: of a number.
-        json_escapes: backslashes in a body; Chinese text may have one for every character.
-        send_seconds: for a client to take some of its answer.
-        refusal_seconds: that a wrong key or password waits for its answer.
-        refusals: how many wait so at a time.
-        waiting: requests that wait for a place; more are turned away.
-        prepared: requests that have their pixels and wait for their prompt's turn; the others wait without.
-        answers: to one request.
-        images: in one message or request.
-        pictures: of one image.
-        decoders: how many images are decoded at a time, each in a process of its own.
-        fetch_bytes: of one picture that is fetched by its address.
-        fetch_seconds: for one, redirects included.
-        fetch_redirects: for one.
+        head_seconds: time in which a request's head must arrive.
+        body_bytes: size of a request's body, or of an upload.
+        body_seconds: time in which a request's body must arrive.
+        bodies_bytes: total size of the bodies of all requests whose text and pictures are being read.
+        json_values: number of names and values in a body, enough for all the messages that fit a model.
+        json_depth: nesting of lists and objects; a JSON schema takes two levels for each level that it describes.
+        json_digits: digits of a number.
+        json_escapes: number of backslashes in a body; Chinese text may have one for every character.
+        send_seconds: time in which a client must receive some of its answer.
+        refusal_seconds: delay of the answer to a wrong key or password.
+        refusals: number of such delayed answers at a time.
+        waiting: number of requests that wait for a place; more are turned away.
+        prepared: number of waiting requests whose pixels are in memory; the others wait without pixels.
+        answers: number of answers to one request.
+        images: number of images in one message or request.
+        pictures: limits of each image.
+        decoders: number of images decoded at a time, each in a process of its own.
+        fetch_bytes: size of a picture that is fetched by its address.
+        fetch_seconds: time for fetching a picture, redirects included.
+        fetch_redirects: number of redirects for a picture.
     """
 
     head_seconds: float = 10.0
@@ -95,12 +96,12 @@ class RequestLimits:
 
 
 PAGE_LIMITS = RequestLimits(waiting=256)
-"""Of the web page."""
+"""Limits of the web page."""
 
 PAGE_ANSWERS = 64
-"""How many answers the web page generates or has in line at the engine at a time."""
+"""The most answers of the web page that are generated or wait for the engine at a time."""
 
 TERMINAL_LIMITS = RequestLimits(
     fetch_bytes=50 << 20, fetch_seconds=60.0, pictures=replace(PICTURES, formats=(*PICTURES.formats, "TIFF", "AVIF"))
 )
-"""Of what a user of the terminal names by its address, or gives on standard input."""
+"""Limits of pictures that a terminal's user names by address or gives on standard input."""

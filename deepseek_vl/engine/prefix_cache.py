@@ -1,4 +1,4 @@
-"""What an engine keeps when an answer has ended: encoded images, and keys and values of conversations."""
+"""The engine's caches: encoded images, and keys and values of ended conversations."""
 
 import itertools
 from collections import OrderedDict
@@ -21,16 +21,17 @@ Value = TypeVar("Value", torch.Tensor, RowCache)
 
 
 class WeightsState:
-    """A model's weights as they are now.
+    """A record of a model's present weights, by which changes are noticed.
 
-    What bypasses PyTorch's count of changes (writing through `.data`, switching an adapter off) goes unnoticed.
+    Changes that PyTorch does not count (writing through `.data`, switching an adapter off) go unnoticed.
     """
 
     def __init__(self, model: MultiModalityCausalLM):
         weights = list(_weights(model))
-        # A model that was made in inference mode has no count.
+        # PyTorch does not count changes of a model that was made in inference mode.
         self._state = None if any(weight.is_inference() for weight in weights) else _state_of(model)
-        # As long as they are referred to, even weakly, no other storage is in their place. Their memory may be.
+        # While weak references to the storages exist, no new storage has the address (`_cdata`) of an old one, though
+        # the memory for their numbers may be freed.
         self._references = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
 
     def is_still_of(self, model: MultiModalityCausalLM) -> bool:
@@ -78,7 +79,7 @@ class LRUCache(Generic[Value]):
         return key in self._values
 
     def use(self, key: bytes) -> Value:
-        """The value of a key that is there."""
+        """The value of a key, which must be present; marks it as used."""
         self._values.move_to_end(key)
         return self._values[key]
 
@@ -90,7 +91,7 @@ class LRUCache(Generic[Value]):
             self.nbytes += value.nbytes
 
     def limit(self, max_bytes: int) -> None:
-        """Take no more than so much from now on."""
+        """Change the limit, and drop values that exceed it."""
         self.max_bytes = max_bytes
         self._shrink(max_bytes)
 
@@ -99,7 +100,7 @@ class LRUCache(Generic[Value]):
             self.drop(next(iter(self)))
 
     def drop(self, key: bytes) -> None:
-        """Forget a value that is there."""
+        """Drop the value of a key, which must be present."""
         self.nbytes -= self._values.pop(key).nbytes
 
 
@@ -126,12 +127,12 @@ class ImageFeatures(LRUCache[torch.Tensor]):
 
 
 class PrefixCache(LRUCache[RowCache]):
-    """Keys and values of conversations, by their content (see `Prompt.content`): what a later prompt begins with."""
+    """Keys and values of conversations, by their content (see `Prompt.content`), for prompts with the same prefix."""
 
     def continued(self, content: np.ndarray) -> RowCache:
-        """A cache that begins with as much of this content as any conversation here does.
+        """A new cache with the longest prefix of this content that a cached conversation has.
 
-        It is the caller's own, and has room for the rest.
+        It belongs to the caller, and has room for the rest of the content.
         """
         longest, shared = max(((_shared(_content(key), content), key) for key in self), default=(0, b""))
         if not longest:
@@ -139,7 +140,7 @@ class PrefixCache(LRUCache[RowCache]):
         return self.use(shared).prefix(longest, room=len(content) - longest + STEP)
 
     def keep(self, content: np.ndarray, cache: RowCache) -> None:
-        """Keep a conversation's keys and values, if there is room. The cache is then no longer the caller's."""
+        """Add a conversation's keys and values, if they fit. The caller must not use the cache afterwards."""
         if cache.nbytes - cache.spare_bytes > self.max_bytes:
             return
         if cache.spare_bytes > cache.nbytes // 10:
@@ -180,16 +181,16 @@ class Caches:
         self.prefixes = PrefixCache(0)
 
     def limit(self, max_bytes: int) -> None:
-        """Take no more than so much from now on."""
+        """Change the limit on the total size, and drop values that exceed it."""
         if self._limits.keeps:
             self.images.limit(min(self._limits.image_bytes, max_bytes))
             self.prefixes.limit(max_bytes - self.images.nbytes)
 
     @property
     def nbytes(self) -> int:
-        """How much memory all of it takes."""
+        """The total size in bytes."""
         return self.images.nbytes + self.prefixes.nbytes
 
     def hold_for(self, model: MultiModalityCausalLM) -> bool:
-        """Whether this is what the model, as it is now, would compute."""
+        """Whether the caches are still valid for the model's present weights."""
         return self._weights.is_still_of(model)

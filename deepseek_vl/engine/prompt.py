@@ -13,7 +13,7 @@ import torch
 from deepseek_vl.models.modeling_vlm import check_images
 
 FEATURE_IDS = 1 << 62
-"""From here on numbers in `Prompt.content` stand for image features, and below for tokens."""
+"""In `Prompt.content`, numbers from here on stand for image features, and smaller ones for tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class PromptImage:
 class Prompt:
     """One conversation, or the end of one, of T tokens, with n images of N features each.
 
-    All but the pixels is on the CPU, where it is counted and compared.
+    All tensors but the pixels are on the CPU, where they are counted and compared.
 
     Attributes:
         input_ids: int64 [T].
         images_seq_mask: bool [T], where an image feature replaces the token's embedding.
-        images_emb_mask: bool [n, N], which features do, in order; at least one of each image.
+        images_emb_mask: bool [n, N], the features that do so, in order; at least one of each image.
         images: n of them.
     """
 
@@ -80,7 +80,7 @@ class Prompt:
         return self._where((positions >= start) & (positions < end))
 
     def _where(self, wanted: torch.Tensor) -> "Prompt":
-        """The positions that are wanted, bool [T]."""
+        """The part of the prompt at the positions where `wanted`, bool [T], is true."""
         features = self.images_emb_mask.clone()
         features[self.images_emb_mask] = wanted[self.images_seq_mask]
         used = features.any(-1)
@@ -89,7 +89,7 @@ class Prompt:
 
     @cached_property
     def content(self) -> np.ndarray:
-        """int64 [T]: what stands at each position, a token's id or a number for this feature of these pixels.
+        """int64 [T]: what stands at each position, a token's id or a number for a feature of an image.
 
         Prompts that begin with the same content have the same embeddings there.
         """
@@ -100,7 +100,7 @@ class Prompt:
         return content
 
     def arguments(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """For `prepare_inputs_embeds` on a device, as a batch of one; without the pixels."""
+        """The arguments of `prepare_inputs_embeds` on a device, as a batch of one, without the pixels."""
         return {
             "input_ids": self.input_ids[None].to(device),
             "pixel_values": None,

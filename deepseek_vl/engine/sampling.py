@@ -1,4 +1,4 @@
-"""Choosing the next token, and how likely it was."""
+"""Sampling the next token, and tokens' log probabilities."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,9 +26,9 @@ def sample(
 
     Args:
         logits: float32 [vocabulary].
-        settings: say how; not greedily.
+        settings: how to sample; not greedy ones.
         generator: for the draw, on the logits' device; None for torch's own.
-        answer: the tokens so far, which the repetition penalty is for; the prompt's are not.
+        answer: the answer's tokens so far, to which alone the repetition penalty applies.
     """
     input_ids = torch.tensor([answer], dtype=torch.long, device=logits.device)
     processes: list[LogitsProcessor] = [
@@ -47,12 +47,12 @@ def sample(
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token of an answer was, as the model has it: before temperature, penalty and structure.
+    """The log probability of an answer's token, before temperature, repetition penalty and structure.
 
     Attributes:
         token_id: the token.
         logprob: its log probability.
-        likeliest: the likeliest tokens in its place and their log probabilities, in order.
+        likeliest: the likeliest tokens at its position and their log probabilities, in order.
     """
 
     token_id: int
@@ -61,7 +61,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(logits: torch.Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """How likely a token was, and so many of the likeliest.
+    """The log probability of a token, and those of the `count` likeliest tokens.
 
     Args:
         logits: float32 [vocabulary].

@@ -12,14 +12,14 @@ def as_stop_words(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
-    """The form of an answer: one of these, which the answer's text then has if it ends by itself.
+    """The required form of an answer, by exactly one of these attributes. Answers that are cut off may not have it.
 
     Attributes:
-        json_object: whether it is a JSON object.
-        json_schema: a JSON schema, of what is JSON.
-        regex: a regular expression that matches all of it, `\\d` the digits 0 to 9. Look-around, word borders and back
-            references are not known.
-        choice: the texts that it may be.
+        json_object: any JSON object.
+        json_schema: JSON that fits this JSON schema.
+        regex: text that this regular expression matches as a whole. `\\d` is the digits 0 to 9; look-around, word
+            boundaries and back references are not supported.
+        choice: one of these texts.
 
     Raises:
         ValueError: unless exactly one is given.
@@ -45,16 +45,16 @@ class GenerationSettings:
     """How an answer is generated.
 
     Attributes:
-        max_new_tokens: the answer ends after so many tokens.
-        temperature: 0, or next to it, for greedy decoding, which takes no notice of the next four.
+        max_new_tokens: the most tokens that an answer has.
+        temperature: 0, or less than 0.0001, for greedy decoding, which ignores the next four.
         top_p: sample from the smallest set of tokens with this total probability; 0 for greedy decoding as well.
-        top_k: sample from so many of the likeliest tokens; 0 or -1 for all. The default is transformers' and the
+        top_k: sample from this many of the likeliest tokens; 0 or -1 for all. The default is transformers' and the
             reference's.
         min_p: sample from tokens with at least this fraction of the likeliest one's probability.
         repetition_penalty: divides the scores of tokens already generated.
         stop: the answer ends before the first of these texts.
         seed: for sampling; None leaves torch's random state as it is.
-        logprobs: keep each token's log probability, and those of so many of the likeliest tokens; None for neither.
+        logprobs: keep each token's log probability, and those of this many of the likeliest tokens; None for neither.
         structured: the form of the answer; needs the package `llguidance`.
 
     Raises:
@@ -95,5 +95,5 @@ class GenerationSettings:
         return self.temperature < 1e-4 or self.top_p == 0
 
     def with_stop_words(self, stop: str | Sequence[str] | None) -> "GenerationSettings":
-        """These, with a conversation template's stop words; a structured answer may have them in its text."""
+        """These settings with more stop words; the same for structured answers, whose text may contain stop words."""
         return self if self.structured is not None else replace(self, stop=(*self.stop, *as_stop_words(stop)))

@@ -1,7 +1,7 @@
-"""Answers of a given form: JSON of a schema, or text that an expression matches. By llguidance, if one is asked for.
+"""Structured answers, by llguidance: JSON of a schema, text that a regular expression matches, or one of some texts.
 
-In each step the matcher of an answer says which tokens may come next, and the others' logits become minus infinity. It
-knows nothing of the rows beside it.
+At each step the answer's matcher says which tokens may come next, and the others' logits become minus infinity. Each
+answer has a matcher of its own.
 """
 
 import json
@@ -17,21 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from deepseek_vl.engine.settings import StructuredOutput
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""Small models, left the choice of white space, write it without end."""
+"""Fixed white space in JSON, which small models would otherwise write without end."""
 
 
 class StructureError(ValueError):
-    """No answer can have the form that is asked for, or it uses what is not supported."""
+    """No answer can have the form that is asked for, or the form uses what is not supported."""
 
 
 class Structure:
-    """Which tokens an answer may go on with, so that it has a given form.
+    """The state of one structured answer: which tokens may come next.
 
     Args:
         tokenizer: the model's.
-        vocabulary: how many logits the model has for a token.
-        form: what is asked for.
-        after_space: whether the answer begins with a space that is not of that form, as behind "Assistant:".
+        vocabulary: the number of the model's logits.
+        form: the form that the answer is to have.
+        after_space: whether a space that is not part of the form comes first, as after "Assistant:".
 
     Raises:
         StructureError: for a form that is not supported, or without llguidance.
@@ -51,25 +51,25 @@ class Structure:
         if self._matcher.is_error():
             raise StructureError(_reason(self._matcher.get_error()))
         self._bits = np.zeros((readable.vocab_size + 31) // 32, dtype=np.int32)
-        self._compute()  # what is not possible shows here, and what takes longest is done
+        self._compute()  # finds forms that are not possible, and does the slowest part
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the answer is complete, so that no token can follow."""
         return self._matcher.is_stopped()
 
     def masked(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits [vocabulary], with minus infinity for what may not come next.
+        """The logits [vocabulary], with minus infinity for tokens that may not come next.
 
         Raises:
-            StructureError: if that takes too long to find out.
+            StructureError: if the form is too complex.
         """
         self._compute()
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)].view(bool)
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
     def accept(self, token_id: int) -> None:
-        """Go on with a token, which `masked` has allowed."""
+        """Add the next token, which must be one that `masked` allows."""
         self._matcher.consume_token(token_id)
         self._check()
 
@@ -95,7 +95,7 @@ _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Any]] = we
 
 
 def _readable(tokenizer: Any, vocabulary: int) -> Any:
-    """A tokenizer as llguidance reads it, which takes a second for a large one, once."""
+    """A tokenizer in llguidance's form. It is cached, as a large one takes a second."""
     from llguidance.hf import from_tokenizer
 
     with _lock:
@@ -114,7 +114,7 @@ def _grammar(form: StructuredOutput, after_space: bool) -> str:
     start = 'start: " " FORM\n' if after_space else "start: FORM\n"
     if form.json_object or form.json_schema is not None:
         schema = {"type": "object"} if form.json_object else form.json_schema or {}
-        # `x-guidance` is llguidance's own, by which a schema could turn its checks off.
+        # `x-guidance` has llguidance's options, by which a schema could turn checks off; ours replace them.
         return f"{start.replace('FORM', 'form')}form: %json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}\n"
     if form.regex is not None:
         expression = _library().regex_to_lark(form.regex, "d")
@@ -124,12 +124,12 @@ def _grammar(form: StructuredOutput, after_space: bool) -> str:
 
 
 def _literal(character: str) -> str:
-    """A character as a regular expression."""
+    """The regular expression of a single character."""
     return character if character.isascii() and character.isalnum() else f"\\x{{{ord(character):x}}}"
 
 
 def _reason(error: str) -> str:
-    """What llguidance says of a form, without where in our grammar it stands."""
+    """llguidance's message about a form, without positions in our grammar."""
     unsupported = re.search(r"Unimplemented keys: \[(.*?)\]", error)
     if unsupported:
         return f"JSON schema: the keyword {unsupported[1][:100]} is not supported."

@@ -1,4 +1,4 @@
-"""Attention for inference: over each row's own keys and values, and on CPUs in float32 over narrow ones."""
+"""Attention for inference: over each row's own keys and values, and on CPUs in float32 for narrow dtypes."""
 
 import contextlib
 import functools
@@ -22,10 +22,10 @@ ATTENTION = {
     ("plain", "widening"): "sdpa_rows_float32_many",
     ("widening", "widening"): "sdpa_rows_float32",
 }
-"""Names among transformers' implementations, by the kernels of few and of many rows of queries."""
+"""Names of our attention in transformers, by the kernels for few and for many queries."""
 
 CACHED_ELEMENTS = 2**20
-"""So many elements of the keys, and of the values, are widened at a time: 8 MB of both, which stay in the cache."""
+"""The most elements of the keys, and of the values, widened at a time: 8 MB for both, which stay in the CPU's cache."""
 
 
 def attend(
@@ -39,21 +39,21 @@ def attend(
     many: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`; of a narrow dtype perhaps in float32, as many heads at a time as fit in the cache.
+    """transformers' `sdpa`, with narrow dtypes optionally in float32, as many heads at a time as fit in the cache.
 
-    Where gradients are on, and on GPUs, it is in its own dtype.
+    Where gradients are enabled, and on GPUs, it always computes in the query's dtype.
 
     Args:
         module: the attention layer.
         query: [B, heads, T, head_dim].
-        key, value: [B, kv_heads, past + T, head_dim]; or B of [1, kv_heads, past + T, head_dim] with a past of each
-            row's own, for T = 1 and without a mask.
+        key, value: [B, kv_heads, past + T, head_dim]; or, for T = 1 and without a mask, a list of B tensors
+            [1, kv_heads, past + T, head_dim], each with a past of its own.
         attention_mask: [B, 1, T, past + T], or None.
-        few, many: whether it is to be so for few queries, and for `MANY_ROWS` or more.
+        few, many: whether to compute in float32 with fewer than `MANY_ROWS` queries, and with as many or more.
         kwargs: see `sdpa_attention_forward`.
 
     Returns:
-        [B, T, heads, head_dim] in the query's dtype, and no weights.
+        [B, T, heads, head_dim] in the query's dtype, and None for the attention weights.
     """
     is_to_widen = many if query.shape[2] >= MANY_ROWS else few
     is_to_widen &= query.dtype in NARROW and query.device.type == "cpu" and not torch.is_grad_enabled()
@@ -69,7 +69,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, kv_heads, length, head_dim = key.shape
     queries_per_key = query.shape[1] // kv_heads
-    # Code that is compiled holds for every length, and fuses the conversion anyway.
+    # Compiled code must be the same for every length, and fuses the conversion anyway.
     parts = 1 if torch.compiler.is_compiling() else math.ceil(kv_heads * length * head_dim / CACHED_ELEMENTS)
     heads_per_part = math.ceil(kv_heads / parts)
     attended = query.new_empty(rows, query.shape[2], query.shape[1], head_dim)
@@ -93,17 +93,17 @@ for (_few, _many), _name in ATTENTION.items():
 
 
 def use_fastest_attention(model: PreTrainedModel) -> None:
-    """Let a model that attends with `sdpa` do so by rows, and with this processor's kernels for its dtype, in place."""
-    if model.config._attn_implementation == "sdpa":  # no public name tells
+    """Give a model that attends with `sdpa` the attention of this module that is fastest for its dtype, in place."""
+    if model.config._attn_implementation == "sdpa":  # there is no public attribute
         few, many = (kernel_for(f"attention_{rows}", model.dtype) for rows in ("few", "many"))
         model.set_attn_implementation(ATTENTION[few, many])
 
 
 @contextlib.contextmanager
 def gpu_attention(device: torch.device) -> Iterator[None]:
-    """Attend with `GPU_ATTENTION` alone for a while, on a CUDA GPU; elsewhere it changes nothing.
+    """Restrict PyTorch's attention to `GPU_ATTENTION` in a `with` block, if the device is a CUDA GPU.
 
-    PyTorch has the choice for all threads of a process, and gets back what it had before.
+    The setting is PyTorch's for the whole process, all threads included, and is restored after the block.
     """
     with sdpa_kernel(list(GPU_ATTENTION)) if device.type == "cuda" else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Compiling modules in place, and finding them as they were where that is not possible."""
+"""Compiling modules in place, and restoring them where that is not possible."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,19 +8,19 @@ from torch import nn
 
 
 class CompilationError(RuntimeError):
-    """PyTorch cannot compile on this machine; the message is the first line of what it says."""
+    """PyTorch cannot compile on this machine; the message is the first line of PyTorch's."""
 
 
 @contextmanager
 def compiling(modules: Iterable[nn.Module] = (), **options: Any) -> Iterator[None]:
-    """Compile modules in place, for a `with` block that runs them, as PyTorch compiles when something is run.
+    """Compile modules in place, for a `with` block that must run them: PyTorch compiles on the first run.
 
     Args:
-        modules: left as they were if that fails.
+        modules: restored if compilation fails.
         options: for `nn.Module.compile`.
 
     Raises:
-        CompilationError: if they, or what else is compiled in the block, cannot be.
+        CompilationError: if the modules, or anything else that the block compiles, cannot be compiled.
     """
     compiled = []
     try:
@@ -28,8 +28,8 @@ def compiling(modules: Iterable[nn.Module] = (), **options: Any) -> Iterator[Non
             compiled.append(module)
             module.compile(**options)
         yield
-    except RuntimeError as error:  # PyTorch has one for each of its parts, and no common one
+    except RuntimeError as error:  # the only common base of PyTorch's compilation errors
         for module in compiled:
-            module._compiled_call_impl = None  # `compile` has no other way back
+            module._compiled_call_impl = None  # there is no public way to undo `compile`
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CompilationError(reason) from error

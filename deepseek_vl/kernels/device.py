@@ -1,4 +1,4 @@
-"""Which device and dtype to compute in, and what can be quantised there."""
+"""Choosing the device and dtype to compute in, and checking that a device supports quantised weights."""
 
 from pathlib import Path
 
@@ -8,17 +8,17 @@ import torch
 from deepseek_vl.kernels.policy import fastest_dtype
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux says how much memory a container may have (version 2)."""
+"""Where Linux says how much memory a container may use (cgroup version 2)."""
 
 QUANTIZATIONS = ("int8", "int4")
 """The ways to quantise a model's weights when it is loaded, on CPUs and CUDA GPUs."""
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to run on: the one asked for, or the first there is of cuda, mps and cpu.
+    """The device to run on: the one asked for, or for "auto" the first available of cuda, mps and cpu.
 
     Raises:
-        ValueError: if the device asked for is not a device, or not there.
+        ValueError: if the device asked for is unknown or not available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -45,19 +45,20 @@ def free_memory(device: torch.device) -> int:
     free = psutil.virtual_memory().available
     if device.type == "mps":
         return min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    try:  # of a container
+    try:  # a container's limit
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # there is none, or it is "max"
         return free
-    # Files that were read, such as weights, count as used, and give way.
+    # Cached files, such as weights that were read, count as used, but are evicted when memory is needed.
     return min(free, max(limit - used + int(statistics["inactive_file"]), 0))
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The dtype to compute in: the one asked for, or bfloat16; float16 on GPUs that lack it; on CPUs `fastest_dtype`.
+    """The dtype to compute in: the one asked for, or for "auto" the best for the device.
 
-    A CPU need not multiply matrices of it fast (see `WideningLinear`), only read and convert it.
+    That is bfloat16, or float16 on GPUs without bfloat16, or `fastest_dtype` on CPUs. A CPU only has to read and
+    convert that dtype fast, not to multiply in it (see `WideningLinear`).
 
     Raises:
         ValueError: for a name that is no floating point dtype.
@@ -75,10 +76,10 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
 
 
 def check_quantization(device: torch.device, quantize: str | None) -> None:
-    """Whether weights can be quantised so, on this device; None is not to quantise.
+    """Check that weights can be quantised in this way on this device; None is for weights that are not quantised.
 
     Raises:
-        ValueError: if they cannot, or there is no such way.
+        ValueError: if they cannot, or the way is unknown.
     """
     if quantize is None:
         return

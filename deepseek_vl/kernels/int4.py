@@ -1,7 +1,7 @@
 """Linear layers with int4 weights, for inference on CPUs: half of int8's memory, and as fast for one row.
 
-PyTorch's kernel reads them as they are kept, for a few rows at a time. For many it takes longer than all else, so there
-the weights are widened, as much as fits in the cache at a time, and multiplied as floating point numbers are.
+For few rows, PyTorch's kernel reads the packed weights directly. For many rows it is slow; there the weights are
+widened, as much at a time as fits in the CPU's cache, and multiplied as floating point numbers.
 """
 
 import functools
@@ -15,28 +15,28 @@ from deepseek_vl.kernels.policy import multiplies_fast
 from deepseek_vl.kernels.quantized import QuantizedLinear
 
 GROUP = 32
-"""So many inputs of an output have a scale and a zero point of their own."""
+"""The size of a group: this many consecutive inputs of an output share a scale and a zero point."""
 
 MANY_ROWS = 96
-"""From so many rows on, widening takes less time than the kernel."""
+"""From this many rows on, widening takes less time than PyTorch's kernel."""
 
 WIDENED_ELEMENTS = 2**21
-"""So much of a weight is widened at a time."""
+"""The most elements of a weight widened at a time."""
 
 BLOCKS = (64, 32)
-"""Of so many outputs each the kernel keeps the weights together: with AVX-512, and with AVX2."""
+"""The numbers of outputs in a block of packed weights: with AVX-512, and with AVX2."""
 
 
 class Int4Linear(QuantizedLinear):
-    """A linear layer with int4 weights, whose groups have a scale and a zero point each in bfloat16.
+    """A linear layer with int4 weights, and a bfloat16 scale and zero point for each group.
 
-    With few rows inputs are multiplied in bfloat16, with many in float32, or in bfloat16 where that is fast.
+    Products of few rows are in bfloat16; those of many rows are in bfloat16 where that is fast, otherwise in float32.
     """
 
     def __init__(self, *linears: nn.Linear):
         super().__init__(*linears)
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        blocks = -(-self.out_features // BLOCKS[0]) * (BLOCKS[0] // block_size())  # outputs that are not there are 0
+        blocks = -(-self.out_features // BLOCKS[0]) * (BLOCKS[0] // block_size())  # whole ones, padded with 0
         self._packed = torch.empty(blocks, self.in_features, block_size() // 2, dtype=torch.uint8)
         outputs = blocks * block_size()
         self._scales = torch.zeros(self.in_features // GROUP, outputs, 2, dtype=torch.bfloat16)  # and zero points
@@ -62,12 +62,12 @@ class Int4Linear(QuantizedLinear):
         return output if self._bias is None else output + self._bias
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
-        """By the kernel: [rows, in_features] -> bfloat16 [rows, outputs of whole blocks]."""
+        """Multiply with PyTorch's kernel: [rows, in_features] -> bfloat16 [rows, outputs of whole blocks]."""
         packed = self._packed.view(-1, self.in_features // 2)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, GROUP, self._scales)
 
     def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        """By widening: [rows, in_features] -> [rows, outputs of whole blocks]."""
+        """Multiply with widened weights: [rows, in_features] -> [rows, outputs of whole blocks]."""
         rows = rows.to(torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32)
         output = rows.new_empty(len(rows), len(self._packed) * block_size())
         step = max(1, WIDENED_ELEMENTS // (self.in_features * block_size()))
@@ -78,7 +78,7 @@ class Int4Linear(QuantizedLinear):
         return output
 
     def _widened(self, packed: torch.Tensor, outputs: slice, dtype: torch.dtype) -> torch.Tensor:
-        """The weights of some blocks, which are those of some outputs, transposed: [in_features, outputs]."""
+        """The widened weights of some blocks, whose outputs are the slice `outputs`: [in_features, outputs]."""
         blocks, groups = len(packed), self.in_features // GROUP
         halves = (groups, -1, blocks, 2, block_size() // 2)  # with a -1 for the inputs of a group
         widened = scratch("widened", (self.in_features, blocks * block_size()), dtype)
@@ -91,16 +91,17 @@ class Int4Linear(QuantizedLinear):
 
 
 def check_int4() -> None:
-    """
+    """Check that there is an int4 kernel for this processor.
+
     Raises:
-        ValueError: if there is no int4 kernel for this processor, or this PyTorch keeps weights for it in another way.
+        ValueError: if there is none, or this PyTorch packs weights in an unknown way.
     """
     block_size()
 
 
 @functools.cache
 def block_size() -> int:
-    """Of how many outputs the kernel keeps the weights together on this processor.
+    """The number of outputs in a block of packed weights on this processor.
 
     Raises:
         ValueError: as `check_int4`.
@@ -115,13 +116,13 @@ def block_size() -> int:
 
 
 def _pack(levels: torch.Tensor, size: int) -> torch.Tensor:
-    """Levels of 0 to 15 [N, K] -> as the kernel has them, in blocks of `size` outputs: uint8 [blocks, K, size / 2]."""
+    """Pack levels of 0 to 15 [N, K] for the kernel, in blocks of `size` outputs: uint8 [blocks, K, size / 2]."""
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
     return packed.view(-1, levels.shape[1], size // 2)
 
 
 def _half(packed: torch.Tensor, half: int) -> torch.Tensor:
-    """The lower numbers in each byte, which are the first halves of the blocks, or the upper ones: int8, less 8."""
+    """Half 0 (the lower four bits of each byte) or half 1 (the upper) of each block's outputs: int8, levels less 8."""
     numbers = scratch("numbers", packed.shape, torch.uint8)
     if half == 0:
         torch.bitwise_and(packed, 15, out=numbers)
@@ -131,7 +132,7 @@ def _half(packed: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [N, K] -> levels of 0 to 15 [N, K]; a scale and what level 8 stands for, bfloat16 [K / GROUP, N, 2]."""
+    """float32 [N, K] -> levels of 0 to 15 [N, K]; scales and the values of level 8, bfloat16 [K / GROUP, N, 2]."""
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scales = ((high - low) / 15).clamp_(min=torch.finfo(torch.bfloat16).tiny).bfloat16()

@@ -10,10 +10,10 @@ from deepseek_vl.kernels.policy import MANY_ROWS, kernel_for
 from deepseek_vl.kernels.quantized import QuantizedLinear
 
 QUANTISED_ELEMENTS = 2**20
-"""So much of a weight is quantised at a time: 4 MB as float32, which stay in the cache."""
+"""The most elements of a weight quantised at a time: 4 MB as float32, which stay in the CPU's cache."""
 
 SMALLEST = 2.0**-100
-"""Of what inputs and weights are scaled by: what it is divided by is far from overflowing."""
+"""The smallest maximum that rows are scaled by, so that dividing by the scale cannot overflow."""
 
 LEVELS = {"onednn": 127, "onednn-7-bit": 63, "fbgemm-7-bit": 63}
 """Inputs are quantised to whole numbers from minus this to this, by the name of the kernel."""
@@ -22,8 +22,8 @@ LEVELS = {"onednn": 127, "onednn-7-bit": 63, "fbgemm-7-bit": 63}
 class Int8Linear(QuantizedLinear):
     """A linear layer with int8 weights (symmetric, one scale per output) and inputs quantised row by row.
 
-    The product is `OneDNNProduct`'s or `FBGEMMProduct`'s. Other kernels want compilation to be fast (torchao), or
-    quantise the weights only, which leaves the arithmetic slow.
+    Products are computed by `OneDNNProduct` or `FBGEMMProduct`. Other kernels are fast only if compiled (torchao), or
+    quantise only the weights, which leaves the arithmetic slow.
     """
 
     def __init__(self, *linears: nn.Linear):
@@ -57,11 +57,11 @@ class Int8Linear(QuantizedLinear):
 class OneDNNProduct:
     """Inputs times int8 weights by oneDNN, with the operator to which PyTorch's compiler lowers quantised models.
 
-    The kernel takes unsigned inputs, so that something stands for 0.
+    The kernel takes unsigned inputs, so they are shifted by a zero point.
 
     Args:
         weight: int8 [N, K].
-        scales: what each of its rows is to be multiplied with, float32 [N].
+        scales: float32 [N], one for each row of the weight.
         levels: inputs are quantised to whole numbers from minus this to this.
     """
 
@@ -70,7 +70,7 @@ class OneDNNProduct:
         self._scales = scales
         self._zero_point = torch.zeros(len(weight), dtype=torch.long)
         self._zero = levels + 1
-        self._middle = torch.tensor([self._zero + 0.5])  # conversion cuts off what 0.5 rounds up
+        self._middle = torch.tensor([self._zero + 0.5])  # conversion to integers truncates; adding 0.5 makes it round
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 [rows, K] within the levels, which may be overwritten -> float32 [rows, N]."""
@@ -78,14 +78,15 @@ class OneDNNProduct:
             *(rows.add_(self._middle).to(torch.uint8), 1.0, self._zero),
             *(self._weight, self._scales, self._zero_point),
             *(None, 1.0, 0, torch.float32),  # no bias, and the output as it is
-            *("none", [], ""),  # nor any operation after it
+            *("none", [], ""),  # no operation is fused after it
         )
 
 
 class FBGEMMProduct:
-    """As `OneDNNProduct`, by FBGEMM, which on x86 without VNNI is several times faster with one row.
+    """Inputs times int8 weights by FBGEMM, which on x86 without VNNI is several times faster with one row.
 
-    PyTorch may drop it: the tensors that its weights are packed from are deprecated.
+    The arguments are those of `OneDNNProduct`. PyTorch may drop FBGEMM: the quantised tensors that its weights are
+    packed from are deprecated.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, levels: int):
@@ -102,12 +103,12 @@ class FBGEMMProduct:
 
 
 def _scales(rows: torch.Tensor, levels: int) -> torch.Tensor:
-    """What maps each of the rows [n, K] to -levels ... levels: float32 [n, 1], positive."""
+    """The scales of rows [n, K], which divided by them are within -levels ... levels: float32 [n, 1], positive."""
     return rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST).div_(levels)
 
 
 def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [N, K] -> int8 [N, K], and what each of its rows is to be multiplied with, float32 [N, 1]."""
+    """Quantise a weight [N, K]: int8 [N, K], and the scales of its rows, float32 [N, 1]."""
     quantised = torch.empty_like(weight, dtype=torch.int8)
     scales = weight.new_empty(len(weight), 1, dtype=torch.float32)
     step = max(1, QUANTISED_ELEMENTS // weight.shape[1])

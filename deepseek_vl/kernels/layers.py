@@ -1,8 +1,8 @@
-"""Layers for inference on CPUs: the fastest products, and narrow weights without slow ones.
+"""Linear and convolution layers for inference on CPUs, which multiply in the dtype that is fastest.
 
-One row at a time (decoding), a linear layer takes as long as its weights take to be read, so narrow ones are fast. With
-many rows (a prompt, an image) it takes as long as the arithmetic, which is fast in float32 and in int8, but in bfloat16
-and float16 on few processors.
+With one row (decoding), a linear layer takes as long as reading its weights, so narrow weights are fast. With many rows
+(a prompt, an image) it takes as long as the arithmetic, which is fast in float32 and in int8, but in bfloat16 and
+float16 on few processors.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import nn
 from deepseek_vl.kernels.policy import MANY_ROWS, NARROW, widened_rows
 
 CHUNK_ELEMENTS = 2**22
-"""So much of a weight is widened at a time, or of an input quantised: 16 MB, which stay in the cache."""
+"""The most elements of a weight widened, or of an input quantised, at a time: 16 MB, which stay in the CPU's cache."""
 
 
 class _ReplacingLinear(nn.Linear):
-    """Takes the place of a linear layer, with its parameters."""
+    """A layer that replaces a linear layer and takes over its parameters."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -31,11 +31,11 @@ class _ReplacingLinear(nn.Linear):
 
 
 class WideningLinear(_ReplacingLinear):
-    """An `nn.Linear` whose weights are narrow to be read, and float32 to be multiplied.
+    """An `nn.Linear` with narrow weights, which multiplies many rows in float32.
 
-    With many rows, as much of the weight as fits in the cache is converted to float32 at a time. Sums are in float32
-    and rounded once, so the result is at least as exact as the narrow product's. Where gradients are on, on other
-    devices and under autocast it is an `nn.Linear`.
+    As much of the weight as fits in the CPU's cache is converted to float32 at a time. Sums are in float32 and rounded
+    once, so the result is at least as exact as the narrow product's. With few rows, with gradients, on other devices
+    and under autocast it computes as `nn.Linear`.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -61,28 +61,28 @@ _held = threading.local()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to write to, in memory that this thread keeps for the next of that name: as much is slow to get anew."""
+    """An uninitialised tensor, in memory that each thread reuses for this name, as allocating so much anew is slow."""
     size = math.prod(shape) * dtype.itemsize
     held = getattr(_held, name, None)
     if held is None or len(held) < size:
-        with torch.inference_mode(False):  # it may be written to within as well as without
+        with torch.inference_mode(False):  # so that it can be written to inside and outside of inference mode
             held = torch.empty(size, dtype=torch.uint8, device="cpu")
         setattr(_held, name, held)
     return held[:size].view(dtype).view(shape)
 
 
 class WideningConv2d(nn.Conv2d):
-    """An `nn.Conv2d` whose weights and inputs are narrow, and float32 to be multiplied.
+    """An `nn.Conv2d` with narrow weights and inputs, which computes in float32.
 
-    What PyTorch has for narrow ones where oneDNN has nothing is slow: the 7B model's images took 30 s of such
-    convolutions. Where gradients are on, on other devices and under autocast it is an `nn.Conv2d`.
+    PyTorch's own narrow convolutions, which it uses where oneDNN has none, are slow: in the 7B model they took 30 s.
+    With gradients, on other devices and under autocast it computes as `nn.Conv2d`.
     """
 
     def __init__(self, convolution: nn.Conv2d):
         sizes = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
         super().__init__(
             *(convolution.in_channels, convolution.out_channels, *sizes, convolution.groups),
-            *(convolution.bias is not None, convolution.padding_mode, "meta"),  # without numbers, soon to be replaced
+            *(convolution.bias is not None, convolution.padding_mode, "meta"),  # parameters are replaced below
         )
         self.weight, self.bias = convolution.weight, convolution.bias
         self.train(convolution.training)
@@ -96,10 +96,10 @@ class WideningConv2d(nn.Conv2d):
 
 
 class OneDNNLinear(_ReplacingLinear):
-    """An `nn.Linear` whose products of many rows of float32 are oneDNN's, as PyTorch's narrower ones are anyway.
+    """An `nn.Linear` that multiplies many rows in float32 with oneDNN, which PyTorch uses for narrow dtypes anyway.
 
-    The operator is the one to which PyTorch's own compiler lowers linear layers on CPUs. Where gradients are on, on
-    other devices and under autocast it is an `nn.Linear`.
+    The operator is the one to which PyTorch's own compiler lowers linear layers on CPUs. With few rows, with gradients,
+    on other devices and under autocast it computes as `nn.Linear`.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -110,12 +110,12 @@ class OneDNNLinear(_ReplacingLinear):
 
 
 def _are_many_rows(input: torch.Tensor, linear: nn.Linear, many: int) -> bool:
-    """Whether a layer's input is of many rows, plainly to be multiplied on the CPU."""
+    """Whether a layer's input has `many` rows or more, and `_computes_plainly`."""
     return input.numel() >= many * linear.in_features and _computes_plainly(input, linear)
 
 
 def _computes_plainly(input: torch.Tensor, layer: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a layer is to do on the CPU what its dtype says, and nothing else."""
+    """Whether a layer runs on the CPU in its own dtype, without gradients and autocast."""
     return (
         input.device.type == "cpu"
         and input.dtype is layer.weight.dtype
@@ -129,13 +129,13 @@ LAYERS = {
     "widening": {nn.Linear: WideningLinear, nn.Conv2d: WideningConv2d},
     "onednn": {nn.Linear: OneDNNLinear},
 }
-"""What takes the place of which kind of layer, by the name of the kernel."""
+"""The layers to replace and their replacements, by the name of the kernel."""
 
 
 def replace_layers(model: nn.Module, kernel: str) -> None:
-    """Have a model's layers compute by a kernel of `LAYERS`, in place.
+    """Replace a model's layers by those of a kernel in `LAYERS`, in place.
 
-    Their parameters and names stay as they are, and so do layers that are not, or not yet, on the CPU.
+    Parameters and their names stay the same. Layers that are not on the CPU are not replaced.
     """
     kinds = LAYERS[kernel]
     for module in list(model.modules()):

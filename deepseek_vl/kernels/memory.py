@@ -10,15 +10,15 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 
 ARENAS = 2
-"""Of a server: one for its main thread, and one for all others."""
+"""The number of arenas of a server: one for its main thread, and one for all others."""
 
 
 def share_memory_between_threads() -> None:
-    """Let all threads allocate from `ARENAS` of glibc's arenas; called before there are threads, for the whole process.
+    """Limit glibc to `ARENAS` arenas for the whole process; to be called before other threads are started.
 
-    glibc gives each new thread one of its own, up to 8 for each core, and takes what was freed there for that thread
-    alone. On CPUs the engine has a new thread for every burst of work, so that a server of the bundled model grew by 70
-    MB now and then for an hour. Threads that wait for each other's arena do so for microseconds.
+    By default each new thread gets an arena of its own, up to 8 for each core, and memory freed in an arena is reused
+    only by its threads. On CPUs the engine starts a new thread for every burst of work, so that a server of the bundled
+    model grew by 70 MB now and then for an hour. Threads wait only microseconds for an arena that another one uses.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS)
@@ -26,12 +26,12 @@ def share_memory_between_threads() -> None:
 
 @contextmanager
 def keeping_freed_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what the main thread frees, for what it allocates next, and give it back at the end.
+    """Let glibc keep the memory that the main thread frees, and return it to the system at the end of a `with` block.
 
-    This is for commands: it holds for the whole process, and processes that are forked keep it up. Training on a CPU
-    allocates and frees the same large tensors in every step. Without this the system takes their pages each time and
-    clears them for the next, which on two cores is a tenth of a step. Memory of other threads is kept in part, and
-    settings by environment variables (`MALLOC_...`) end with the block. On other devices nothing happens.
+    This is for commands, as it changes the whole process and the processes forked from it. Training on a CPU allocates
+    and frees the same large tensors in every step. By default the system takes back their pages and clears new ones
+    each time, which on two cores takes a tenth of a step. Memory of other threads is kept only in part, and settings by
+    environment variables (`MALLOC_...`) no longer apply after the block. On other devices than CPUs nothing happens.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
@@ -42,7 +42,7 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # Once set, they no longer adapt; these are what they adapt to in a process that frees large tensors.
+        # Once set, the thresholds no longer adapt; these are the values they adapt to where large tensors are freed.
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_M_MMAP_MAX, 2**16)

@@ -1,6 +1,6 @@
 """Which kernel for which processor, dtype and number of rows.
 
-`TABLE` says it all. Two things override it, for models that are loaded from then on: `set_kernels`, and the environment
+`TABLE` has all rules. Two things override it for models that are loaded later: `set_kernels`, and the environment
 variable `DEEPSEEK_VL_KERNELS`, as in `DEEPSEEK_VL_KERNELS=linear=plain,attention_many=widening`.
 """
 
@@ -19,16 +19,17 @@ Value = TypeVar("Value")
 NARROW = (torch.bfloat16, torch.float16)
 
 MANY_ROWS = 32
-"""From so many rows on, a product takes longer than reading its weights, and less than converting them adds to it."""
+"""From this many rows on, a product takes longer than reading its weights, and converting them adds little to it."""
 
 GPU_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-"""What PyTorch may choose from on CUDA GPUs. cuDNN's, which it prefers on Hopper, plans anew for each length of the
-keys: 2.7 ms a call, 64 of the 92 ms of a token of the 1.3B model. H100, PyTorch 2.11."""
+"""The attention kernels that PyTorch may choose from on CUDA GPUs. cuDNN's, which it prefers on Hopper, plans anew for
+each length of the keys: 2.7 ms a call, 64 of the 92 ms of a token of the 1.3B model. H100, PyTorch 2.11."""
 
 WIDENED_ROWS = (("x86 avx512", MANY_ROWS), ("x86 avx2", 6), ("", MANY_ROWS))
-"""From so many rows on narrow weights are widened, by the features that a processor has to have. With AVX2 alone a
-narrow product takes as long for each further row as for the first: 8 rows through the 24 layers of the 1.3B model in
-float16 805 ms, widened 529, in float32 420. Sapphire Rapids that was held to AVX2, two cores."""
+"""The number of rows from which narrow weights are widened, by the features that a processor must have; the first entry
+that fits counts. With AVX2 alone each further row of a narrow product takes as long as the first: 8 rows through the 24
+layers of the 1.3B model take 805 ms in float16, 529 widened, and 420 in float32. Sapphire Rapids limited to AVX2, two
+cores."""
 
 DTYPES = (
     ("bf16", torch.bfloat16),
@@ -37,8 +38,8 @@ DTYPES = (
     ("x86 avx2", torch.float16),
     ("", torch.float32),
 )
-"""What a model is loaded in if nobody says, by the features that a processor has to have; the first row that holds
-counts. A token takes as long as the weights take to be read; whatever multiplies many rows widens them."""
+"""The default dtype of a model, by the features that a processor must have; the first entry that fits counts. A token
+takes as long as reading the weights; products of many rows widen them, or are fast as they are."""
 
 KERNELS = {
     "linear": ("plain", "widening", "onednn"),
@@ -48,8 +49,8 @@ KERNELS = {
 }
 """The kernels of linear layers with many rows (few are plain), of attention with few and many queries, and of int8.
 
-`plain` computes in the dtype that it is given, `widening` in float32; `onednn` and `fbgemm` are products of libraries,
-and the bits those of a quantised input."""
+`plain` computes in the dtype of its input, `widening` in float32; `onednn` and `fbgemm` name the library that computes
+the product, and `7-bit` the width of quantised inputs."""
 
 TABLE = (
     # float32. MKL's products, which PyTorch uses, take a fifth longer on AMD's AVX-512. AMD EPYC, two cores.
@@ -59,7 +60,7 @@ TABLE = (
     # AVX-512's instructions for bfloat16 take half of float32's time on AMD's processors (EPYC, two cores), but twice
     # as long on Intel's: a prompt of the 1.3B model 25 s instead of 11, with int8 16 instead of 5.5. Xeon of 2.3 GHz.
     ("linear attention_many", (torch.bfloat16,), "amd avx512_bf16", "plain"),
-    # float16 is converted, unless there are tiles for it. Not measured: with these, and on Arm, where oneDNN is asked.
+    # float16 is converted, unless there are tiles for it. Not measured: these tiles, and Arm, where oneDNN tells.
     ("linear attention_many", (torch.float16,), "amx_fp16", "plain"),
     ("linear attention_many", (torch.bfloat16,), "arm bf16", "plain"),
     ("linear attention_many", (torch.float16,), "arm fp16", "plain"),
@@ -69,24 +70,24 @@ TABLE = (
     # Rapids: an eighth of it for one, a quarter for 20. On AMD's EPYC float32 is the faster.
     ("attention_few", NARROW, "intel", "plain"),
     ("attention_few", NARROW, "", "widening"),
-    # x86 without VNNI adds products in pairs, in 16 bits, where those of 8 by 8 bits overflow. One row through the 24
+    # x86 without VNNI adds products in pairs in 16 bits, where products of 8 by 8 bits overflow. One row through the 24
     # layers of the 1.3B model: 65 ms with FBGEMM, 231 with oneDNN. AMD EPYC (Zen 2), two cores.
     ("int8", (torch.int8,), "vnni", "onednn"),
     ("int8", (torch.int8,), "x86 fbgemm", "fbgemm-7-bit"),
     ("int8", (torch.int8,), "x86", "onednn-7-bit"),
     ("int8", (torch.int8,), "", "onednn"),
 )
-"""Operations, dtypes, the features that a processor has to have, and the kernel; the first row that holds counts.
-Where there is none, the kernel is `plain`."""
+"""Rows of operations, dtypes, the features that a processor must have, and the kernel; the first row that fits counts.
+Where no row fits, the kernel is `plain`."""
 
 
 @functools.cache
 def features() -> frozenset[str]:
-    """What this processor is and can do, as far as the kernels depend on it. Read when it is first asked for.
+    """The features of this processor that the choice of kernels depends on; read once.
 
-    `x86` or `arm` (which stands for all others); `amd` or `intel`; `fbgemm`, if PyTorch has it with the operators that
-    are used; and if PyTorch has oneDNN, whose kernels need them: `onednn`, `bf16` and `fp16` (oneDNN computes in these
-    at all), `avx2`, `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
+    They are `x86` or `arm` (which stands for all others); `amd` or `intel`; `fbgemm`, if PyTorch has it with the
+    operators that are used; and if PyTorch has oneDNN, `onednn`, `bf16` and `fp16` (oneDNN supports these dtypes),
+    `avx2`, `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
     """
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     vendor = _vendor()
@@ -97,7 +98,7 @@ def features() -> frozenset[str]:
         and hasattr(torch, "_make_per_channel_quantized_tensor")
     )
     if torch.backends.mkldnn.is_available():
-        # `torch.cpu.get_capabilities` would replace torch.cpu's, where it is there: not in PyTorch 2.6.
+        # The public `torch.cpu.get_capabilities` would replace these private functions, but PyTorch 2.6 lacks it.
         found |= {
             "onednn": True,
             "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -117,7 +118,7 @@ def _vendor() -> str:
 
 
 def cpu_info(name: str) -> str:
-    """What Linux says of the processor under a name, such as `model name`; elsewhere, what Python knows of it."""
+    """An entry of Linux's `/proc/cpuinfo`, such as `model name`; on other systems Python's name of the processor."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
@@ -126,10 +127,10 @@ def cpu_info(name: str) -> str:
 
 
 def kernel_for(operation: str, dtype: torch.dtype) -> str:
-    """The kernel for an operation of `KERNELS` in a dtype: what `set_kernels`, the variable or the table says.
+    """The kernel for an operation of `KERNELS` in a dtype, by `set_kernels`, else the variable, else the table.
 
     Raises:
-        ValueError: if the variable names what there is not.
+        ValueError: if the variable names an unknown operation or kernel.
     """
     variable = os.environ.get("DEEPSEEK_VL_KERNELS", "")
     items = (item.partition("=") for item in variable.split(",") if item.strip())
@@ -138,7 +139,7 @@ def kernel_for(operation: str, dtype: torch.dtype) -> str:
 
 
 def set_kernels(**kernels: str) -> None:
-    """Use other kernels than the table's, by operation, as in `set_kernels(linear="plain")`; without any the table's.
+    """Override the table, by operation, as in `set_kernels(linear="plain")`; without arguments, undo all overrides.
 
     Raises:
         ValueError: for an operation or a kernel that is not in `KERNELS`.
@@ -152,12 +153,12 @@ _set: dict[str, str] = {}
 
 
 def fastest_dtype() -> torch.dtype:
-    """The floating point dtype in which this processor has the next token soonest."""
+    """The floating point dtype in which this processor computes a token fastest."""
     return _first_that_holds(DTYPES)
 
 
 def widened_rows() -> int:
-    """From how many rows on a `widening` product is faster than a narrow one."""
+    """The number of rows from which a `widening` product is faster than a narrow one."""
     return _first_that_holds(WIDENED_ROWS)
 
 
@@ -166,7 +167,7 @@ def _first_that_holds(rows: Sequence[tuple[str, Value]]) -> Value:
 
 
 def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of a floating point dtype at least as fast as such of float32."""
+    """Whether this processor multiplies matrices of a floating point dtype at least as fast as those of float32."""
     return _from_table("linear", dtype) != "widening"
 
 

@@ -20,7 +20,7 @@ def attend_with_positions(
     Returns:
         [B, heads, N, head_dim].
     """
-    # A graph that is exported or compiled has no room for loops and buffers.
+    # Graphs that are exported or compiled cannot contain these loops and buffers.
     is_for_cpu = q.device.type == "cpu" and not rel_h.requires_grad and not torch.compiler.is_compiling()
     return (attend_with_bias if is_for_cpu else attend_widened)(q, k, v, rel_h, rel_w)
 
@@ -50,7 +50,7 @@ def attend_widened(
 
 
 MAX_BIAS_ELEMENTS = 2**24
-"""So much bias `attend_with_bias` has in memory at a time: one head's of one image, on a grid of 64 x 64."""
+"""The most bias elements in memory at a time in `attend_with_bias`: one head of one image on a grid of 64 x 64."""
 
 
 def attend_with_bias(
@@ -58,15 +58,14 @@ def attend_with_bias(
 ) -> torch.Tensor:
     """Attention with the relative positions as a bias, for some grids and heads at a time.
 
-    The arguments and the result are those of `attend_with_positions`. CPUs spend less on the bias than on wider
-    queries.
+    On CPUs this is faster than wider queries. The arguments and the result are those of `attend_with_positions`.
     """
     B, heads, N, _ = q.shape
     H, W = rel_h.shape[-1], rel_w.shape[-1]
     at_once = max(1, MAX_BIAS_ELEMENTS // N**2)
     grids_at_once = min(B, at_once)
     heads_at_once = min(heads, at_once // grids_at_once)
-    buffer = q.new_empty(grids_at_once * heads_at_once * N**2)  # one for all: memory as large is slow to get anew
+    buffer = q.new_empty(grids_at_once * heads_at_once * N**2)  # reused, as allocating so much anew is slow
     out = torch.empty_like(q)
     for grid, head in itertools.product(range(0, B, grids_at_once), range(0, heads, heads_at_once)):
         part = slice(grid, grid + grids_at_once), slice(head, head + heads_at_once)

@@ -1,4 +1,4 @@
-"""What linear layers with quantised weights have in common, and how they take the place of others. For CPUs."""
+"""The base class of linear layers with quantised weights on CPUs, and replacing a model's layers by them."""
 
 import weakref
 from typing import NoReturn
@@ -7,23 +7,23 @@ import torch
 from torch import nn
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of Llama's layers that get the same input one after the other."""
+"""Names of Llama's layers that have the same input, in the order in which they run."""
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer with quantised weights, for inference on CPUs.
 
-    Kinds of it make what they multiply with in their constructor, and implement `weight_bytes` and `_multiplied`.
+    Subclasses quantise the weights in their constructor, and implement `weight_bytes` and `_multiplied`.
 
     Args:
-        linears: the layer to replace, on the CPU; or several of the same input, whose outputs are then one.
+        linears: the layer to replace, on the CPU; or several of the same input, whose outputs are concatenated.
     """
 
     def __init__(self, *linears: nn.Linear):
         super().__init__()
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        # Neither parameters nor buffers: they are on the CPU, and of their dtypes, whatever the model is moved to.
+        # Neither parameters nor buffers, so that they keep device and dtype when the model is moved or cast.
         self._bias = None
         if any(linear.bias is not None for linear in linears):
             biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
@@ -33,12 +33,12 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def takes(cls, linear: nn.Linear) -> bool:
-        """Whether a layer can be quantised so."""
+        """Whether a layer can be quantised in this way."""
         return True
 
     @property
     def weight_bytes(self) -> int:
-        """How much memory the weight takes."""
+        """The size of the weight in bytes."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def once(self, input: torch.Tensor, is_last: bool) -> torch.Tensor:
-        """As `forward`, for siblings that get the same tensor one after the other: kept until the last has had it."""
+        """As `forward`, for siblings with the same input: computed once, and kept until the last has had the output."""
         kept = self._kept  # read once: another thread may change it
         output = kept[1] if kept is not None and kept[0]() is input else self(input)
         self._kept = None if is_last else (weakref.ref(input), output)
@@ -71,11 +71,11 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedSibling(nn.Module):
-    """One of several layers of the same input: a part of the `QuantizedLinear` of them all, which runs once.
+    """One of several layers with the same input, as a part of their common `QuantizedLinear`, which runs once.
 
     Args:
         whole: the layer that the siblings share.
-        start, end: which of its outputs are this layer's.
+        start, end: this layer's slice of the outputs.
     """
 
     def __init__(self, whole: QuantizedLinear, start: int, end: int):
@@ -91,9 +91,9 @@ class QuantizedSibling(nn.Module):
 
 
 def quantize_layers(model: nn.Module, kind: type[QuantizedLinear]) -> None:
-    """Replace a model's linear layers, as far as the kind takes them, in place.
+    """Replace a model's linear layers by quantised ones, in place, if `kind.takes` them.
 
-    One by one: float weights go as quantised ones come.
+    They are replaced one by one, so that all float weights and all quantised ones are never in memory together.
 
     Raises:
         ValueError: if the model is not on the CPU.
@@ -107,7 +107,7 @@ def quantize_layers(model: nn.Module, kind: type[QuantizedLinear]) -> None:
 
 
 def _replace(module: nn.Module, linears: dict[str, nn.Linear], kind: type[QuantizedLinear]) -> None:
-    """Replace a layer of a module, or several of the same input in the order in which they get it."""
+    """Replace a layer of a module, or several with the same input, in the order in which they run."""
     for device in {linear.weight.device.type for linear in linears.values()} - {"cpu"}:
         raise ValueError(f"There is no kernel for quantised weights on {device}; quantise on the CPU.")
     whole, start = kind(*linears.values()), 0

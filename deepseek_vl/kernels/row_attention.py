@@ -1,6 +1,7 @@
-"""Attention of one token per row over keys and values that lie wherever each row has them. For CUDA GPUs, by Triton.
+"""Attention of one token per row over keys and values in each row's own memory, in Triton for CUDA GPUs.
 
-Addresses and lengths are read from the GPU's memory, so that a CUDA graph serves rows that come, go and grow.
+Addresses and lengths are read from the GPU's memory, so that one CUDA graph serves rows that are added, removed or
+grow.
 """
 
 import torch
@@ -12,13 +13,13 @@ except ImportError:  # not on Linux, or a PyTorch without CUDA
     triton = None
 
 POSITIONS, WARPS = 32, 8
-"""A program reads keys and values of so many positions at a time, with so many warps."""
+"""The number of positions whose keys and values a program reads at a time, and its number of warps."""
 
 PROGRAMS = 256
-"""Rows are split among about so many programs: two for each multiprocessor of an H100."""
+"""The approximate number of programs that the rows are split among: two for each multiprocessor of an H100."""
 
 MOST_PARTS = 16
-"""A row's positions are split into so many parts at most."""
+"""The most parts that a row's positions are split into."""
 
 
 def is_available() -> bool:
@@ -37,16 +38,16 @@ def attend_rows(
 ) -> torch.Tensor:
     """Write each row's new key and value to its place, then attend to all positions up to that one.
 
-    Rows may share their memory, for several tokens of one conversation: all are written before one is read.
+    Rows may share memory, for several tokens of one conversation: all are written before any is read.
 
     Args:
         query: [rows, heads, head_dim] of any float dtype.
         key, value: [rows, kv_heads, head_dim], in the dtype of what the addresses point to.
-        addresses: int64 [2, rows], of each row's keys and values, each [kv_heads, capacity, head_dim]. The memory must
-            have room for the row's place.
+        addresses: int64 [2, rows], the addresses of each row's keys and values, both [kv_heads, capacity, head_dim].
+            The capacity must include the row's place.
         strides: int64 [rows], elements from one head to the next: capacity * head_dim.
-        places: int64 [rows], the position of the row's token: so many are held already.
-        scale: of the products of queries and keys.
+        places: int64 [rows], the position of each row's token, which is also the number of positions before it.
+        scale: factor of the products of queries and keys.
 
     Returns:
         [rows, heads, head_dim] in the query's dtype.
@@ -69,7 +70,7 @@ def attend_rows(
 
 if triton is not None:
     LEAST = tl.constexpr(-1e30)
-    """Less than any score; infinity less itself is no number."""
+    """Less than any score. Minus infinity would not do, as its difference with itself is NaN."""
 
     @triton.jit
     def _write(keys, values, addresses, strides, places, rows, head_dim: tl.constexpr, padded: tl.constexpr):
@@ -90,7 +91,7 @@ if triton is not None:
         heads: tl.constexpr, queries_per_key: tl.constexpr, head_dim: tl.constexpr, padded: tl.constexpr,
         parts: tl.constexpr, positions: tl.constexpr,
     ):  # fmt: skip
-        """A head of a row, over one part of its positions: softmax's largest, its sum, and the values' weighted sum."""
+        """One head of a row over one part of its positions: the largest score, and the sums of weights and values."""
         index, part = tl.program_id(0), tl.program_id(1)
         row, head = index // heads, index % heads
         column = tl.arange(0, padded)
@@ -104,7 +105,7 @@ if triton is not None:
         per_part = tl.cdiv(tl.cdiv(length, parts), positions) * positions
         end = tl.minimum(length, (part + 1) * per_part)
         query = tl.load(queries + index * head_dim + column, is_column, 0.0).to(tl.float32) * scale
-        # Every lane sums up every `positions`-th position on its own, so that the loop waits for nothing but memory.
+        # Each lane sums every `positions`-th position on its own, so that the loop waits only for memory.
         top = tl.full((positions,), LEAST, tl.float32)
         weight = tl.zeros((positions,), tl.float32)
         total = tl.zeros((positions, padded), tl.float32)
@@ -132,12 +133,12 @@ if triton is not None:
     def _combine(
         sums, largest, weights, output, head_dim: tl.constexpr, padded: tl.constexpr, parts: tl.constexpr
     ):  # fmt: skip
-        """The parts of a head of a row together."""
+        """Combine the parts of one head of a row."""
         index = tl.program_id(0)
         column, part = tl.arange(0, padded), tl.arange(0, parts)
         at = index * parts + part
         top = tl.load(largest + at)
-        share = tl.exp(top - tl.max(top, 0))  # 0 of parts without positions
+        share = tl.exp(top - tl.max(top, 0))  # 0 for parts without positions
         of_part = tl.load(
             sums + at[:, None] * head_dim + column[None, :], (column < head_dim)[None, :] & (part >= 0)[:, None], 0.0
         )

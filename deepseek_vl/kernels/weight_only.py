@@ -1,6 +1,6 @@
-"""Narrow weights on GPUs, by torchao: int8 or int4 to be read, bfloat16 or float16 to be multiplied.
+"""Weight-only quantisation on GPUs, by torchao: weights are int8 or int4, products bfloat16 or float16.
 
-A token is as fast as the weights are read. Compiled, the conversion is a part of the product.
+A token takes as long as reading the weights. In compiled models the conversion is fused into the product.
 """
 
 import torch
@@ -8,23 +8,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 GROUP_SIZES = (128, 64, 32)
-"""int4 weights have a scale for so many inputs each: the first of these that divides a layer's inputs."""
+"""Numbers of inputs that share a scale in int4 weights; a layer uses the first that divides its number of inputs."""
 
 
 def quantize_weights(language_model: PreTrainedModel, kind: str, device: torch.device | None = None) -> None:
     """Quantise a language model's linear layers, in place.
 
-    The head, which int4 would harm most, gets int8 weights either way, and so does a layer whose inputs do not divide
-    into groups.
+    With int4, the head, which int4 would harm most, still gets int8 weights, and so do layers whose inputs do not
+    divide into groups.
 
     Args:
-        language_model: for int4 in bfloat16.
+        language_model: for int4, it must be in bfloat16.
         kind: `int8` (one scale per output) or `int4`, which needs a CUDA GPU.
-        device: where each layer is moved to before it is quantised, so that a GPU never holds all of the model as it
-            was; None to leave it where it is.
+        device: where each layer is moved to before it is quantised, so that a GPU never holds the whole unquantised
+            model; None to leave layers where they are.
 
     Raises:
-        ValueError: if torchao is not there, or for int4 in another dtype.
+        ValueError: if torchao is not installed, or for int4 in another dtype.
     """
     check_torchao()
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
@@ -50,7 +50,7 @@ def quantize_weights(language_model: PreTrainedModel, kind: str, device: torch.d
 
 
 def stored_bytes(weight: torch.Tensor) -> int:
-    """How much memory a weight takes; `nbytes` of a quantised one is that of the weight that it stands for."""
+    """How much memory a weight takes. (`nbytes` of a quantised weight is the size of the unquantised one.)"""
     if not hasattr(weight, "__tensor_flatten__"):
         return weight.nbytes
     names, _ = weight.__tensor_flatten__()
@@ -58,9 +58,10 @@ def stored_bytes(weight: torch.Tensor) -> int:
 
 
 def check_torchao() -> None:
-    """
+    """Check that torchao is installed.
+
     Raises:
-        ValueError: if torchao is not there.
+        ValueError: if it is not.
     """
     try:
         import torchao  # noqa: F401

@@ -1,7 +1,7 @@
 """vLLM's entry point: `vllm serve` runs DeepSeek-VL where this package is installed beside vLLM.
 
-vLLM calls `register` in each of its processes. The model itself, `deepseek_vl.plugins.vllm_model`, is imported when one
-is loaded.
+vLLM calls `register` in each of its processes. It imports the model, `deepseek_vl.plugins.vllm_model`, only when one is
+loaded.
 """
 
 import json
@@ -18,7 +18,7 @@ ARCHITECTURES = (
     "DeepseekVLForConditionalGeneration",
     "DeepseekVLHybridForConditionalGeneration",
 )
-"""What configs call the model: the published ones, and those in transformers' layout."""
+"""The model's names in configs: the published ones, and those in transformers' layout."""
 
 _BEGINNING = """\
 {%- for message in messages -%}
@@ -29,13 +29,13 @@ _BEGINNING = """\
     {%- endfor -%}
 {%- endfor -%}
 """
-"""In front of our chat template. By the loop over a content's parts vLLM sees that the template places the images."""
+"""The beginning of our chat template. Its loop over the parts tells vLLM that the template places the images itself."""
 
 
 class Config(MultiModalityConfig):
     """The config, without an end token if the file does not name one.
 
-    Llama's, which is the default, would be an ordinary token of DeepSeek's at which vLLM ends answers.
+    The default, Llama's end token id, is an ordinary token in DeepSeek's vocabulary, and vLLM would end answers there.
     """
 
     def __init__(self, *, language_config: Any = None, **kwargs: Any):
@@ -65,10 +65,10 @@ def register() -> None:
         ModelRegistry.register_model(architecture, "deepseek_vl.plugins.vllm_model:DeepseekVL")
     AutoConfig.register(Config.model_type, Config, exist_ok=True)
     # Without this, the class that published files name replaces the pre-tokenizer (see `load_tokenizer`). There is no
-    # public way to say so; transformers sees it by itself from 5.24 on.
+    # public way to register this; transformers does it itself from 5.24 on.
     TOKENIZER_MAPPING_NAMES.setdefault(Config.model_type, "TokenizersBackend")
-    # vLLM prefers a class that it has here to transformers' of that name. It registers templates publicly only for
-    # checkpoints that have none (`register_chat_template_fallback_path`), and those in transformers' layout have one,
-    # without the begin token.
+    # vLLM prefers a class in this module to transformers' class of that name. Its public way to register a template
+    # (`register_chat_template_fallback_path`) is only for checkpoints that have none; those in transformers' layout
+    # have one, without the begin token.
     for name in ("VLChatProcessor", "DeepseekVLProcessor", "DeepseekVLHybridProcessor"):
         setattr(processors, name, Processor)

@@ -33,7 +33,7 @@ from deepseek_vl.utils.conversation import IMAGE_TAG
 
 
 class ImageParser(MultiModalDataParser):
-    """Opens images as the rest of the package does: vLLM has other rules for transparency and for 16 bits."""
+    """Opens images as the rest of the package does: vLLM treats transparency and 16-bit images differently."""
 
     def _parse_image_data(self, data: Any) -> Any:
         if data is None or self.is_embeddings(data):
@@ -48,7 +48,7 @@ def _opened(image: Any) -> Any:
 
 
 class ProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about the processor."""
+    """Answers vLLM's questions about the processor."""
 
     def get_hf_processor(self, **kwargs: object) -> Processor:
         return self.ctx.get_hf_processor(Processor, **kwargs)
@@ -78,7 +78,7 @@ class MultiModalProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     """Prompt and images -> tokens and pixels."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """vLLM's whole step.
+        """Run vLLM's whole processing of one prompt.
 
         Raises:
             ValueError: unless there are as many images as tags.
@@ -121,7 +121,7 @@ class DeepseekVL(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         model_config = vllm_config.model_config
-        self.config = model_config.hf_config  # which LoRA looks at
+        self.config = model_config.hf_config  # vLLM's LoRA reads it
         config = MultiModalityConfig.from_pretrained(model_config.model, revision=model_config.revision)
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_model, self.aligner = build_encoder(config)
@@ -136,11 +136,11 @@ class DeepseekVL(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
-        """What stands for an image in a prompt whose template does not place it itself."""
+        """The tag for an image in a prompt whose template does not place images itself."""
         return IMAGE_TAG
 
     def embed_multimodal(self, pixel_values: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        """[n, 3, S, S] -> [n, N, D]."""
+        """Encode images: [n, 3, S, S] -> [n, N, D]."""
         return self.aligner(self.vision_model(pixel_values))
 
     def forward(
@@ -159,7 +159,7 @@ class DeepseekVL(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the model from a checkpoint's tensors, in either layout; returns the names of what was filled."""
+        """Load a checkpoint's tensors, in either layout; returns the names of the weights that were loaded."""
         return AutoWeightsLoader(self).load_weights(self._as_reference(weights))
 
     def _as_reference(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +173,7 @@ class DeepseekVL(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         yield from ((new, part[...]) for new, part in as_reference(towers, dict(self.named_parameters())).items())
 
     def get_mm_mapping(self) -> MultiModelKeys:
-        """Which of the modules are which part, for LoRA."""
+        """The names of language model, connector and tower, for LoRA."""
         return MultiModelKeys.from_string_field(
             language_model="language_model", connector="aligner", tower_model="vision_model"
         )

@@ -1,4 +1,4 @@
-"""The network and its inputs. Importing it registers them with transformers' Auto classes."""
+"""The network and its inputs. Importing this package registers them with transformers' Auto classes."""
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
@@ -14,7 +14,7 @@ __all__ = ["MultiModalityCausalLM", "MultiModalityConfig", "VLChatProcessor", "V
 _AUTO_MODELS = [
     getattr(transformers, name)
     for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-    if hasattr(transformers, name)  # the last is not in all versions
+    if hasattr(transformers, name)  # not all versions have the last
 ]
 
 for _config in (VisionConfig, AlignerConfig, MultiModalityConfig):

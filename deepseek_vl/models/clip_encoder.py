@@ -1,4 +1,4 @@
-"""Vision towers as DeepSeek-VL's configs name them: one network with its normalisation, or the hybrid of two."""
+"""The vision towers that DeepSeek-VL's configs name: a single network with normalisation, or a hybrid of two."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ CONCAT_TYPES = ("feature", "sequence", "add", "tuple")
 
 
 def tower_fields(params: Mapping[str, Any]) -> dict[str, Any]:
-    """All sizes of the SigLIP or SAM tower that a config's parameters name: the table's, or those given instead.
+    """All sizes of the SigLIP or SAM tower that a config's parameters name: the table's, unless given there.
 
     Raises:
         ValueError: for a name that is in neither table.
@@ -42,12 +42,12 @@ class CLIPVisionTower(nn.Module):
         select_feature: for CLIP models, what to return of the hidden states: `patch` drops the class token,
             `cls_patch` keeps it, `same` changes nothing. SigLIP and SAM towers always use `same`.
         select_layer: the layer whose output is used, counted as in `create_siglip_vit`; an index into
-            `hidden_states` for CLIP models. SAM has necks of its own and takes no notice.
-        select_layers: kept as an attribute, as in the reference, which does not use it.
+            `hidden_states` for CLIP models. SAM ignores it.
+        select_layers: kept as an attribute, but not used, as in the reference.
         ckpt_path: optional weights file for this tower alone.
         pixel_mean: per channel; pixels are normalised only if mean and deviation are given.
         pixel_std: per channel.
-        output_dim: width of the features, which the hybrid tower reads for its layer norms.
+        output_dim: width of the features; used by the hybrid tower for its layer norms.
         overrides: fields of the table's row to replace, such as `width` or `layers`.
 
     Raises:
@@ -98,12 +98,11 @@ class CLIPVisionTower(nn.Module):
         self.freeze_unused()
 
     def freeze_unused(self) -> None:
-        """Train nothing of what stands in checkpoints, but not in the forward pass: pooling, and layers behind the one
-        that is selected."""
+        """Freeze weights that are in checkpoints but not in the forward pass: pooling and layers after the selected."""
         tower: Any = self.vision_tower
         unused = [tower.attn_pool] if getattr(tower, "ignore_head", False) else []
         if not self.model_name.startswith(("siglip", "sam")):
-            clip = getattr(tower, "vision_model", tower)  # newer versions of transformers have no such part
+            clip = getattr(tower, "vision_model", tower)  # newer versions of transformers lack this level
             layers, chosen = clip.encoder.layers, self.select_layer
             unused = [clip.post_layernorm, layers[chosen if chosen >= 0 else len(layers) + 1 + chosen :]]
         for module in unused:
@@ -135,9 +134,9 @@ class HybridVisionTower(nn.Module):
         high_res_cfg: arguments of the `CLIPVisionTower` at high resolution. Its neck is resized to four times the
             low-resolution grid, unless there is a `neck_size` among them.
         low_res_cfg: arguments of the `CLIPVisionTower` at low resolution.
-        freeze_high: train nothing of the high-resolution tower. Unfrozen, it still trains only its necks and
-            downsampling convolutions.
-        freeze_low: train nothing of the low-resolution tower.
+        freeze_high: freeze the high-resolution tower. If not frozen, only its necks and downsampling convolutions are
+            trained.
+        freeze_low: freeze the low-resolution tower.
         concat_type: `tuple` gives (high, low); `feature` concatenates them along the last dimension and `sequence`
             along the tokens, high first; `add` sums them.
 
@@ -174,7 +173,7 @@ class HybridVisionTower(nn.Module):
         self.freeze_towers()
 
     def freeze_towers(self) -> None:
-        """Set what is trained as `freeze_high` and `freeze_low` say."""
+        """Freeze the weights that `freeze_high` and `freeze_low` say."""
         if self.freeze_high:
             self.vision_tower_high.requires_grad_(False).eval()
         else:
@@ -185,7 +184,7 @@ class HybridVisionTower(nn.Module):
         self.freeze_unused()
 
     def freeze_unused(self) -> None:
-        """Train nothing of what stands in checkpoints, but not in the forward pass."""
+        """Freeze weights that are in checkpoints but not in the forward pass."""
         for module in (self.high_layer_norm, self.low_layer_norm):
             module.requires_grad_(False)
         for tower in (self.vision_tower_high, self.vision_tower_low):
@@ -204,7 +203,7 @@ class HybridVisionTower(nn.Module):
 
         Args:
             images: [B, 3, S, S] with S the high-resolution size.
-            low_images: [B, 3, s, s] in the low resolution; None to make them from the others.
+            low_images: [B, 3, s, s] in the low resolution; None to make them from `images`.
 
         Returns:
             Features [B, N, width], or a (high, low) pair of them.

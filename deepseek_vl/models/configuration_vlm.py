@@ -18,11 +18,11 @@ def _set_module(config: PretrainedConfig, cls: str | type, params: Mapping[str, 
 
 
 class VisionConfig(PretrainedConfig):
-    """The vision tower.
+    """The vision tower's configuration.
 
     Args:
-        cls: its class, or the class's name.
-        params: the parameters it is called with, kept as an `AttrDict`: `params.x` and `params["x"]` both work.
+        cls: the tower's class, or the class's name.
+        params: the arguments of the class, kept as an `AttrDict`: `params.x` and `params["x"]` both work.
     """
 
     model_type = "vision"
@@ -33,7 +33,7 @@ class VisionConfig(PretrainedConfig):
 
 
 class AlignerConfig(PretrainedConfig):
-    """The projector; `cls` and `params` as in `VisionConfig`."""
+    """The projector's configuration; `cls` and `params` as in `VisionConfig`."""
 
     model_type = "aligner"
 
@@ -53,7 +53,7 @@ class MultiModalityConfig(FromCheckpoint, PretrainedConfig):
 
     model_type = "multi_modality"
     sub_configs = {"vision_config": VisionConfig, "aligner_config": AlignerConfig, "language_config": LlamaConfig}
-    auto_map: ClassVar = {}  # there is no remote code, as TRL asks before it opens a path
+    auto_map: ClassVar = {}  # no remote code; TRL reads this before it opens a path
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class MultiModalityConfig(FromCheckpoint, PretrainedConfig):
         return self.language_config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the published form, which the original's transformers can read as well."""
+        """The settings that `save_pretrained` writes, in the published form, which the reference can read as well."""
         output = super().to_diff_dict()
         output["architectures"] = self.architectures or ["MultiModalityCausalLM"]
         return layout_configs.as_published(output, self)

@@ -21,9 +21,9 @@ IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
 
 
 def flat_images(images: Any) -> list[Any]:
-    """Images in (nested) lists, one, or None (transformers' `ImageInput`), in reading order.
+    """A flat list, in reading order, of the images in transformers' `ImageInput`: (nested) lists, one image, or None.
 
-    Those that are named by path or address are opened.
+    Images given by path or address are opened.
     """
     if images is None:
         return []
@@ -64,7 +64,8 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
     Args:
         image_size: side S of the square in pixels.
         min_size: the shorter side is never resized below this.
-        image_mean: per channel, for `do_normalize` and for the background; None for none (a background of 127).
+        image_mean: per channel, for `do_normalize` and for the background; None for no normalisation and a background
+            of 127.
         image_std: per channel, for `do_normalize`.
         rescale_factor: multiplies the 8-bit values.
         do_normalize: subtract the mean and divide by the standard deviation.
@@ -82,7 +83,7 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
         do_normalize: bool = True,
         **kwargs: Any,
     ):
-        kwargs.pop("background_color", None)  # files carry it, but it follows from the mean
+        kwargs.pop("background_color", None)  # files have it, but it follows from the mean
         super().__init__(**kwargs)
         self.image_size = image_size
         self.min_size = min_size
@@ -110,7 +111,7 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
 
     @property
     def square(self) -> Square:
-        """What `resize` makes of an image."""
+        """The square that `resize` puts images on."""
         return Square(self.image_size, self.min_size, self.background_color)
 
     def resize(self, pil_img: Image.Image) -> np.ndarray:
@@ -150,7 +151,7 @@ class VLMImageProcessor(FromCheckpoint, BaseImageProcessor):
             within = np.s_[top : top + height, left : left + width]
             for channel, background in enumerate(self.background_color):
                 square[channel] = table[channel, background]
-                # "clip" clips nothing here, and spares the copy that "raise" writes to first.
+                # All indices are valid, so "clip" clips nothing; unlike "raise", it writes to `out` without a buffer.
                 np.take(table[channel], pixels[..., channel], out=square[channel][within], mode="clip")
         arrays = pixel_values if return_tensors is not None else list(pixel_values)
         return BatchFeature(data={"pixel_values": arrays}, tensor_type=return_tensors)

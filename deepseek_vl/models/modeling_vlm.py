@@ -35,11 +35,11 @@ MODULES: dict[str, type[nn.Module]] = {
 
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""What the installed transformers calls a cache of keys and values: `past_key_values` up to 5.23."""
+"""The installed transformers' name for the argument with the key-value cache: `past_key_values` up to 5.23."""
 
 
 def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with the cache under the name that the installed transformers uses, or without it if it is None.
+    """The arguments with the cache under the name that the installed transformers uses; without a cache that is None.
 
     Raises:
         ValueError: if there is a cache under both names.
@@ -71,7 +71,7 @@ def build_encoder(config: MultiModalityConfig) -> tuple[nn.Module, nn.Module]:
 
 
 class MultiModalityPreTrainedModel(CheckpointModel):
-    """What the model tells transformers about itself."""
+    """The base class of the models: what transformers has to know about them."""
 
     config_class = MultiModalityConfig
     base_model_prefix = "multi_modality"
@@ -83,7 +83,7 @@ class MultiModalityPreTrainedModel(CheckpointModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    all_tied_weights_keys: dict[str, str] = {}  # of the class; programs ask for it before they patch remote code
+    all_tied_weights_keys: dict[str, str] = {}  # of the class: programs read it before they patch remote code
 
     def post_init(self) -> None:
         super().post_init()
@@ -92,7 +92,7 @@ class MultiModalityPreTrainedModel(CheckpointModel):
         self._no_split_modules = [name for name in self._no_split_modules or () if name in classes]
 
     def after_loading(self) -> None:
-        """Freeze what no forward pass uses: DistributedDataParallel would wait for its gradients in vain."""
+        """Freeze weights that no forward pass uses, as DistributedDataParallel would wait for their gradients."""
         for module in self.modules():
             if isinstance(module, CLIPVisionTower | HybridVisionTower):
                 module.freeze_unused()
@@ -100,7 +100,7 @@ class MultiModalityPreTrainedModel(CheckpointModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Parameters that stand outside the layers that transformers knows: SAM's and timm's.
+        # Parameters outside of the layers that transformers initialises: SAM's and timm's.
         std = self.config.get_text_config().initializer_range
         for name in ("pos_embed", "latent"):
             if isinstance(getattr(module, name, None), nn.Parameter):
@@ -120,7 +120,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         language_model: `LlamaModel`.
     """
 
-    language_model: Any  # which has methods that `nn.Module` does not know
+    language_model: Any  # it has methods that `nn.Module` lacks
 
     def __init__(
         self, config: PretrainedConfig, vision_model: nn.Module, aligner: nn.Module, language_model: nn.Module
@@ -146,7 +146,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
 
         Args:
             pixel_values: [n, 3, S, S] of any float dtype.
-            low_res_pixel_values: [n, 3, s, s], for a hybrid tower that is not to make them itself.
+            low_res_pixel_values: [n, 3, s, s], for a hybrid tower; None for the tower to make them itself.
 
         Returns:
             [n, N, D] in the model's dtype.
@@ -170,21 +170,21 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
     ) -> torch.Tensor:
         """Embed a batch from the processor, image features in their places.
 
-        Only slots with real features are encoded; without any, no vision runs (but in training).
+        Only image slots with real features are encoded. If there are none, the vision tower runs in training only.
 
         Args:
             input_ids: int64 [b, T]; negative ids are embedded as 0.
             pixel_values: [b, n, 3, S, S] of any float dtype, or None without images. Without masks also [n, 3, S, S],
-                the images of all rows; the config's `image_token_id` then says where their features go.
-            images_seq_mask: bool [b, T], where features replace token embeddings, in order; of the whole prompt, if
-                the ids are its end alone, because a cache has the rest, or of the prompt alone, if a completion
-                follows it.
+                the images of all rows; features then go where `input_ids` are the config's `image_token_id`.
+            images_seq_mask: bool [b, T], where features replace token embeddings, in order. It may be longer than
+                `input_ids`, if these are only the end of a prompt whose beginning is in a cache; or shorter, if they
+                are a prompt with a completion.
             images_emb_mask: bool [b, n, N], which features are real.
-            position_ids: int64 [b, T], if they do not count from 0 to T - 1; only to check that the model has them.
-            image_features: [images, N, D], what `get_image_features` gives for the slots with real features, in order,
-                for callers that have it already. The pixels are then not looked at.
-            mm_token_type_ids: int64 [b, T], 1 where features go: transformers' name for `images_seq_mask`, beside which
-                `images_emb_mask` is not needed.
+            position_ids: int64 [b, T], if they do not count from 0 to T - 1; only for checking the length.
+            image_features: [images, N, D], the output of `get_image_features` for the slots with real features, in
+                order, if the caller has it already. The pixels are then ignored.
+            mm_token_type_ids: int64 [b, T], 1 where features go: transformers' form of `images_seq_mask`, which does
+                not need `images_emb_mask`.
             ignored: the processor output's other fields.
 
         Returns:
@@ -218,7 +218,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
             elif not torch.compiler.is_compiling() and images_seq_mask.any():
                 raise ValueError(f"The prompt has {int(images_seq_mask.sum())} image positions, but no pixel_values.")
             return inputs_embeds[:, -new:]
-        if images_emb_mask is None and image_features is not None:  # all of which are real
+        if images_emb_mask is None and image_features is not None:  # all features are real
             check_count(images_seq_mask, image_features)
             return place_features(inputs_embeds, images_seq_mask, image_features)[:, -new:]
         images_emb_mask, pixels = cast(torch.Tensor, images_emb_mask), cast(torch.Tensor, pixel_values)
@@ -235,8 +235,8 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
                 )
             inputs_embeds = place_features(inputs_embeds, images_seq_mask, image_features[feature_mask])
         elif self.training and torch.is_grad_enabled() and pixel_values is not None:
-            # Every weight that learns needs a gradient, and in distributed training every process must run the same
-            # modules, so a blank slot is encoded without effect.
+            # In training every trained weight needs a gradient, and distributed processes must all run the same
+            # modules, so a blank slot is encoded and its features multiplied by 0.
             blank = self.get_image_features(pixel_values[:1, 0]).sum()
             inputs_embeds = inputs_embeds + 0 * blank.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds[:, -new:]
@@ -248,10 +248,10 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         images_seq_mask: torch.Tensor,
         images_emb_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Embed images without checking which slots are real; features of the others are computed and not used.
+        """Embed images by encoding all slots, also those without an image, whose features are not used.
 
-        For graphs, whose shapes cannot depend on that, and for batches that do not say it. There the number of features
-        of an image tells how many images a row has.
+        This is for compiled graphs, whose shapes cannot depend on the masks, and for batches without `images_emb_mask`,
+        where the number of image positions in a row tells how many images it has.
         """
         features = self.get_image_features(pixel_values.flatten(0, 1))  # [b * n, N, D]
         if images_emb_mask is None:
@@ -267,7 +267,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
     def _check_length(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
         longest = self.config.language_config.max_position_embeddings
         length = input_ids.shape[1]
-        if length > longest and position_ids is not None:  # in a packed row they start anew with each conversation
+        if length > longest and position_ids is not None:  # in a packed row, each conversation starts at 0
             length = int(position_ids.max()) + 1
         if length > longest:
             raise ValueError(
@@ -287,7 +287,7 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`MultiModalityCausalLM.forward` up to the hidden states: `last_hidden_state` [b, T, D] in place of logits."""
+        """`MultiModalityCausalLM.forward` without the head: it returns `last_hidden_state` [b, T, D], not logits."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if input_ids is not None:
@@ -312,7 +312,7 @@ class ImageGenerationMixin(GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' hook before each step: images belong to the first one only."""
+        """transformers' hook before each step; only the first step gets the images."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **with_cache_name(kwargs)
         )
@@ -382,7 +382,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
 
         Args:
             input_ids: int64 [b, T].
-            pixel_values: as in `prepare_inputs_embeds`; given with both masks, or not at all.
+            pixel_values: as in `prepare_inputs_embeds`.
             images_seq_mask: as in `prepare_inputs_embeds`.
             images_emb_mask: as in `prepare_inputs_embeds`.
             mm_token_type_ids: instead of the masks, as in `prepare_inputs_embeds`.
@@ -393,10 +393,10 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
             inputs_embeds: [b, T, D], instead of `input_ids`.
             labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
             use_cache: return the cache.
-            logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
+            logits_to_keep: the number of last positions whose logits are computed (0 for all), or their indices.
             sft_format: the processor output's prompt strings; not used.
-            loss_only: return nothing but the loss, for which only the logits that are learnt are computed. With a
-                vocabulary of 102,400 the others are about a tenth of a training step. Without a past and a cache.
+            loss_only: return only the loss, and compute only the logits that it needs. With a vocabulary of 102,400 the
+                other logits take about a tenth of a training step. Needs labels, and takes no cache.
             kwargs: for the language model (`output_attentions`, `output_hidden_states`, ...).
 
         Returns:
@@ -461,8 +461,8 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
     ) -> Any:
         """transformers' `generate`, from the processor's output: `generate(**processor(...), max_new_tokens=64)`.
 
-        Images are encoded once, before decoding starts. As transformers does, the result begins with the prompt's ids
-        if ids were given. It stops at the checkpoint's own end token.
+        Images are encoded once, before decoding starts. As in transformers, the result begins with the prompt's ids if
+        ids were given. Generation stops at the checkpoint's own end token.
 
         Raises:
             ValueError: what `prepare_inputs_embeds` raises; and for assisted decoding of a prompt with images, which
@@ -483,7 +483,7 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
             kwargs |= images  # `forward` embeds what the cache does not hold yet
         elif input_ids is not None and kwargs.get("inputs_embeds") is None:
             masks = [mask for name, mask in images.items() if name != "pixel_values" and mask is not None]
-            # Whatever speaks of images counts, so that what does not fit together is an error.
+            # Any sign of images counts, so that inputs that do not fit together raise an error.
             is_told = len(masks) > 1 or mm_token_type_ids is not None
             if any(mask.any() for mask in masks) if is_told else pixel_values is not None:
                 self._refuse_assistance(kwargs)
@@ -491,15 +491,17 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         return super().generate(input_ids, *args, **kwargs)
 
     def after_loading(self) -> None:
-        """Freeze what the config says is frozen: transformers' loader makes every parameter trainable."""
+        """Freeze the weights that the config says, as transformers' loader makes every parameter trainable."""
         if isinstance(self.vision_model, HybridVisionTower):
             self.vision_model.freeze_towers()
         super().after_loading()
 
 
 def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`tensor` on the device and in the dtype of a module's parameters, as far as these say: offloaded parameters have
-    no device, and quantised ones no floating point dtype."""
+    """`tensor` on the device and in the dtype of a module's first parameter.
+
+    Its device stays if the parameter is offloaded, and its dtype if the parameter is quantised.
+    """
     parameter = next(module.parameters(), None)
     if parameter is None:
         return tensor
@@ -508,13 +510,13 @@ def like_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def place_features(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Embeddings [b, T, D] with image features [..., D], in order, where `positions` [b, T] says."""
+    """Embeddings [b, T, D], replaced by image features [..., D], in order, where `positions`, bool [b, T], is true."""
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(positions.to(inputs_embeds.device)[..., None], features)
 
 
 def check_count(is_image: torch.Tensor, image_features: torch.Tensor) -> None:
-    """Check that there are as many positions of images, bool [b, T], as features [n, N, D].
+    """Check that there are as many image positions, bool [b, T], as features [n, N, D].
 
     Raises:
         ValueError: if there are not.

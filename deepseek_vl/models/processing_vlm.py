@@ -27,7 +27,7 @@ from deepseek_vl.utils.conversation import (
 )
 
 NO_CHANGE = {"padding": (None, True, "longest"), "return_tensors": (None, "pt")}
-"""Arguments of transformers' processors, and values that ask for what is done anyway."""
+"""Arguments of transformers' processors that are accepted with these values, which change nothing."""
 
 
 class DictOutput:
@@ -120,7 +120,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
     Args:
         image_processor: PIL images -> pixels.
         tokenizer: the checkpoint's tokenizer.
-        image_tag: the placeholder that stands for an image in the text; added to the tokenizer if it lacks it.
+        image_tag: the placeholder for an image in the text; added to the tokenizer if it lacks it.
         num_image_tokens: how many features an image has.
         add_special_token: keep the tag's own token in front of each image's positions.
         sft_format: name of the conversation template.
@@ -159,7 +159,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
 
     @property
     def image_id(self) -> Any:
-        """The image tag's token id."""
+        """The image tag's token id, or None if the tokenizer lacks the tag."""
         token_id = self.tokenizer.convert_tokens_to_ids(self.image_tag)
         known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == self.image_tag
         return token_id if known else None
@@ -178,9 +178,9 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
     def apply_sft_template_for_multi_turn_prompts(
         self, conversations: Sequence[Mapping[str, Any]], sft_format: str = "deepseek", system_prompt: str = ""
     ) -> str:
-        """The reference's rendering of messages (`{"role", "content"}`), whose roles are used as they are.
+        """Render messages (`{"role", "content"}`) as the reference does, with their roles unchanged.
 
-        Each content and the whole are stripped. A content may also be None, or parts as `render` takes them.
+        Each content and the whole prompt are stripped. A content may also be None, or parts as in `render`.
         """
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)
@@ -239,12 +239,12 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
             prompt: a rendered prompt, used as it is.
             conversations: the messages of one conversation, rendered with this processor's template and system prompt.
             images: its PIL images, in the order of their tags.
-            ids: of the prompt, where `encode` has been called already.
-            system_prompt: of this conversation, in place of the processor's; empty for none.
-            kwargs: none that would change anything.
+            ids: the prompt's ids, if `encode` has been called already.
+            system_prompt: the conversation's system prompt, in place of the processor's; empty for none.
+            kwargs: arguments of transformers' processors, if they change nothing (see `NO_CHANGE`).
 
         Raises:
-            ValueError: unless exactly one of `prompt` and `conversations` is given, for messages that are none, for
+            ValueError: unless exactly one of `prompt` and `conversations` is given, for malformed messages, for
                 arguments that are not taken, or if the number of images is not the number of tags.
         """
         if (prompt is None) == (conversations is None):
@@ -282,11 +282,12 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`process_one`, and unless `force_batchify` is false, `batchify` of it as a batch of one.
+        """Process one prompt or conversation, or several; returns a batch, or without `force_batchify` the items.
 
-        `conversations` may also be a list of conversations, with the images of all in reading order or in a list for
-        each; the result is then a batch of all, or a list. With `text`, as transformers' pipelines call it: rendered
-        prompts and their images -> a batch, under the arguments of `TextOptions`.
+        One prompt or conversation is processed as in `process_one`. `conversations` may also be a list of
+        conversations, with all images in reading order, or in one list for each; the items are then a list. With
+        `text`, as from transformers' pipelines, rendered prompts and their images become a batch, under the arguments
+        of `TextOptions`.
         """
         if text is not None:
             return self._process_texts([text] if isinstance(text, str) else text, images, kwargs)
@@ -306,7 +307,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         return self.batchify([output]) if force_batchify else output
 
     def _process_texts(self, texts: Sequence[str], images: Any, arguments: Mapping[str, Any]) -> BatchFeature:
-        """Rendered prompts -> a batch under the names that transformers' trainers know.
+        """Rendered prompts -> a batch with the keys that transformers' trainers expect.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` [b, T]; with images `pixel_values` [b, n, 3, S, S].
@@ -325,7 +326,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
 
     @property
     def chat_template(self) -> str:
-        """The Jinja template: one that was set, or this processor's format, with its system prompt."""
+        """The Jinja template: the one that was set, or one for this processor's format and system prompt."""
         return self._chat_template or jinja_template(self.new_chat_template(), self.image_tag)
 
     @chat_template.setter
@@ -339,7 +340,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
     def batchify(
         self, prepare_list: Sequence[VLChatProcessorOutput], padding_side: str = "left"
     ) -> BatchedVLChatProcessorOutput:
-        """Pad processed conversations to one batch, on the left for generation, on the right for training.
+        """Pad processed conversations to one batch; generation needs padding on the left, training on the right.
 
         Raises:
             ValueError: for an empty list, an item whose image positions, images and feature counts disagree, or a
@@ -373,7 +374,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         return batch
 
     def _image_positions(self, row: int, item: VLChatProcessorOutput) -> torch.Tensor:
-        """Bool [T]: where image features go. With `add_special_token` an image's own tag is not such a position."""
+        """Bool [T]: where image features go, which excludes the tags that `add_special_token` keeps."""
         counts = torch.as_tensor(item.num_image_tokens, dtype=torch.int64)
         pixels: Any = () if item.pixel_values is None else item.pixel_values
         images = len(pixels)
@@ -407,10 +408,10 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         return {**{name: getattr(self, name) for name in names}, "processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write the published layout: processor, image processor and tokenizer, each in files of its own."""
+        """Save in the published layout: processor, image processor and tokenizer, each in files of its own."""
         self.image_processor.save_pretrained(save_directory)
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        if self._chat_template is None:  # the settings say it
+        if self._chat_template is None:  # the template follows from the settings
             Path(save_directory, "chat_template.jinja").unlink(missing_ok=True)
         return files
 
@@ -428,6 +429,6 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        """transformers' hook that loads the parts: here not through the Auto classes, because of `load_tokenizer`."""
+        """transformers' hook that loads the parts; it bypasses the Auto classes to use `load_tokenizer`."""
         directory = pretrained_model_name_or_path
         return [VLMImageProcessor.from_pretrained(directory), load_tokenizer(directory)]

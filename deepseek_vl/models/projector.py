@@ -9,7 +9,7 @@ SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
 
 
 class MlpProjector(nn.Module):
-    """Projects image features, per token.
+    """Projects image features to the language model's width, each feature on its own.
 
     Args:
         cfg: object with attributes and `.get` (an `AttrDict`):
@@ -60,5 +60,5 @@ class MlpProjector(nn.Module):
 
 
 def _hidden_layers(width: int, depth: int) -> list[nn.Module]:
-    """`depth - 1` times (GELU, Linear)."""
+    """`depth - 1` pairs of GELU and Linear."""
     return [layer for _ in range(1, depth) for layer in (nn.GELU(), nn.Linear(width, width))]

@@ -1,9 +1,9 @@
 """The high-resolution tower: Segment Anything's image encoder (arXiv 2304.02643) with DeepSeek-VL's second neck.
 
 A ViT with windowed attention except in a few global blocks, decomposed relative positions (ViTDet, arXiv 2203.16527),
-and a convolutional neck. DeepSeek-VL resizes the neck's output to four times the low-resolution tower's grid and brings
-it to that grid with two stride-2 convolutions. The output of the first global block takes the same way through a neck
-of its own and is added, scaled by a learnt factor.
+and a convolutional neck. DeepSeek-VL resizes the neck's output to four times the low-resolution tower's grid, and
+reduces it to that grid with two stride-2 convolutions. The output of the first global block is processed in the same
+way after a neck of its own, scaled by a learnt factor, and added.
 """
 
 import itertools
@@ -67,7 +67,7 @@ class Attention(nn.Module):
     """Multi-head attention on a `side` x `side` grid with decomposed relative positions.
 
     A query at (y, x) adds q.R_h[y - y'] + q.R_w[x - x'] to its logit for the key at (y', x'), with q unscaled. The two
-    terms are computed once per query and key row or column; no [N, N] bias for all heads is ever in memory.
+    terms are computed once per query and key row or column, so that no [N, N] bias for all heads is in memory.
     """
 
     def __init__(self, width: int, heads: int, side: int):

@@ -53,7 +53,7 @@ class SigLIPVisionTransformer(VisionTransformer):
             class_token=False,
             global_pool="map",
             num_classes=0,
-            # On meta tensors timm's way to random numbers takes a third of a second, for none.
+            # On the meta device timm's initialisation takes a third of a second and has no effect.
             weight_init="skip" if torch.get_default_device().type == "meta" else "",
         )
         self.ignore_head = ignore_head
@@ -80,7 +80,7 @@ def create_siglip_vit(
         model_name: a row of `SIGLIP_VARIANTS`.
         image_size: side of the square input in pixels; the grid of patches follows it, not the name.
         select_layer: which block's output to use. L <= 0 counts from the end (-1 is the last); L > 0 keeps the first L
-            blocks. Blocks after it are not built; the final norm follows whatever remains.
+            blocks. Later blocks are not built; the final norm follows the last block that is.
         ckpt_path: optional weights file for this tower alone.
         ignore_head: return patch features [B, N, width] rather than the pooled [B, width].
         overrides: fields of `SigLIPVariant` that replace the row's.

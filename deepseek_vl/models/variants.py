@@ -1,4 +1,4 @@
-"""Tower variants: tables of the published ones, of which a config can override any field."""
+"""Choosing a tower's published variant from a table, with fields overridden by the config."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -14,13 +14,13 @@ from deepseek_vl.models.clip_encoder import tower_fields
 
 
 class DeepseekVLConfig(FromCheckpoint, PretrainedConfig):
-    """Both sizes' configuration, in transformers' form.
+    """The configuration of the plain and the hybrid model, in transformers' form.
 
     Args:
         text_config: the language model's, a dict or a `LlamaConfig`.
         vision_config: SigLIP's, a dict or a `SiglipVisionConfig`.
         high_res_vision_config: SAM's, a dict or a `SamVisionConfig`; None for a model without a high-resolution tower.
-        image_token_id: of the tag that stands where an image's features go.
+        image_token_id: id of the image tag, in whose places image features go.
     """
 
     model_type = layouts.SIGLIP
@@ -64,13 +64,13 @@ class DeepseekVLConfig(FromCheckpoint, PretrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes."""
+        """The settings that `save_pretrained` writes."""
         return {**super().to_diff_dict(), "model_type": self.to_dict()["model_type"]}
 
     def to_multi_modality(self) -> MultiModalityConfig:
         """The same network's configuration in the reference's form.
 
-        Its towers do not normalise their pixels: in this form the image processor does.
+        Its towers do not normalise pixels, as in transformers' form the image processor does.
 
         Raises:
             ValueError: for a setting that DeepSeek-VL has no place for.

@@ -1,4 +1,4 @@
-"""Images -> pixels in transformers' form: normalised, and for the hybrid model in two sizes."""
+"""Images -> pixels as transformers' models take them: normalised, and for the hybrid model in two sizes."""
 
 import copy
 from collections.abc import Sequence
@@ -82,11 +82,11 @@ class DeepseekVLImageProcessor(FromCheckpoint, BaseImageProcessor):
             images: PIL images, uint8 arrays or tensors ([H, W, 3] or [3, H, W], or batches of them), paths, addresses
                 or base64 text; one or (nested) lists of them.
             return_tensors: "np" or "pt".
-            device: where the pixels are to be.
+            device: the device of the pixels; None for the CPU.
             kwargs: settings for this call alone (`size`, `do_normalize`, `image_mean`, ...).
 
         Raises:
-            ValueError: without images, or for arrays that are none.
+            ValueError: without images, or for arrays that are not images.
         """
         processor = copy.copy(self)
         vars(processor).update({k: v for k, v in kwargs.items() if k in vars(self) and v is not None})
@@ -137,8 +137,8 @@ class DeepseekVLImageProcessor(FromCheckpoint, BaseImageProcessor):
 class DeepseekVLImageProcessorFast(DeepseekVLImageProcessor):
     """`DeepseekVLImageProcessor` whose pixels are on the device of the images, if these are tensors, or on `device`.
 
-    Pillow resizes them, on the CPU. What is computed on another device, the hybrid's low-resolution pixels and the
-    normalisation, may differ in the last bits of a float.
+    Pillow still resizes on the CPU. The hybrid's low-resolution pixels and the normalisation, if computed on another
+    device, may differ in the last bits of a float.
     """
 
     def _pixels(self, images: Sequence[Any], device: torch.device | str | None) -> dict[str, torch.Tensor]:

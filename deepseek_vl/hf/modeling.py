@@ -25,12 +25,12 @@ from deepseek_vl.models.modeling_vlm import (
 )
 
 PREFIXES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
-"""Of the weights' names in these classes: in the reference. The body alone has no `model.` in front of its own."""
+"""Prefixes of weight names: in these classes -> in the reference. `DeepseekVLModel` has no `model.` in its own."""
 
 
 @dataclass
 class DeepseekVLModelOutput(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, with the features that stood in the images' places.
+    """`BaseModelOutputWithPast` with the image features.
 
     Attributes:
         image_hidden_states: [n, N, D], or None without images.
@@ -41,7 +41,7 @@ class DeepseekVLModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class DeepseekVLCausalLMOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, with the features that stood in the images' places.
+    """`CausalLMOutputWithPast` with the image features.
 
     Attributes:
         image_hidden_states: [n, N, D], or None without images.
@@ -51,7 +51,7 @@ class DeepseekVLCausalLMOutput(CausalLMOutputWithPast):
 
 
 class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
-    """Loads either layout, and saves transformers'."""
+    """The base class of the models, which loads either layout and saves transformers'."""
 
     config_class = DeepseekVLConfig
     base_model_prefix = "model"
@@ -62,7 +62,7 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         self.register_load_state_dict_pre_hook(_rename_to_modules)
 
     def own_names(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint's tensors, in either layout, under the names that this class has for them."""
+        """Rename a checkpoint's tensors, in either layout, to this class's names."""
         back = {reference: own for own, reference in PREFIXES.items()}
         named = _prefixed(as_reference(tensors, self._reference_names(self.state_dict())), back)
         if not isinstance(self, DeepseekVLModel):
@@ -70,17 +70,17 @@ class DeepseekVLPreTrainedModel(MultiModalityPreTrainedModel):
         return {name.removeprefix("model."): tensor for name, tensor in named.items() if name != "lm_head.weight"}
 
     def _reference_names(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors under this class's own names -> under the reference's."""
+        """Rename tensors from this class's names to the reference's."""
         is_body = isinstance(self, DeepseekVLModel)
         return _prefixed(
             {f"model.{name}": tensor for name, tensor in tensors.items()} if is_body else tensors, PREFIXES
         )
 
     def save_pretrained(self, save_directory: str, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`; the weights get the names of transformers' layout.
+        """transformers' `save_pretrained`, with the weights named as in transformers' layout.
 
         Raises:
-            ValueError: for weights that the layout has no place for, such as an adapter's.
+            ValueError: for weights that the layout does not have, such as an adapter's.
         """
         weights = self._reference_names(self.state_dict() if state_dict is None else state_dict)
         renamed, left = rename(weights, TRANSFORMERS)
@@ -120,7 +120,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
 
     def __init__(self, config: DeepseekVLConfig):
         super().__init__(config, *build_encoder(config.to_multi_modality()), LlamaModel(config.text_config))
-        self.requires_grad_(True)  # the hybrid tower freezes its parts as the reference's config says
+        self.requires_grad_(True)  # the hybrid tower has frozen parts, as the reference's config says
         self.after_loading()
         self.post_init()
 
@@ -182,8 +182,8 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
             `last_hidden_state` [b, T, D], the cache, `hidden_states`, `attentions`, `image_hidden_states`.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for images beside
-                `inputs_embeds`; or if features and image tokens are not equally many.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for images together with
+                `inputs_embeds`; or if the numbers of features and image tokens differ.
         """
         if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
             raise ValueError("Images need input_ids, which say where they go; inputs_embeds have them already.")
@@ -210,7 +210,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
         high_res_pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embed ids, image features in the places of image tokens.
+        """Embed ids, with image features in the places of image tokens.
 
         Args:
             input_ids: as in `forward`.
@@ -229,7 +229,7 @@ class DeepseekVLModel(DeepseekVLPreTrainedModel, MultiModalityModel):
             raise ValueError("Give pixel_values or image_features, not both.")
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, high_res_pixel_values)
-        if image_features is None:  # a model may write the image's token itself
+        if image_features is None:  # image tokens are then embedded as they are: a model may have generated them
             return embeds, None
         is_image = input_ids == self.config.image_token_id
         if not torch.compiler.is_compiling():  # a graph cannot raise errors that depend on data
@@ -272,11 +272,11 @@ class DeepseekVLForConditionalGeneration(ImageGenerationMixin, DeepseekVLPreTrai
         cache: Any | None = None,
         **kwargs: Any,
     ) -> DeepseekVLCausalLMOutput:
-        """`DeepseekVLModel.forward`, with its arguments, and the next tokens' logits.
+        """Run the model; takes the arguments of `DeepseekVLModel.forward`, and returns logits.
 
         Args:
             labels: int64 [b, T], -100 where nothing is learnt; shifted inside.
-            logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
+            logits_to_keep: the number of last positions whose logits are computed (0 for all), or their indices.
 
         Returns:
             `loss` (with labels), `logits` [b, T, vocabulary], the cache, `hidden_states`, `attentions`,

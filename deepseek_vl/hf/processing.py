@@ -50,15 +50,15 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
         """Prepare one text or several.
 
         Args:
-            images: of all texts in reading order; one or (nested) lists of them.
-            text: with one image tag per image.
+            images: the images of all texts, in reading order; one or (nested) lists of them.
+            text: one text or several, with one image tag per image.
             kwargs: those of `TextOptions` (`padding`, `truncation`, ...), and settings of the image processor.
 
         Returns:
             `input_ids` and `attention_mask` [b, T], and with images what the image processor gives.
 
         Raises:
-            ValueError: if there is no text, images and tags are not equally many, or for an argument that is not taken.
+            ValueError: if there is no text, the numbers of images and tags differ, or an argument is not taken.
         """
         if text is None:
             raise ValueError("There is no text; images alone are the image processor's.")
@@ -68,7 +68,7 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
         options = TextOptions.of(kwargs, padding_side=self.tokenizer.padding_side)
         texts = [text] if isinstance(text, str) else list(text)
         batch, each = self.text_batch(texts, flat_images(images), options)
-        del batch["mm_token_type_ids"]  # the ids tell these models where images are
+        del batch["mm_token_type_ids"]  # these models find images by their token ids
         if used := [image for group in each for image in group]:
             tensors = options.return_tensors or "pt"
             batch.update(self.image_processor(used, return_tensors=tensors, **of_images))
@@ -78,7 +78,7 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
         """`TextProcessor.apply_chat_template`.
 
         Args:
-            conversation: messages of one conversation, or a list of such.
+            conversation: messages of one conversation, or a list of conversations.
             generation_mode: `text`, which is all that these models generate.
             args: transformers' other arguments.
             kwargs: transformers' other arguments.
@@ -92,7 +92,7 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `__call__` returns."""
+        """The names of the model inputs that `__call__` returns."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     @classmethod

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 
 class ImageLoadError(OSError, ValueError):
-    """An image cannot be read. An `OSError` as Pillow's own errors are, and a `ValueError` as bad input is."""
+    """An image cannot be read. It is an `OSError`, like Pillow's own errors, and a `ValueError`, as for bad input."""
 
 
 class ImageTooLargeError(ImageLoadError):
@@ -21,14 +21,14 @@ class ImageTooLargeError(ImageLoadError):
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What is decoded of pictures that strangers send. All but `seconds` and `memory_bytes` is checked in the header.
+    """Limits on pictures from untrusted clients. All but `seconds` and `memory_bytes` are checked in a file's header.
 
     Attributes:
         formats: kinds of files, by Pillow's names.
         pixels: width times height.
         side: the longer side in pixels.
-        aspect: how many times longer than the other side it may be.
-        seconds: until a picture must be decoded, see `deepseek_vl.imaging.worker`.
+        aspect: the longer side divided by the shorter.
+        seconds: time for decoding a picture, see `deepseek_vl.imaging.worker`.
         memory_bytes: address space of the process that decodes it.
     """
 
@@ -41,16 +41,16 @@ class PictureLimits:
 
 
 def load_image(source: Any, limits: PictureLimits | None = None) -> Image.Image:
-    """One RGB image, turned upright as its EXIF orientation says if it is read from a file.
+    """Open an image in RGB. All sources but PIL images are turned upright by their EXIF orientation.
 
-    Of a file with several frames it is the first. Pictures of more than 8 bits per channel are scaled to 8.
+    Only the first of several frames is read. Pictures of more than 8 bits per channel are scaled to 8.
 
     Args:
         source: a path (`str` or `Path`, `~` is expanded), a `data:` URL, bytes, a binary file object, or a PIL image.
-        limits: for pictures of strangers; None for all formats and as many pixels as `PIL.Image.MAX_IMAGE_PIXELS`.
+        limits: for untrusted pictures; None for all formats and at most `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
     Raises:
-        ImageLoadError: naming the source and the cause: missing, not an image, broken, or truncated.
+        ImageLoadError: if the image is missing, broken, truncated, or not an image; it names the source and the cause.
         ImageTooLargeError: for an image beyond the limits.
     """
     if isinstance(source, Image.Image):
@@ -84,7 +84,7 @@ def load_image(source: Any, limits: PictureLimits | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB. Numbers of more than 8 bits are scaled, where Pillow alone would cut off what is above 255."""
+    """The image in RGB. Values of more than 8 bits are scaled, where Pillow alone would clip them at 255."""
     if image.mode.startswith("I") or image.mode == "F":
         is_16_bit = image.mode.startswith("I;16")
         image = image.convert("F")
@@ -95,14 +95,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
             scale = 255 / highest
         elif highest > 255:
             scale = 1 / 256
-        else:  # numbers up to 1 are parts of one
+        else:  # values up to 1 are fractions
             scale = 255.0 if 0 < highest <= 1 else 1.0
         image = image.point(lambda value: value * scale).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _open_source(source: Any) -> tuple[str, Any]:
-    """A name for error messages, which repeats no content, and what `Image.open` takes."""
+    """A name for error messages, which does not repeat the content, and the argument for `Image.open`."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         return "in the data URL", io.BytesIO(data_url_bytes(source))
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
@@ -119,15 +119,15 @@ def _open_source(source: Any) -> tuple[str, Any]:
 
 
 def _shortened(name: str) -> str:
-    """A name in quotes, its middle left out if it is long: it may be a picture's content that was taken for a path."""
+    """A name in quotes, without its middle if it is long, as it may be a picture's content that was given as a path."""
     return repr(name if len(name) <= 300 else f"{name[:60]}...{name[-30:]}")
 
 
 def data_url_bytes(url: str) -> bytes:
-    """What a `data:` URL holds, as browsers read it: percent-encoded or base64, whatever type it claims.
+    """The content of a `data:` URL, decoded as in browsers: percent-encoded or base64, with any media type.
 
     Raises:
-        ImageLoadError: if it has no comma, or is not base64 although it says so.
+        ImageLoadError: if it has no comma, or claims to be base64 and is not.
     """
     header, comma, payload = url.partition(",")
     if not comma:
@@ -143,7 +143,7 @@ def data_url_bytes(url: str) -> bytes:
 
 
 def _check_size(name: str, size: tuple[int, int], limits: PictureLimits | None) -> None:
-    """Refuse an image by its header."""
+    """Refuse an image that is too large, by the size in its header."""
     (shorter, longer), pixels = sorted(size), size[0] * size[1]
     what = None
     if limits is None:

@@ -9,12 +9,12 @@ from deepseek_vl.imaging.open import to_rgb
 
 @dataclass(frozen=True)
 class Square:
-    """The square that a model sees. A picture that is one already passes through unchanged.
+    """The square that a model sees. A picture that already has this form is not changed.
 
     Attributes:
-        side: in pixels.
+        side: side of the square in pixels.
         min_size: a picture's shorter side is never resized below this.
-        background: what is around a picture that is not square.
+        background: RGB colour of the border of a picture that is not square.
     """
 
     side: int
@@ -52,8 +52,8 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) 
 def resize_bicubic(pil_img: Image.Image, width: int, height: int) -> Image.Image:
     """Pillow's antialiased bicubic resize, with the same result in every version of Pillow.
 
-    Pillow resizes one axis at a time and rounds to 8 bits in between. Which axis is first depends on its version; here
-    it is Pillow 13's choice, which the golden outputs were made with.
+    Pillow resizes one axis at a time and rounds to 8 bits in between. Which axis is first depends on its version. This
+    function follows Pillow 13, with which the golden outputs were made.
     """
     shrink_x, shrink_y = pil_img.width - width, pil_img.height - height
     vertical_first = shrink_y > 0 and shrink_y > 2 * shrink_x

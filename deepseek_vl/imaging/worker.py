@@ -1,8 +1,8 @@
-"""Decoding strangers' pictures in processes of their own.
+"""Decoding untrusted pictures in separate processes.
 
 A few bytes can keep a decoder busy for minutes or make it take gigabytes, and no decoder can be interrupted from
-within. So each picture is opened, checked by its header, decoded and shrunk in a process without torch, which is killed
-when its time is over or its client has left, and which the system gives only so much memory.
+within. So each picture is opened, checked by its header, decoded and shrunk in a process without torch. The process is
+killed when its time is over or its client has left, and its memory is limited by the system.
 
 `python -m deepseek_vl.imaging.worker` is that process; `PictureDecoder` starts and talks to it.
 """
@@ -26,17 +26,17 @@ from deepseek_vl.imaging.open import ImageLoadError, ImageTooLargeError, Picture
 from deepseek_vl.imaging.square import Square
 
 _HEAD = struct.Struct(">IQ")
-"""In front of each message: how long its JSON and its bytes are."""
+"""The head of each message: the lengths of its JSON and of its bytes."""
 
 _MOST_KEPT_BYTES = 256 << 20
-"""A process that has ever taken more memory ends after its answer, so that the system has it back."""
+"""A process whose memory has ever exceeded this ends after its answer, so that the system gets the memory back."""
 
 
 class PictureDecoder:
-    """Decodes pictures in processes of their own, a few at a time; the others wait.
+    """Decodes pictures in separate processes, a few at a time; other pictures wait.
 
     Args:
-        limits: see there.
+        limits: limits of each picture.
         processes: how many pictures are decoded at a time.
     """
 
@@ -49,7 +49,7 @@ class PictureDecoder:
         self._changed = threading.Condition()
 
     def client(self) -> "PictureClient":
-        """Whoever sends pictures, and may leave."""
+        """A new client, which sends pictures and may leave."""
         return PictureClient(self)
 
     def decode(self, data: bytes, square: Square | None = None) -> Image.Image:
@@ -57,7 +57,7 @@ class PictureDecoder:
         return self.client().decode(data, square)
 
     def close(self) -> None:
-        """End the processes; whoever waits for one gets an `ImageLoadError`."""
+        """End the processes; callers that wait for one get an `ImageLoadError`."""
         with self._changed:
             self._is_closed = True
             idle, self._idle = self._idle, []
@@ -111,10 +111,12 @@ class PictureClient:
 
         Args:
             data: the file's content.
-            square: shrink it to this, as the model's image processor would, so that a large picture is soon gone.
+            square: resize the picture to this square, as the model's image processor would, to save memory; None to
+                leave its size.
 
         Raises:
-            ImageLoadError: for what is no picture, is broken, or takes too long; and if the client has left.
+            ImageLoadError: if the data is not a picture, is broken, or takes too long; and if the client has left.
+            OSError: if no process can be started.
             ImageTooLargeError: for a picture beyond the limits, or that takes too much memory.
         """
         limits, is_whole = self._decoder.limits, False
@@ -129,7 +131,7 @@ class PictureClient:
         try:
             with self._decoder._changed:
                 self._process = process
-            if self.has_left:  # in between
+            if self.has_left:  # since `_take`
                 process.kill()
             timer.start()
             request = {"square": square and dataclasses.asdict(square), "limits": dataclasses.asdict(limits)}
@@ -160,18 +162,18 @@ class PictureClient:
 
 
 def _start(limits: PictureLimits) -> subprocess.Popen[bytes]:
-    """A process that is ready to decode. What libraries write to standard error is theirs alone."""
+    """Start a process, and wait until it is ready to decode. Its standard error is discarded."""
     process = subprocess.Popen(
         [sys.executable, "-m", "deepseek_vl.imaging.worker", str(limits.memory_bytes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # Where this process has found the package, which need not be installed.
+        # The package may not be installed, but only be on this process's path.
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))},
-        start_new_session=True,  # Ctrl-C in a terminal is the command's, which then ends this
+        start_new_session=True,  # Ctrl-C in a terminal goes to the command alone, which then ends this
     )
     try:
-        _read(process.stdout)  # its time begins when it is there
+        _read(process.stdout)  # wait, so that starting does not count as decoding time
     except EOFError:
         _end(process)
         raise
@@ -182,7 +184,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for pipe in filter(None, (process.stdin, process.stdout)):
-        with contextlib.suppress(OSError):  # what was still to be written
+        with contextlib.suppress(OSError):  # closing flushes what was not yet written
             pipe.close()
 
 
@@ -194,7 +196,8 @@ def _write(file: Any, head: dict[str, Any], data: bytes) -> None:
 
 
 def _read(file: Any) -> tuple[dict[str, Any], bytes]:
-    """
+    """Read one message: its JSON object and its bytes.
+
     Raises:
         EOFError: at the end of the file.
     """
@@ -211,8 +214,8 @@ def _exactly(file: Any, length: int) -> bytes:
 
 
 def main() -> None:
-    """Decode pictures from standard input to standard output, until it ends."""
-    # Whatever a library prints must not get between the messages.
+    """Decode pictures from standard input to standard output, until the input ends."""
+    # Text that a library prints must not get between the messages.
     stdin, stdout = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _limit_memory(int(sys.argv[1]))
@@ -246,7 +249,7 @@ def _decoded(data: bytes, limits: PictureLimits, square: dict[str, Any] | None) 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Any:
-    """Have the system kill this process after a deadline, even if its parent is gone."""
+    """Let the system kill this process if the block takes too long, even if the parent process is gone."""
     if not hasattr(signal, "setitimer"):  # on Windows
         yield
         return
@@ -267,7 +270,7 @@ def _limit_memory(memory_bytes: int) -> None:
 def _peak_memory() -> int:
     """The most memory that this process has ever taken, in bytes; 0 where the system does not say.
 
-    `getrusage` would count what the process that started it had taken by then.
+    `getrusage` is not used, as it includes the peak of the parent process at the start.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -14,7 +14,7 @@ from enum import IntEnum, auto
 from typing import Any, NamedTuple
 
 IMAGE_TAG = "<image_placeholder>"
-"""What stands for an image in a text, unless a processor has another tag."""
+"""The tag for an image in a text, unless a processor has another one."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. "
@@ -54,9 +54,9 @@ class Rendered:
 
     Attributes:
         text: all of it.
-        learnt: the answers. In a prompt, each with the separator that ends it, and from where the prompt that asks for
-            it ends.
-        literal: text of strangers, in which special tokens are not obeyed.
+        learnt: the answers. In a prompt, a span begins where the prompt that asks for the answer ends, and includes the
+            separator that ends the answer.
+        literal: untrusted text, in which special tokens are read as plain text.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Rendered:
     literal: Spans = ()
 
     def strip(self) -> "Rendered":
-        """Without outer white space."""
+        """A copy without outer white space, with the spans moved."""
         text = self.text.strip()
         shift = len(self.text) - len(self.text.lstrip())
 
@@ -76,7 +76,7 @@ class Rendered:
 
 
 class _Frame(NamedTuple):
-    """How a message is written: `before`, its text (unless the template leaves it out), `after`; empty, as `alone`."""
+    """How a message is written: `before`, its text (if `has_text`) and `after`; or `alone`, if its text is empty."""
 
     before: str
     after: str
@@ -121,10 +121,10 @@ class Conversation:
         return self._render().text
 
     def _render(self, first: int = 0) -> Rendered:
-        """The prompt; messages, and the system message, may be `Rendered`.
+        """The prompt; messages and the system message may be `Rendered`.
 
         Args:
-            first: the first message's number: 1 if it is the assistant's, for templates go by even and odd.
+            first: the number of the first message: 1 if it is the assistant's, as templates tell roles by even and odd.
         """
         prompt, learnt, literal = "", [], []
         for i, (role, message) in enumerate([("", self.system_message), *self.messages], -1):
@@ -154,7 +154,7 @@ class Conversation:
             alone = f"{before}{after}{self.sep}" if before or after else ""
             return _Frame(before, f"{after}{self.sep}" if place or before else "", alone, bool(place))
         if self.sep_style == SeparatorStyle.LLAMA2:
-            # The opening tag stands in front of the system message, so the first message does not repeat it.
+            # The system message begins with the opening tag, so the first message does not repeat it.
             return _Frame(before, after, "[INST] ", bool(place))
         if self.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.ALIGNMENT):
             return _Frame("", "", "", has_text=False)
@@ -193,7 +193,7 @@ class Conversation:
         self.system_message = system_message
 
     def append_message(self, role: str, message: Any) -> None:
-        """Add a message; None for one that is still to be generated."""
+        """Add a message; its text is None if it is still to be generated."""
         self.messages.append([role, message])
 
     def reset_message(self) -> None:
@@ -225,7 +225,7 @@ class Conversation:
         return messages
 
     def copy(self) -> "Conversation":
-        """A copy that can be changed without changing this conversation; what messages hold besides text is shared."""
+        """A copy that can be changed without changing this one; contents of messages other than text are shared."""
         return dataclasses.replace(
             self,
             messages=[list(message) for message in self.messages],
@@ -279,13 +279,13 @@ def render(
     """Messages -> prompt, with the template's names of the roles. The text of each turn and the whole are stripped.
 
     Args:
-        messages: `{"role", "content"}`. A role is user, assistant, or of the first message system, or one of the
-            template's own names, in any case. A content is a string, or a list of `{"type": "image"}` and
+        messages: `{"role", "content"}`. A role is user, assistant, or one of the template's own names, in upper or
+            lower case; the first may also be system. A content is a string, or a list of `{"type": "image"}` and
             `{"type": "text", "text": ...}`, or None. An answer with `"weight": 0` is not learnt.
         template: a template, or the name of one.
-        system_prompt: what the conversation begins with if there is no system message; None for the template's own.
-        untrusted: make all text literal, except for the image tag where a content is a string.
-        image_tag: what stands for an image in the prompt and in a content that is a string.
+        system_prompt: the system prompt if there is no system message; None for the template's own.
+        untrusted: make all text literal, except for image tags in contents that are strings.
+        image_tag: the tag for an image in the prompt and in contents that are strings.
 
     Raises:
         ValueError: for another role, or a system message that is not the first.
@@ -325,7 +325,7 @@ def _content(content: Any, image_tag: str, untrusted: bool) -> Rendered:
 
 
 def text_of(content: Any, image_tag: str = IMAGE_TAG) -> str:
-    """The text of a message's content: a string, a list of parts, or None. An image is its tag.
+    """The text of a message's content, which is a string, a list of parts, or None. Images become tags.
 
     Raises:
         ValueError: for a part of another type than image and text.
@@ -393,8 +393,8 @@ _JINJA = """\
 def jinja_template(template: Conversation, image_tag: str = IMAGE_TAG) -> str:
     """`render` for trusted messages as a Jinja template, for transformers' `apply_chat_template`.
 
-    What is learnt is between generation marks. The prompt begins with the variable `bos_token`, if there is one, and
-    without a system message with the variable `system_prompt`, or else the template's own.
+    Spans that are learnt are between generation marks. The prompt begins with the variable `bos_token`, if it is
+    defined. Without a system message, the system prompt is the variable `system_prompt`, or else the template's own.
     """
     values = {
         "ALLOWED": _ROLES_ALLOWED,

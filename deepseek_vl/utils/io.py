@@ -1,4 +1,4 @@
-"""Loading images and checkpoints: the original's functions."""
+"""Loading images and checkpoints, with the reference's functions."""
 
 import contextlib
 import json
@@ -60,12 +60,12 @@ def load_pretrained_model(
         model_path: a directory, an id on the Hugging Face Hub, or the name of a model that comes with the package.
         device: see `pick_device`.
         dtype: see `pick_dtype`.
-        quantize: less time and memory, for answers that are almost the same. On the CPU "int8", for int8 weights and
-            inputs in all linear layers, or "int4", for int4 weights in the language model's layers and int8 in the
-            others; on CUDA GPUs "int8" or "int4", for the language model's weights, by torchao. Such a model is for
-            answers: it can neither learn nor be saved.
-        kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; with a `device_map` of its own, `device`
-            is not used.
+        quantize: "int8" or "int4" for less time and memory, with answers that are almost the same. On CPUs "int8" uses
+            int8 weights and inputs in all linear layers, and "int4" uses int4 weights in the language model's layers
+            and int8 in the others. On CUDA GPUs both quantise the language model's weights, by torchao. Quantised
+            models can neither be trained nor saved.
+        kwargs: further arguments of `MultiModalityCausalLM.from_pretrained`; if there is a `device_map`, the weights
+            are placed by it.
 
     Returns:
         (tokenizer, processor, model), the model in evaluation mode.
@@ -73,7 +73,7 @@ def load_pretrained_model(
     Raises:
         OSError: if there is no such checkpoint, or a file of it is missing.
         ValueError: if it is not a DeepSeek-VL checkpoint, its weights do not fit its config, or the device, dtype
-            or quantisation cannot be had.
+            or quantisation is not available.
     """
     device = pick_device(device)
     check_quantization(device, quantize)
@@ -93,7 +93,7 @@ def load_pretrained_model(
             )
         raise FileNotFoundError(f"{name!r} is not a checkpoint directory: it has no config.json.")
 
-    # This takes long to import, which nobody has to wait for whose path is wrong.
+    # Imported late, as it takes long: a wrong path is reported at once.
     from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
     with errors_that_name(name, directory):
@@ -103,7 +103,7 @@ def load_pretrained_model(
 
         # Build and fill.
         model = MultiModalityCausalLM.from_pretrained(directory, **kwargs).eval()
-        # What an adapter notes as its base: not the directory of a download, or of a bundled model.
+        # Adapters record this as their base: it must not be the directory of a download, or of a bundled model.
         model.config.name_or_path = os.path.expanduser(name)  # noqa: PTH111  Path's raises for unknown users
 
     _make_fast(model, device, quantize, is_placed)
@@ -114,8 +114,8 @@ def _make_fast(model: "MultiModalityCausalLM", device: torch.device, quantize: s
     """Give a model this device's kernels, and quantised weights, in place.
 
     Args:
-        is_placed: whether its weights are where they are to be. If they are not, a GPU gets them as they are quantised,
-            so that it never holds all of them as they were.
+        is_placed: whether the weights are on their final device. If not, each layer is moved to the GPU when it is
+            quantised, so that the GPU never holds the whole unquantised model.
     """
     from deepseek_vl.kernels.attention import use_fastest_attention
 
@@ -128,7 +128,7 @@ def _make_fast(model: "MultiModalityCausalLM", device: torch.device, quantize: s
         from deepseek_vl.kernels.quantized import quantize_layers
 
         replace_layers(model, kernel_for("linear", model.dtype))
-        if quantize == "int4":  # of the others, the head and the tower lose most
+        if quantize == "int4":  # the head and the tower would lose most by int4, and get int8
             quantize_layers(model.language_model.model, Int4Linear)
         if quantize is not None:
             quantize_layers(model, Int8Linear)
@@ -141,9 +141,10 @@ def _make_fast(model: "MultiModalityCausalLM", device: torch.device, quantize: s
 
 
 def check_model_type(name: str, directory: Path) -> None:
-    """
+    """Check that a checkpoint's config is that of a DeepSeek-VL model.
+
     Raises:
-        ValueError: if a checkpoint's config is another kind of model's.
+        ValueError: if it is another model's.
     """
     from deepseek_vl.checkpoints.layout_configs import TRANSFORMERS_TYPES
     from deepseek_vl.models import MultiModalityConfig
@@ -158,7 +159,7 @@ def errors_that_name(source: str, directory: Path) -> Iterator[None]:
     """Turn the loaders' errors about broken files into errors that name the checkpoint or the file.
 
     Raises:
-        OSError: for a JSON file that is none.
+        OSError: for a `.json` file that is not JSON.
         ValueError: for other errors.
     """
     try:

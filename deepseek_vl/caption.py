@@ -1,7 +1,7 @@
 """Caption many pictures: `python -m deepseek_vl.caption PATH... --model_path M --prompt TEXT --output FILE`.
 
-The output is JSON Lines, a row per picture. It is written as the answers come, and the same command again goes on where
-it ended, however it ended.
+The output is JSON Lines, a row per picture, written as the answers come. The same command, given again, continues where
+the last one stopped, whatever stopped it.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG}; each picture is asked about alone.")
     directory = os.path.realpath(os.path.expanduser(args.model_path))  # noqa: PTH111  Path's raises for unknown users
     if Path(directory, "config.json").is_file():
-        args.model_path = directory  # the same from wherever the next command, or an actor, is started
+        args.model_path = directory  # absolute: the next command, or an actor, may start elsewhere
     pictures = find_pictures(args.paths, args.image_column)
     if args.export is not None:
         check_export(args.export, {os.path.abspath(args.output), *(picture.file for picture in pictures)})  # noqa: PTH100
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _question(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for answers in one file."""
+    """The arguments that must be the same for all answers in one output file."""
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
     return {"model": args.model_path, **{name: getattr(args, name) for name in names}}
 
@@ -108,7 +108,7 @@ def _rows(
 
 
 def _with_progress(rows: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """Tell every few seconds how many there are, how fast they come, and how long it will take."""
+    """Yield the rows, and log every few seconds how many there are, how many come in a second, and the time left."""
     begun = told = 0.0
     for number, row in enumerate(rows, 1):
         yield row

@@ -46,8 +46,8 @@ MOST_TOKENS = 64
 SAMPLE = "User: What is  this?\n\nA 1,024 px picture: 图片 😀"
 SAMPLE_IDS = (5726, 25, 2461, 317, 207, 437, 30, 185, 185, 32, 207, 16, 11, 15, 17, 19, 51778, 5743, 25, 207, 13058)
 SAMPLE_IDS += (89662,)
-"""What the published tokenizer makes of the sample. Read by the class that its files name, it loses spaces and newlines
-on transformers 5."""
+"""The sample's ids with the published tokenizer. The class that its files name loses spaces and newlines on
+transformers 5."""
 
 SPECIAL_IDS = {"<｜begin▁of▁sentence｜>": 100000, "<｜end▁of▁sentence｜>": 100001, "<image_placeholder>": 100015}
 
@@ -82,15 +82,15 @@ PUBLISHED = {
         },
     ),
 }
-"""By the number of parameters."""
+"""The published models, by their number of parameters."""
 
 
 class Checkpoint:
-    """What is checked.
+    """A checkpoint to check: its config, the weights that the config asks for, and its processor.
 
     Args:
-        name: as it was given.
-        args: what `load_pretrained_model` is to be given.
+        name: the directory, Hub id or bundled model's name, as it was given.
+        args: `device`, `dtype` and `quantize`, for `load_pretrained_model`.
     """
 
     def __init__(self, name: str, args: argparse.Namespace):
@@ -99,7 +99,8 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> MultiModalityConfig:
-        """
+        """The model's config.
+
         Raises:
             OSError, ValueError: if it cannot be read.
         """
@@ -112,24 +113,25 @@ class Checkpoint:
         """The weights that the config asks for, on the meta device.
 
         Raises:
-            OSError, ValueError: if the config makes no model.
+            OSError, ValueError: if no model can be built from the config.
         """
         with errors_that_name(self.name, self.directory), torch.device("meta"):
             return MultiModalityCausalLM(self.config).state_dict()
 
     @cached_property
     def parameters(self) -> int:
-        """How many there are."""
+        """The number of parameters."""
         return sum(weight.numel() for weight in self.expected.values())
 
     @property
     def published(self) -> Published | None:
-        """Which published model's size it has, if any's."""
+        """The published model with the same number of parameters, or None."""
         return PUBLISHED.get(self.parameters)
 
     @cached_property
     def processor(self) -> VLChatProcessor:
-        """
+        """The model's processor.
+
         Raises:
             OSError, ValueError: if it cannot be read.
         """
@@ -138,7 +140,7 @@ class Checkpoint:
 
 
 def check_weights(checkpoint: Checkpoint) -> str:
-    """Names, shapes and dtypes in the files, of which only the headers are read."""
+    """Check the names and shapes of the tensors in the files; of safetensors files only the headers are read."""
     files = weight_files(checkpoint.directory)
     found = as_reference(unread_weights(files), checkpoint.expected)
     problems = {
@@ -168,7 +170,7 @@ def _dtypes(tensors: Mapping[str, Slice | torch.Tensor]) -> str:
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> str:
-    """A sentence as token ids: the published ones, or ids that give the sentence again."""
+    """Check a sentence's token ids: the published ones, or for other models, ids that decode to the sentence."""
     tokenizer = checkpoint.processor.tokenizer
     ids = tokenizer.encode(SAMPLE, add_special_tokens=False)
     if checkpoint.published is None:
@@ -185,7 +187,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> str:
 
 
 def check_images(checkpoint: Checkpoint) -> str:
-    """The image processor's settings: the published ones, or such as fit the tower."""
+    """Check the image processor's settings: the published ones, or for other models, the tower's image size."""
     images = checkpoint.processor.image_processor
     vision = checkpoint.config.vision_config.params
     side = vision.get("high_res_cfg", vision).get("image_size")
@@ -199,7 +201,7 @@ def check_images(checkpoint: Checkpoint) -> str:
 
 
 def check_answer(checkpoint: Checkpoint) -> str:
-    """The model, loaded as for every other use, sees a picture and says something."""
+    """Load the model as every other use does, and check that it answers a question about a picture."""
     args, begun = checkpoint.args, time.perf_counter()
     _, processor, model = load_pretrained_model(checkpoint.name, args.device, args.dtype, args.quantize)
     loaded = time.perf_counter()
@@ -227,7 +229,7 @@ def check_answer(checkpoint: Checkpoint) -> str:
 
 
 def picture() -> Image.Image:
-    """What the model is asked about: a red circle on the left, a blue square on the right."""
+    """The picture that the model is asked about: a red circle on the left, a blue square on the right."""
     image = Image.new("RGB", (480, 360), "white")
     pen = ImageDraw.Draw(image)
     pen.ellipse((60, 110, 200, 250), "red")
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    pick_dtype(pick_device(args.device), args.dtype)  # what cannot be had is no fault of the checkpoint's
+    pick_dtype(pick_device(args.device), args.dtype)  # if this fails, it is no fault of the checkpoint's
     checkpoint = Checkpoint(args.model_path, args)
     print(f"{checkpoint.name}\n{machine()}\n")
     wrong = []

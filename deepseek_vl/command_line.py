@@ -24,10 +24,10 @@ def run_command(
     run: Callable[[argparse.Namespace], int | None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Parse the arguments and run a command; returns its exit code: None is 0; 1 after bad input or on a full disk, and
-    130 after Ctrl-C.
+    """Parse the arguments, run a command, and return its exit code.
 
-    Other exceptions are defects, or a machine's limits (out of memory): they keep their traceback.
+    The code is what `run` returns (0 for None), 1 after bad input or on a full disk, and 130 after Ctrl-C. Other
+    exceptions are defects, or a machine's limits (out of memory): they keep their traceback.
     """
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -49,10 +49,10 @@ def run_command(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or what led to it, is of a disk, or a quota, that has no room left.
+    """Whether an error, or one that led to it, says that a disk or a quota is full.
 
-    Libraries in other languages have errors of their own for it, which are no `OSError`: safetensors names the system's
-    error, PyTorch only the writer that failed.
+    Libraries in other languages raise errors of their own, which are no `OSError`: one of safetensors names the
+    system's error, one of PyTorch only the writer that failed.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -75,8 +75,8 @@ _NO_ROOM_IN_WORDS = re.compile(
 def starting() -> Iterator[None]:
     """Pause garbage collection while a program imports modules and loads a model, when there is nothing to collect.
 
-    Python's collector would go through hundreds of thousands of new objects again and again. Those that there are at
-    the end it goes through only when the process ends; after an exception as ever.
+    Python's collector would go through hundreds of thousands of new objects again and again. It skips the objects that
+    exist at the end of the block until the process ends, unless an exception ended the block.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -90,7 +90,7 @@ def starting() -> Iterator[None]:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The arguments for `load_pretrained_model`, of commands that load a model for answers."""
+    """Add the arguments of `load_pretrained_model`, for commands that load a model for answers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument(
         "--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: what the device is good at)"
@@ -101,12 +101,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """An error's message in one line; the name of its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parse an argument that must be a whole number above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")

@@ -2,7 +2,7 @@
 
 "reference" is the layout in which DeepSeek published the models, "transformers" that of transformers' `deepseek_vl` and
 `deepseek_vl_hybrid` classes. What the new layout has no place for is kept in DST/other_layout, so that converting back
-gives every file as it was. "gguf" are the files that llama.cpp runs.
+gives every file as it was. "gguf" writes the files that llama.cpp runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, destination: str | Path, layout: str) -> int:
-    """`checkpoints.convert.convert` for this package's model; returns how many tensors there are."""
+    """Convert a checkpoint, as `checkpoints.convert.convert` does, and return its number of tensors."""
     return checkpoints.convert(source, destination, layout, ARCHITECTURE)
 
 

@@ -25,7 +25,7 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a check found.
+    """The result of checking files of rows.
 
     Attributes:
         rows: the good rows, in order.
@@ -69,10 +69,10 @@ def load_data(
         truncate: longer rows are good as long as an answer begins within `max_length`.
 
     Returns:
-        The good rows and the bad ones; the latter are none unless `skip_bad`.
+        The good rows, and the bad ones that `skip_bad` left out.
 
     Raises:
-        DataError: listing the bad rows, for a file that has no rows, or if there is no good row.
+        DataError: listing the bad rows, if there are any and not `skip_bad`; if no row is good; if a file has no rows.
         OSError: if a file is missing or cannot be opened.
     """
     report = check_data(paths, processor, max_length, truncate)
@@ -143,9 +143,10 @@ def check_data(
 
 
 def check_tokenizer(processor: "VLChatProcessor") -> None:
-    """
+    """Check that the tokenizer can tell where in a text its tokens are.
+
     Raises:
-        DataError: if the tokenizer cannot tell where in the text its tokens are.
+        DataError: if it cannot.
     """
     if not processor.tokenizer.is_fast:
         raise DataError("Training needs a tokenizer with a tokenizer.json (a fast one), to find the answers' tokens.")
@@ -177,7 +178,7 @@ def check_row(
         image_problem: says why an image cannot be used, or None.
 
     Returns:
-        Its number of tokens, with the images' positions.
+        The row's number of tokens, with the images' positions.
 
     Raises:
         DataError: with the reason.

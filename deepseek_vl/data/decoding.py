@@ -1,4 +1,4 @@
-"""Files of rows: JSON Lines, a list in JSON, Parquet, each of the first two also compressed."""
+"""Reading files of rows: JSON Lines or a list in JSON, either also compressed, and Parquet."""
 
 import bz2
 import contextlib
@@ -21,7 +21,7 @@ COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-"""How files begin that are decompressed as they are read."""
+"""The first bytes of compressed files that can be read -> the function that opens them."""
 
 PARQUET = b"PAR1"
 
@@ -40,13 +40,17 @@ OTHERS = {
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
-"""How other files begin, and what to say of them."""
+"""The first bytes of files that cannot be read -> what the error says of them."""
 
 AS_LINES = "write one row per line as JSON, and name the file .jsonl"
 
 
 def data_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """The data files, each of which is there."""
+    """The data files' paths, with `~` expanded.
+
+    Raises:
+        OSError: if one is missing or a directory.
+    """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     files = [Path(os.path.expanduser(path)) for path in paths]  # noqa: PTH111  Path's raises for unknown users
     for file in files:
@@ -83,7 +87,7 @@ def decoded_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """(origin, decoded row or BadRow) of each line. Lines end at newlines only: JSON text may have other breaks."""
+    """(origin, decoded row or BadRow) of each line. Lines end at newlines only: JSON text may hold other breaks."""
     is_first = True
     for number, line in enumerate(file, 1):
         origin = f"{path}:{number}"
@@ -107,10 +111,10 @@ def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _check_is_lines(path: Path, text: str) -> None:
-    """Raise an error if a file's first line shows that it is not JSON Lines.
+    """Raise an error if a file's text is recognised as something else than JSON Lines.
 
     Raises:
-        DataError: if it is a table, or JSON that goes over several lines.
+        DataError: if it is a table, XML, HTML, YAML, or JSON that goes over several lines.
     """
     text = text.strip()
     if text[0] in "[{":
@@ -166,7 +170,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         number = 0
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):  # pictures may be in them
+            for batch in file.iter_batches(batch_size=64):  # few, because rows may hold pictures
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row

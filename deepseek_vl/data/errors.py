@@ -1,4 +1,4 @@
-"""What is said about rows that cannot be used."""
+"""Errors for rows that cannot be used."""
 
 from dataclasses import dataclass
 

@@ -33,7 +33,7 @@ def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]
         read: the keys that are read elsewhere.
 
     Raises:
-        DataError: for another key that holds something.
+        DataError: if any other key holds something.
     """
     for key, value in entry.items():
         if key in read or value is None or value == "" or value == [] or value == {}:
@@ -49,9 +49,10 @@ def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]
 
 
 def check_is_text(name: str, value: Any) -> None:
-    """
+    """Check that a value is text that can be encoded as UTF-8.
+
     Raises:
-        DataError: unless the value is text that can be written.
+        DataError: if it is not.
     """
     if not isinstance(value, str):
         raise DataError(f"{name} is {kind(value)}, not text")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside a file to write to, which takes the file's place when all of it is written.
+    """Yield a temporary path to write to, which is renamed to `path` at the end of the block.
 
-    Until then a file that is there stays as it is, also if the process is killed. What is unfinished is removed.
+    Until then an existing file stays as it is, even if the process is killed. After an exception the temporary file is
+    removed.
 
     Raises:
         OSError: in one line with the file's name, if it cannot be written.

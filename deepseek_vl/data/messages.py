@@ -1,4 +1,4 @@
-"""One message of a row, in the reference's form."""
+"""Reading a message of a row into the reference's form."""
 
 import base64
 import os
@@ -14,7 +14,7 @@ ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assi
 WEIGHTS = ("weight", "loss", "loss_scale")
 """OpenAI's and ms-swift's keys of an answer that say whether it is learnt."""
 SOURCES = ("path", "url", "image", "image_url")
-"""Where an object has an image's path, if not its bytes."""
+"""Keys under which an object has an image's path, if it does not have its bytes."""
 
 
 def read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: 
 
 
 def _is_learnt(name: str, role: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a message is learnt if it is an answer."""
+    """Whether an answer is learnt, as its weight says; true for other messages."""
     given = {key: entry[key] for key in WEIGHTS if entry.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -120,9 +120,10 @@ def _source(value: Any, directory: Path, name: str) -> str | bytes | None:
 
 
 def check_tags(name: str, tags: int, images: int, tag: str) -> None:
-    """
+    """Check that a message, or a conversation, has as many image tags as images.
+
     Raises:
-        DataError: unless what is called `name` has as many tags as images.
+        DataError: if it does not; `name` is what the error calls it.
     """
     if tags == images:
         return

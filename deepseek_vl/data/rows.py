@@ -1,7 +1,7 @@
-"""Conversations in files: the forms that people have -> rows in the reference's form.
+"""Reading conversations from files, in any of several common forms, as rows in the reference's form.
 
-A JSON Lines file has one row per line; a `.json` file is one list of rows; either may be compressed (gzip, bzip2, xz);
-or a Parquet file has a row per row. Each row is in one of these forms, with image paths relative to the file:
+A JSON Lines file has one row per line, and a `.json` file is one list of rows; both may be compressed (gzip, bzip2,
+xz). Parquet files are read too. Each row is in one of these forms, with image paths relative to the file:
 
     [{"role": "User", "content": "<image_placeholder>What?", "images": ["a.png"]}, {"role": "Assistant", ...}]
     {"messages": the same list}
@@ -16,7 +16,7 @@ Text is kept as it is, and parts are joined with nothing between them. Images th
 in reading order. Where images stand in the messages, and in a bare list, `<image>` is ordinary text. An object may also
 have a `"system"` text, and a `"type"`: the last question's, or a list with one per answer. An answer with `"weight": 0`
 (or `"loss": false`) is not learnt. A row with another key that holds something, such as videos or tool calls, is a bad
-row; `fields.NOTES` says which are passed over.
+row; `fields.NOTES` lists the keys that are ignored.
 """
 
 import os
@@ -33,9 +33,9 @@ from deepseek_vl.utils.conversation import IMAGE_TAG
 
 ROW_IMAGE_TAG = "<image>"
 LISTS = ("conversations", "messages")
-"""Under which a row has its messages."""
+"""Keys under which a row has its messages."""
 PAIRS = (("query", "response"), ("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
-"""Under which other rows have their last, or only, question and its answer: ms-swift's, Alpaca's and others'."""
+"""Keys under which other rows have their last, or only, question and its answer: ms-swift's, Alpaca's and others'."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _turns_of(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[st
     question = row[asked]
     if row.get("input") is not None:
         check_is_text('"input"', row["input"])
-        question = "\n".join(filter(None, (question, row["input"])))  # as those who made the form join them
+        question = "\n".join(filter(None, (question, row["input"])))  # as the form's authors join them
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
         raise DataError('"history" is not a list of [question, answer] pairs')
@@ -170,7 +170,7 @@ def _turns_of(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[st
 
 
 def _check_turns(messages: Sequence[dict[str, Any]], offset: int) -> None:
-    """User and Assistant in turn, to the last answer, none of them empty; `offset` is the first one's number."""
+    """Check that User and Assistant alternate, up to an answer, none empty; `offset` is the first message's number."""
     if not messages:
         raise DataError("the conversation has a system message only")
     for i, message in enumerate(messages):

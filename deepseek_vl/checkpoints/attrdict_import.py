@@ -1,7 +1,7 @@
 """``AttrDict`` from the `attrdict` package, on any Python.
 
 attrdict 2.0.1 (its last release) imports the abstract base classes from `collections`, from where Python 3.10 removed
-them. They are lent to it while it is imported, and taken back at once: nothing global stays changed.
+them. This module puts them back while attrdict is imported, and removes them again: nothing global stays changed.
 """
 
 import collections

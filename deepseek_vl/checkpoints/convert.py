@@ -59,7 +59,7 @@ class Architecture:
 def convert(source: str | Path, destination: str | Path, layout: str, architecture: Architecture) -> int:
     """Write a checkpoint in another layout, and check that every number has arrived.
 
-    Memory holds one shard at a time. Nothing is at `destination` before all of it is.
+    Memory holds one shard at a time. `destination` appears when it is complete.
 
     Args:
         source: a checkpoint's directory, or the name of a bundled model.
@@ -68,7 +68,7 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
         architecture: of the model.
 
     Returns:
-        How many tensors there are.
+        The number of the source's tensors.
 
     Raises:
         FileExistsError: if there is something at `destination`.
@@ -98,11 +98,12 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
 
 
 def check_places(source: Path, destination: Path) -> None:
-    """
+    """Check that the source is a checkpoint, and that nothing is in the way at the destination.
+
     Raises:
         FileExistsError: if there is something at the destination.
         OSError: if the source is no checkpoint.
-        ValueError: if the destination is inside it.
+        ValueError: if the destination is inside the source.
     """
     if destination.exists():
         raise FileExistsError(f"There is something at '{destination}' already; choose another name, or delete it.")
@@ -113,14 +114,14 @@ def check_places(source: Path, destination: Path) -> None:
 
 
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What weights are in, or the index of the files that they are in; of several transformers loads the first."""
+"""Files of weights, or indices of such files; if there are several, transformers loads the first."""
 
 
 def weight_files(directory: Path) -> list[Path]:
     """A checkpoint's files of weights, safetensors or torch's.
 
     Raises:
-        OSError: if there are none, or one of the index is missing.
+        OSError: if there are none, or one that the index names is missing.
     """
     name = next((name for name in WEIGHTS if (directory / name).is_file()), None)
     if name is None:
@@ -140,7 +141,7 @@ def _renamed(
     """The tensors in the given layout, checked to be complete and without extras.
 
     Raises:
-        ValueError: if they are not those of the architecture that the config tells of.
+        ValueError: if they are not those of the config's model.
     """
     found, left = rename(tensors, layout)
     renamed: dict[str, Slice | torch.Tensor] = {**found}
@@ -161,7 +162,7 @@ def check_weights(
     Args:
         model: its weights, on the meta device.
         tensors: the checkpoint's, by the same names.
-        left: the names of those that are not known.
+        left: the names of the checkpoint's unknown tensors.
 
     Raises:
         ValueError: naming what is missing, of another shape, or not known.
@@ -179,7 +180,7 @@ def check_weights(
 
 
 def _dtype(tensors: Mapping[str, Slice | torch.Tensor]) -> torch.dtype:
-    """The dtype of a checkpoint's smallest tensor, as that of all."""
+    """The dtype of a checkpoint's smallest tensor, taken as that of all."""
     return dtype_of(min(tensors.values(), key=lambda tensor: math.prod(shape_of(tensor))))
 
 
@@ -203,18 +204,18 @@ def _settings(source: Path, layout: str, architecture: Architecture) -> dict[str
         ValueError: for a setting that the layout has no place for.
     """
     here, kept = _texts(source), _texts(source / KEPT)
-    # What was kept is what this was made from, unless someone has changed it since.
+    # The kept files are those that the present ones were made from, unless someone has changed them since.
     is_kept = bool(kept) and _rewritten(kept, other_layout(layout), source, architecture) == here
     return kept if is_kept else _rewritten(here, layout, source, architecture)
 
 
 def _texts(directory: Path) -> dict[str, str]:
-    """Those of `REWRITTEN` that a directory has."""
+    """The contents of the `REWRITTEN` files that a directory has, by name."""
     return {name: (directory / name).read_bytes().decode() for name in REWRITTEN if (directory / name).is_file()}
 
 
 def _rewritten(texts: Mapping[str, str], layout: str, source: Path, architecture: Architecture) -> dict[str, str]:
-    """The config files of the other layout, as `layout` has them.
+    """Convert the config files from the other layout to `layout`.
 
     Args:
         texts: the files' contents.
@@ -288,7 +289,7 @@ def _compare(tensors: Mapping[str, Slice], destination: Path) -> None:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    """A tensor's dtype, shape and numbers in 64 characters."""
+    """The SHA-256, in hexadecimal, of a tensor's dtype, shape and numbers."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(bytes_of(tensor))
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """Where a checkpoint is: a directory, the name of a bundled model, or an id on the Hugging Face Hub.
 
-`find_checkpoint` turns each of them into a directory on this machine, and whatever reads a checkpoint reads that.
+`find_checkpoint` turns each of them into a directory on this machine, from which checkpoints are read.
 """
 
 import contextlib
@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
-"""Has a directory for each model that comes with the package."""
+"""The directory of the models that come with the package, each in a directory of its own."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """The arguments of a `from_pretrained` that say where files come from."""
 
 HUB_SECONDS = 5.0
-"""So long the Hub may take to answer at all; then the download cache has to do."""
+"""How many seconds the Hub may take to answer before the download cache alone is used."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def bundled_or_same(name_or_path: str | os.PathLike) -> str:
-    """The directory of a bundled model for its name, unless there is a checkpoint directory of that name; any other
-    path or Hub id as it is."""
+    """The directory of a bundled model for its name; any other path or Hub id as it is.
+
+    A checkpoint directory of the same name has precedence.
+    """
     name = os.fspath(name_or_path)
     bundled = BUNDLED / name
     is_name = bundled.parent == BUNDLED and (bundled / "config.json").is_file()
@@ -38,12 +40,12 @@ def bundled_or_same(name_or_path: str | os.PathLike) -> str:
 def find_checkpoint(
     name_or_path: str | os.PathLike, hub_arguments: Mapping[str, Any] | None = None, weights: bool = True
 ) -> str:
-    """The directory of a checkpoint, which is downloaded if it has to be; a file's path stays what it is.
+    """The directory of a checkpoint, downloaded if necessary; the path of a file is returned as it is.
 
     Args:
         name_or_path: a directory, the name of a bundled model, or an id on the Hub.
         hub_arguments: those of `HUB_ARGUMENTS` that were given.
-        weights: whether they are needed as well; else only configs and tokenizer are downloaded.
+        weights: download the weights too, not only configs and tokenizer.
 
     Raises:
         OSError: in one line, if there is no such checkpoint, here or on the Hub, or the Hub does not answer within
@@ -76,7 +78,7 @@ def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class FromCheckpoint:
-    """A class of transformers whose `from_pretrained` finds the checkpoint first, and then reads its directory only."""
+    """Mixin for transformers' classes: `from_pretrained` finds the checkpoint first, and reads only its directory."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -92,9 +94,9 @@ class FromCheckpoint:
 def open_bundled_names(auto: Any) -> None:
     """Let an Auto class open a bundled model by its name.
 
-    Auto classes read a checkpoint's config before they know which class is to open it, so no class of ours is asked: a
-    name that is no directory goes to the Hub. Nothing can be registered for names. So this one method is wrapped, which
-    is public, and every argument but a bundled model's name reaches it as it was given.
+    Auto classes read a checkpoint's config before they choose a class, and look for it on the Hub if the name is no
+    directory; transformers has no registry of names. So this public method is wrapped: a bundled model's name becomes
+    its directory, and every other argument stays as it is.
     """
     original = auto.from_pretrained.__func__
     if hasattr(original, "takes_bundled_names"):
@@ -132,25 +134,25 @@ def _download(
             if weights and not any(Path(directory, subfolder).glob("*.safetensors")):
                 directory = fetch(*_SETTINGS, "*.bin")
             return directory
-        return fetch("config.json", local_files_only=True)  # other programs may have left out what they did not need
+        return fetch("config.json", local_files_only=True)  # others may not be cached: programs fetch what they need
     except (OSError, ValueError) as error:
         why = why or str(error).strip().splitlines()[0]
         raise OSError(f"{name!r} is not a directory, and could not be fetched from the Hub: {why}.") from error
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub can be reached within `HUB_SECONDS`; huggingface_hub itself would ask again for half a minute."""
+    """Whether the Hub can be reached within `HUB_SECONDS`; huggingface_hub itself would retry for half a minute."""
     from huggingface_hub import constants, get_session
 
     answered = threading.Event()
 
     def ask() -> None:
-        # Its HTTP client is another library from version to version, and so are the errors.
+        # huggingface_hub's HTTP client, and so the class of its errors, depends on the version.
         with contextlib.suppress(Exception):
             get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
             answered.set()
 
-    # In a thread, because a name server that is silent keeps to no time limit, and every address has its own.
+    # In a thread, because the timeout does not limit name resolution, and starts anew for every address.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)

@@ -1,7 +1,7 @@
-"""A checkpoint as the two files that llama.cpp runs: the language model, and the vision tower with its projector.
+"""Exporting a checkpoint as llama.cpp's two files: the language model, and the vision tower with its projector.
 
-llama.cpp knows DeepSeek-VL's smaller size as a Llama with the vision half of `janus_pro`, which is the same network: a
-SigLIP and two linear layers. It has no place for the larger size's hybrid tower.
+llama.cpp runs DeepSeek-VL's smaller size as a Llama with the vision half of `janus_pro`, which is the same network: a
+SigLIP and two linear layers. It cannot run the larger size's hybrid tower.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ VISION = {
     "vision_model.vision_tower.pos_embed": "v.position_embd.weight",
     "vision_model.vision_tower.patch_embed.proj.@": "v.patch_embd.@",
     "vision_model.vision_tower.blocks.*.norm1.@": "v.blk.*.ln1.@",
-    "vision_model.vision_tower.blocks.*.attn.qkv.@": "v.blk.*.attn_[q,k,v].@",  # three tensors, one below the other
+    "vision_model.vision_tower.blocks.*.attn.qkv.@": "v.blk.*.attn_[q,k,v].@",  # three tensors, from the rows of one
     "vision_model.vision_tower.blocks.*.attn.proj.@": "v.blk.*.attn_out.@",
     "vision_model.vision_tower.blocks.*.norm2.@": "v.blk.*.ln2.@",
     "vision_model.vision_tower.blocks.*.mlp.fc1.@": "v.blk.*.ffn_up.@",
@@ -67,12 +67,12 @@ VISION = {
     "aligner.layers.0.@": "mm.0.@",
     "aligner.layers.2.@": "mm.1.@",
 }
-"""Those of the tower's pooling head, which is not run, have no place."""
+"""The weights of the tower's pooling head are left out, because the forward pass does not use them."""
 
 PRE_TOKENIZER = "deepseek-coder"
 PRE_TOKENIZER_HASH = "5209debba4ff"
-"""Of the published tokenizer's rules for splitting a text before its merges. llama.cpp has them under the name above;
-what it calls `deepseek-llm` are others."""
+"""The hash of the published tokenizer's rules for splitting a text before its merges. llama.cpp calls these rules
+`PRE_TOKENIZER`; those that it calls `deepseek-llm` are others."""
 
 
 def export(
@@ -84,7 +84,7 @@ def export(
 ) -> int:
     """Write `model-TYPE.gguf` and `mmproj-f16.gguf`, tensor by tensor, and read them back to compare.
 
-    Nothing is at `destination` before all of it is.
+    `destination` appears when it is complete.
 
     Args:
         source: a checkpoint's directory in either layout, or the name of a bundled model.
@@ -117,12 +117,12 @@ def export(
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """What is exported.
+    """A checkpoint to export.
 
     Attributes:
-        name: for people.
-        config, images: its settings in the reference's layout.
-        language: the language model's part of them, with transformers' defaults for what they leave out.
+        name: the name of its directory.
+        config, images: the model's and its image processor's settings, in the reference's layout.
+        language: the language model's settings, with transformers' defaults for what `config` leaves out.
         tokenizer: `tokenizer.json`.
         special_tokens: the ids that begin, end and pad a text, see `checkpoint_special_tokens`.
         chat_template: Jinja.
@@ -156,9 +156,9 @@ def _read(source: Path, architecture: Architecture) -> _Checkpoint:
         language,
         read_json(source / "tokenizer.json"),
         checkpoint_special_tokens(source, language),
-        # llama.cpp adds the begin token itself, and not all that read these files know the marks of what is learnt.
+        # llama.cpp adds the begin token itself, and not every reader of these files knows the tags of what is learnt.
         re.sub(r"{%- (end)?generation -%}|{{- bos_token -}}", "", architecture.chat_template),
-        {name: tensors[name] for name in model},  # in the network's order, whatever the files'
+        {name: tensors[name] for name in model},  # in the network's order, not the files'
     )
 
 
@@ -172,7 +172,7 @@ class _Tensor:
     kind: gguf.GGMLQuantizationType
 
     def stored(self, name: str) -> np.ndarray:
-        """What is in the file."""
+        """The tensor's numbers as the file has them; a ValueError if float16 cannot hold them."""
         numbers = self.change(self.source[...].float()).reshape(self.shape).contiguous().numpy()
         with np.errstate(over="ignore"):
             stored = gguf.quants.quantize(numbers, self.kind)
@@ -183,20 +183,20 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to be written: its architecture's name, what it says of the model, and its tensors by name."""
+    """A file to be written: its architecture's name, the function that writes its metadata, and its tensors by name."""
 
     architecture: str
     say: Callable[[gguf.GGUFWriter], None]
     tensors: Mapping[str, _Tensor]
 
     def write(self, path: Path) -> None:
-        """Write it, and read it back."""
+        """Write the file, and read it back to compare."""
         writer = gguf.GGUFWriter(path, self.architecture)
         try:
             self.say(writer)
             for name, tensor in self.tensors.items():
                 shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
-                # The library has to be told a dtype as well, of which it takes no notice then.
+                # The library wants a dtype as well, and ignores it.
                 size = math.prod(shape)
                 writer.add_tensor_info(name, tensor.shape, np.dtype(np.float16), size, tensor.kind)
             writer.write_header_to_file()
@@ -260,13 +260,13 @@ def _language_file(checkpoint: _Checkpoint, file_type: str) -> _File:
     def change(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             count = heads if name.endswith("attn_q.weight") else key_heads
-            # llama.cpp turns neighbours where transformers turns halves.
+            # llama.cpp rotates neighbouring numbers, transformers one half of a head with the other.
             return lambda x: x.view(count, 2, head_dim // 2, -1).transpose(1, 2)
         return lambda x: x
 
     tensors = {}
     for name, (source, shape) in _renamed(checkpoint.tensors, LANGUAGE).items():
-        # Of the file's matrices the two ends are the most sensitive.
+        # Embedding and output are more sensitive to 4 bits than the other matrices.
         wanted = gguf.GGMLQuantizationType.Q8_0 if name in _ENDS and file_type == "q4_0" else kind
         tensors[name] = _Tensor(source, shape, change(name), _kind(shape, wanted))
     return _File("llama", say, tensors)
@@ -276,10 +276,10 @@ _ENDS = ("token_embd.weight", "output.weight")
 
 
 def _rotation(config: LlamaConfig) -> tuple[float, float | None]:
-    """The rotary embedding's base, and by what positions are divided.
+    """The rotary embedding's base, and the number that positions are divided by, or None.
 
     Raises:
-        ValueError: for a scaling that has no place in the file.
+        ValueError: for a scaling that is not exported.
     """
     rotation: Any = config.rope_parameters  # transformers fills it in
     kind = rotation["rope_type"]
@@ -372,7 +372,7 @@ def _vision_file(checkpoint: _Checkpoint, tower_fields: configs.TowerFields) -> 
 
 
 def _vision_problem(checkpoint: _Checkpoint) -> str:
-    """What llama.cpp cannot do with a SigLIP tower; empty for nothing."""
+    """Why llama.cpp cannot run a SigLIP tower; empty if it can."""
     aligner = checkpoint.config.get("aligner_config", {}).get("params", {})
     vision = checkpoint.config["vision_config"].get("params", {})
     kind, depth = aligner.get("projector_type"), aligner.get("depth", 1)
@@ -390,7 +390,7 @@ def _rows(start: int, count: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _kind(shape: list[int], wanted: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """The type a tensor is stored as: vectors exactly; matrices as wanted, if the type's blocks fit into their rows."""
+    """The type a tensor is stored as: float32 for vectors, else the wanted one, or float16 if its blocks do not fit."""
     if len(shape) < 2:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
@@ -400,7 +400,7 @@ def _kind(shape: list[int], wanted: gguf.GGMLQuantizationType) -> gguf.GGMLQuant
 def _renamed(
     tensors: Mapping[str, Slice | torch.Tensor], names: Mapping[str, str]
 ) -> dict[str, tuple[Slice | torch.Tensor, list[int]]]:
-    """The tensors that a table has, by llama.cpp's names, with their shapes."""
+    """The tensors whose names a table has, under llama.cpp's names, with their shapes."""
     found = {}
     for name, tensor in tensors.items():
         layer = re.search(r"(?:layers|blocks)\.(\d+)\.[a-z]", name)

@@ -1,7 +1,7 @@
 """The config files of the two layouts: DeepSeek's own ("reference"), and that of transformers' `deepseek_vl` classes.
 
-Both say the same, but for one thing: in the reference the hybrid model's towers normalise their pixels themselves, and
-in the other layout the image processor does it for both. So each side's model config takes the image processor's too.
+They differ in one thing: in the reference the hybrid model's towers normalise their pixels themselves, and in
+transformers' layout its image processor does it for both. So a model's config is converted with the image processor's.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ IMAGE_TAG = "<image_placeholder>"
 
 TowerFields = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """A tower's parameters in the reference's config -> all of its sizes: the published variant's, or those given instead.
-It is `deepseek_vl.models.clip_encoder.tower_fields`, passed in because this room knows no network."""
+It is `deepseek_vl.models.clip_encoder.tower_fields`, passed in because this package does not import the network."""
 
 SIGLIP_FIELDS = {
     "heads": "num_attention_heads",
@@ -25,7 +25,8 @@ SIGLIP_FIELDS = {
     "patch_size": "patch_size",
     "width": "hidden_size",
 }
-"""The SigLIP tower's sizes in the reference's config: in transformers'. The MLPs' width is a ratio in the first."""
+"""Names of the SigLIP tower's sizes: the reference's -> transformers'. The MLPs' width is converted apart: in the
+reference it is a ratio."""
 
 SAM_FIELDS = {
     **SIGLIP_FIELDS,
@@ -33,11 +34,11 @@ SAM_FIELDS = {
     "prompt_embed_dim": "output_channels",
     "window_size": "window_size",
 }
-"""The SAM tower's. The two downsampling convolutions each double the channels in transformers."""
+"""Names of the SAM tower's sizes. In transformers each of the two downsampling convolutions doubles the channels."""
 
 SIGLIP_FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 SAM_FIXED = {**SIGLIP_FIXED, "qkv_bias": True, "use_abs_pos": True, "use_rel_pos": True}
-"""What transformers' config can change of a tower and the reference's cannot."""
+"""Settings of a tower that transformers' config can change and the reference's cannot."""
 
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
 _SPLIT_PROJECTOR = "low_high_hybrid_split_mlp_gelu"
@@ -48,7 +49,7 @@ IMAGE_DEFAULTS: dict[str, Any] = {
     "rescale_factor": 1.0 / 255.0,
     "min_size": 14,
 }
-"""What both layouts' image processors take for what is not said."""
+"""The defaults of both layouts' image processors."""
 
 
 def is_transformers(config: Mapping[str, Any]) -> bool:
@@ -57,7 +58,7 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
 
 
 def to_reference(config: Mapping[str, Any], images: Mapping[str, Any], tower_fields: TowerFields) -> dict[str, Any]:
-    """A model's config in transformers' layout, as the reference has it.
+    """Convert a model's config from transformers' layout to the reference's.
 
     Args:
         config: of the model.
@@ -89,7 +90,7 @@ def to_reference(config: Mapping[str, Any], images: Mapping[str, Any], tower_fie
 
 
 def as_published(output: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What is written of a `MultiModalityConfig`, with its parts as in the published files."""
+    """Change `output`, the dictionary of a `MultiModalityConfig`, into the form of the published files."""
     for name in ("vision_config", "aligner_config"):
         part = getattr(config, name)
         output[name] = {"cls": part.cls, "model_type": part.model_type, "params": dict(part.params)}
@@ -167,7 +168,7 @@ def _json(value: Any) -> Any:
 
 
 def _as_built(config_class: type, given: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> Any:
-    """A tower's config; an error if the reference's tower cannot be built so."""
+    """A tower's config; raises ValueError if the reference's tower cannot be built with it."""
     config = config_class(**_without_type(given))
     for name, value in fixed.items():
         if getattr(config, name) != value:
@@ -191,12 +192,12 @@ def _language(text: Mapping[str, Any]) -> dict[str, Any]:
 def to_transformers(
     config: Mapping[str, Any], images: Mapping[str, Any], image_token_id: int, tower_fields: TowerFields
 ) -> dict[str, Any]:
-    """A model's config in the reference's layout, as transformers' classes have it.
+    """Convert a model's config from the reference's layout to transformers'.
 
     Args:
         config: of the model.
         images: of its image processor, in the reference's layout.
-        image_token_id: the image tag's.
+        image_token_id: the image tag's token id.
         tower_fields: see `TowerFields`.
 
     Raises:
@@ -278,7 +279,7 @@ def require_transformers_processor(settings: Mapping[str, Any]) -> None:
 
 
 def images_to_reference(images: Mapping[str, Any]) -> dict[str, Any]:
-    """An image processor's config in transformers' layout, as the reference has it."""
+    """Convert an image processor's config from transformers' layout to the reference's."""
     images = {**IMAGE_DEFAULTS, **images}
     is_hybrid = "high_res_size" in images or "Hybrid" in images.get("image_processor_type", "")
     size = images.get("high_res_size", {"height": 1024}) if is_hybrid else images.get("size", {"height": 384})
@@ -298,14 +299,14 @@ def images_to_reference(images: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def images_to_transformers(images: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """An image processor's config in the reference's layout, as transformers has it.
+    """Convert an image processor's config from the reference's layout to transformers'.
 
     Args:
         images: of the image processor.
         config: of its model, in the reference's layout.
 
     Raises:
-        ValueError: for a mean that is not there.
+        ValueError: for a setting that transformers' layout has no place for.
     """
     params = config["vision_config"]["params"]
     is_hybrid = "low_res_cfg" in params

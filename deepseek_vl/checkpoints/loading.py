@@ -1,4 +1,4 @@
-"""A model's weights and special tokens from a checkpoint: the one way in."""
+"""Loading a model's weights and special tokens from a checkpoint, as every class of models does."""
 
 import os
 import threading
@@ -15,8 +15,8 @@ from deepseek_vl.checkpoints.read import unread_weights
 from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens, image_token_id
 
 _loading = threading.RLock()
-"""One model is built at a time: meanwhile transformers changes PyTorch's default dtype for the whole process, and two
-that do so at once leave it changed."""
+"""Held while a model is built: transformers changes PyTorch's default dtype for the whole process meanwhile, and two
+threads that do so at once leave it changed."""
 
 
 class CheckpointModel(PreTrainedModel):
@@ -64,7 +64,7 @@ class CheckpointModel(PreTrainedModel):
         return (model, info) if return_info else model
 
     def after_loading(self) -> None:
-        """What is left to do for a class's models when their weights are there."""
+        """Called when the weights are loaded; a subclass completes the model here."""
 
     @staticmethod
     def _load_pretrained_model(
@@ -74,18 +74,18 @@ class CheckpointModel(PreTrainedModel):
         load_config: Any,
         *args: Any,
     ) -> Any:
-        """transformers' step that fills a model, given tensors under the model's own names that are read one by one.
+        """transformers' step that fills a model, from tensors that are renamed for the model and read one by one.
 
         transformers would map whole files, whose pages stay in memory beside the weights that are converted from them.
         The method is private. `from_pretrained`'s `key_mapping` would replace it if it could also divide tensors by
-        rows, and the files were let go as they are read.
+        rows, and if transformers released the files' pages as it reads them.
         """
         devices = set((load_config.device_map or {"": "cpu"}).values())
-        # Weights that stay on the disk or are divided among DeepSpeed's processes are transformers' to read.
+        # transformers itself reads weights that stay on the disk or are divided among DeepSpeed's processes.
         if state_dict is None and checkpoint_files and "disk" not in devices and not is_deepspeed_zero3_enabled():
             dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
             is_for_cpu = all(str(device) == "cpu" for device in devices) and not load_config.is_quantized
-            # Converted as they are read, weights are copied once only. Elsewhere they are converted where they come to.
+            # Weights for a CPU are converted as they are read, to copy them only once; others on their own device.
             dtype = dtypes.pop() if is_for_cpu and len(dtypes) == 1 else None
             state_dict = unread_weights(checkpoint_files, dtype)
         if state_dict:

@@ -14,11 +14,11 @@ from deepseek_vl.checkpoints.tensors import JoinedRows, Slice, divide_rows, shap
 REFERENCE, TRANSFORMERS = "reference", "transformers"
 LAYOUTS = (REFERENCE, TRANSFORMERS)
 GGUF, GGUF_TYPES = "gguf", ("f16", "bf16", "q8_0", "q4_0")
-"""llama.cpp's files are no layout of ours: what is written so is not read back."""
+"""llama.cpp's format and its types of weights. It is not in `LAYOUTS`: checkpoints are written in it, never loaded."""
 
 NAMES = {
     # The reference's: transformers'. `*` is a layer's number, `@` is weight or bias, and capitals are one of `PLACES`.
-    # Names in brackets are several tensors, whose rows stand in this order in the other layout's: a share for a letter.
+    # Parts in brackets are several tensors, stacked by rows in the other layout; a part has a share for each letter.
     "SIGLIP.pos_embed": "SIGLIP.embeddings.position_embedding.weight",  # see `LEADING_AXIS`
     "SIGLIP.blocks.*.attn.qkv.@": "SIGLIP.encoder.layers.*.self_attn.[q,k,v]_proj.@",
     "SIGLIP.attn_pool.[q,kv].@": "SIGLIP.head.attention.in_proj_@",
@@ -76,7 +76,7 @@ NAMES = {
     "LLAMA.layers.*.input_layernorm.weight": "LLAMA.layers.*.input_layernorm.weight",
     "LLAMA.layers.*.post_attention_layernorm.weight": "LLAMA.layers.*.post_attention_layernorm.weight",
 }
-"""All weights but `UNUSED`."""
+"""The names of all weights but `UNUSED`: the reference's -> transformers'."""
 
 PLACES = {
     REFERENCE: {
@@ -91,10 +91,10 @@ PLACES = {
         "LLAMA": ("model.language_model",),
     },
 }
-"""Where a layout has the parts of the model; any of these is read."""
+"""The prefixes of the model's parts in each layout; any of them is read."""
 
 LEADING_AXIS = "SIGLIP.pos_embed"
-"""The reference's tensor has one more axis in front, of length 1."""
+"""The weight that has a leading axis of length 1 in the reference, and lacks it in transformers."""
 
 UNUSED = tuple(f"vision_model.{tower}_layer_norm.{name}" for tower in ("high", "low") for name in ("weight", "bias"))
 """Weights of the hybrid tower that no forward pass uses, and that transformers' layout has no place for."""
@@ -107,12 +107,12 @@ def layout_of(names: Iterable[str]) -> str:
 
 
 def other_layout(layout: str) -> str:
-    """The layout that is not this one."""
+    """The other of the two layouts."""
     return next(other for other in LAYOUTS if other != layout)
 
 
 def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice], list[str]]:
-    """A checkpoint's tensors, which are in the other layout, as `layout` has them, without reading any.
+    """Convert the tensors of a checkpoint from the other layout to `layout`, without reading any.
 
     Args:
         tensors: by name.
@@ -129,7 +129,7 @@ def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice],
     for row in NAMES.items():
         source, target = row if layout == TRANSFORMERS else row[::-1]
         parts, pattern = _parts(source), _pattern(source, PLACES[other_layout(layout)])
-        found: dict[tuple[str, str], dict[str, str]] = {}  # layer, weight or bias -> the parts' names
+        found: dict[tuple[str, str], dict[str, str]] = {}  # (layer, weight or bias) -> part -> name
         for match in filter(None, map(pattern.fullmatch, tensors)):
             layer, kind, part = (match.groupdict().get(name, "") for name in ("layer", "kind", "part"))
             found.setdefault((layer, kind), {})[part] = match[0]
@@ -149,7 +149,7 @@ def rename(tensors: Mapping[str, Slice], layout: str) -> tuple[dict[str, Slice],
 
 
 def as_reference(tensors: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A checkpoint's tensors, in whichever layout, as the reference has them; those it does not know as they are.
+    """A checkpoint's tensors, from either layout, in the reference's; unknown ones are kept as they are.
 
     Args:
         tensors: by name.
@@ -165,7 +165,7 @@ def unused_weights(model: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dic
     """Layer norms that change nothing, for the weights of `UNUSED` that a file in transformers' layout lacks.
 
     Args:
-        model: the model's weights, whatever they are yet.
+        model: the model's weights; only names and shapes are used.
         dtype: of the result.
     """
     return {
@@ -179,7 +179,7 @@ _PLACE, _BRACKETS = re.compile("^[A-Z]+"), re.compile(r"\[(.+)\]")
 
 
 def _parts(name: str) -> list[str]:
-    """What stands in a name's brackets: `x.[q,kv].y` -> q and kv."""
+    """The parts in a name's brackets: q and kv for `x.[q,kv].y`; one empty part without brackets."""
     brackets = _BRACKETS.search(name)
     return brackets[1].split(",") if brackets else [""]
 

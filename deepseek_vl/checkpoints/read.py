@@ -46,7 +46,7 @@ class UnreadTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         mapped = self._file.get_tensor(self._name)[index]
         dtype = self._dtype if self._dtype is not None and mapped.is_floating_point() else mapped.dtype
-        # Never the mapped numbers themselves, which would change if the file is written again.
+        # A copy, because the mapped numbers would change if the file is written again.
         read = torch.empty(mapped.shape, dtype=dtype, device="cpu")
         copy_alone(mapped, read)
         forget_pages(mapped)
@@ -129,14 +129,14 @@ def load_tower_checkpoint(tower: nn.Module, path: str, prefix: str = "") -> None
 
 
 def forget_pages(tensor: torch.Tensor) -> None:
-    """Release the memory that reading a tensor from a mapped file has taken.
+    """Release the memory that holds a tensor of a mapped file.
 
-    Until then it counts as the process's. Its numbers stay readable, from the file.
+    Otherwise it counts as the process's memory. The tensor stays readable: its pages are read from the file again.
     """
     if tensor.numel() == 0 or sys.platform != "linux":
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, end = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
     start, end = math.ceil(start / mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < end:  # whole pages, because others may be needed for its neighbours
+    if start < end:  # whole pages only: the first and last may hold other tensors too
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

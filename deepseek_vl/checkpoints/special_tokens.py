@@ -17,10 +17,10 @@ def config_special_tokens(config: LlamaConfig) -> dict[str, int]:
 
 
 def checkpoint_special_tokens(directory: str | Path, config: LlamaConfig) -> dict[str, Any]:
-    """The ids that a checkpoint's files name.
+    """The ids of the tokens that begin, end and pad a text, as a checkpoint's files say.
 
-    Those of `generation_config.json`, except where it only repeats the config; else the tokenizer's; else the config's,
-    which in the published checkpoints are Llama's by oversight.
+    An id is taken from `generation_config.json`, unless that only repeats the config; else from the tokenizer; else
+    from the config, whose ids in the published checkpoints are Llama's by oversight.
     """
     declared, generation = (
         read_json(Path(directory, name)) for name in ("tokenizer_config.json", "generation_config.json")

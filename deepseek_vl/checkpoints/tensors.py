@@ -1,4 +1,4 @@
-"""Tensors in files that need not be read yet: their shapes and dtypes, and tensors joined from rows of others."""
+"""Tensors in files, read only when indexed: their shapes and dtypes, and tensors joined from rows of others."""
 
 import functools
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ import torch
 
 
 class Slice(Protocol):
-    """A tensor that is read when it is indexed, as safetensors has them. A `torch.Tensor` may stand for one."""
+    """A tensor that is read when it is indexed, as safetensors' slices are. A `torch.Tensor` may be given instead."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -40,20 +40,20 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-"""As safetensors writes them."""
+"""safetensors' names of the dtypes."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 PIECE = 2**15
-"""So many numbers PyTorch does not divide among threads."""
+"""The most numbers that PyTorch copies without dividing them among threads."""
 
 
 def copy_alone(source: torch.Tensor, target: torch.Tensor) -> None:
     """`target.copy_(source)`, for a contiguous target, by this thread alone.
 
-    Several threads load a weight each. If every copy were divided among further threads, each of them would start its
-    own, which wait for one another, and stay.
+    Several threads load a weight each. If PyTorch divided their copies among threads, each of them would start threads
+    of its own, which wait for one another and stay alive.
     """
     for piece, copied in zip(source.reshape(-1).split(PIECE), target.view(-1).split(PIECE), strict=True):
         copied.copy_(piece)
@@ -63,7 +63,7 @@ class JoinedRows:
     """A tensor made of rows of others, which are read when it is indexed.
 
     Args:
-        rows: tensors and which of their rows, one below the other.
+        rows: tensors and slices of their rows, which are stacked in this order.
         shape: of the result.
     """
 

@@ -1,4 +1,4 @@
-"""Texts with image tags -> token ids, under the arguments that transformers' processors have."""
+"""Encoding texts with image tags as token ids, with the arguments of transformers' processors."""
 
 import inspect
 import math
@@ -15,12 +15,12 @@ from deepseek_vl.checkpoints.tokenizer import Spans, encode
 PADDINGS = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
 TRUNCATIONS = {True: True, "longest_first": True, "only_first": True, False: False, "do_not_truncate": False}
 HANDS_ALL_ON = "processor_kwargs" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters
-"""Whether transformers gives a processor's call the variables of a chat template too, as before 5.4."""
+"""Whether transformers passes a chat template's variables to the processor's call too, as it did before 5.4."""
 WITHOUT_EFFECT = {
     *("return_text_replacement_offsets", "return_mm_token_type_ids", "return_attention_mask", "verbose"),
     *(["system_prompt"] if HANDS_ALL_ON else []),
 }
-"""Arguments that ask for nothing that is not given anyway."""
+"""Arguments that are accepted and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class TextOptions:
         padding: "longest", "max_length" or "do_not_pad"; True and False mean the first and the last.
         padding_side: "left" or "right".
         pad_to_multiple_of: rows are padded to a multiple of so many tokens.
-        truncation: cut what is longer than `max_length`, an image whole; without it `max_length` alone says so, unless
-            it says how far to pad.
-        max_length: tokens; with truncation by default the tokenizer's `model_max_length`.
+        truncation: cut texts to `max_length`, but no image in part; None cuts if there is a `max_length`, unless
+            that is the length to pad to.
+        max_length: in tokens; None, with truncation, is the tokenizer's `model_max_length`.
         return_tensors: "pt", "np" or None, for lists.
         return_offsets_mapping: give the characters of each token as well.
     """
@@ -72,7 +72,7 @@ class TextOptions:
             defaults: of this processor.
 
         Raises:
-            ValueError: naming an argument that is not taken, or a value that is not.
+            ValueError: for an argument or a value that is not accepted; the message names it.
         """
         flat = dict(arguments)
         for group in ("common_kwargs", "text_kwargs"):
@@ -86,13 +86,13 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One text. T tokens.
+    """One tokenized text.
 
     Attributes:
         input_ids: with as many copies of the tag's id as an image has positions.
         is_feature: for each token, whether an image's feature replaces its embedding.
         offsets: the characters of each token; an image's are those of its tag.
-        images: how many of the text's images are there, from the first on.
+        images: how many of the text's images were kept; what is cut are the last ones.
     """
 
     input_ids: list[int]
@@ -114,8 +114,8 @@ def encode_texts(
 
     Args:
         images: of all texts, in reading order.
-        tag: what stands for an image in a text; the tokenizer has it.
-        features: of an image.
+        tag: what stands for an image in a text; one of the tokenizer's tokens.
+        features: how many an image has.
         own_tag: keep the tag's own token in front of an image's features.
 
     Returns:
@@ -138,7 +138,7 @@ def encode_texts(
 def _encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, tag: str, features: int, options: TextOptions, own_tag: bool
 ) -> TextRow:
-    """One text; an image that does not fit whole is left out with all that follows it."""
+    """Encode one text, cut at the first token, or whole image, that does not fit."""
     ids, offsets = encode(tokenizer, text, tag=tag, add_special_tokens=options.add_special_tokens)
     offsets = offsets or [(0, 0)] * len(ids)
     tag_id = tokenizer.convert_tokens_to_ids(tag)
@@ -192,7 +192,7 @@ def pad_texts(rows: Sequence[TextRow], pad_id: int, options: TextOptions) -> dic
 
 
 class TextProcessor(ProcessorMixin):
-    """What this package's processors share where transformers' pipelines and trainers call them.
+    """Base class of this package's processors: what transformers' pipelines and trainers call.
 
     Attributes:
         image_token: what stands for an image in a text.
@@ -211,7 +211,7 @@ class TextProcessor(ProcessorMixin):
     def text_batch(
         self, texts: Sequence[str], images: Sequence[Any], options: TextOptions, own_tag: bool = False
     ) -> tuple[BatchFeature, list[list[Any]]]:
-        """`encode_texts` and `pad_texts`: the batch, in the form that is asked for, and the images of each text."""
+        """Encode and pad texts; returns the batch, in the form that `options` ask for, and the images of each text."""
         tag, features = self.image_token, self.num_image_tokens
         rows, each = encode_texts(self.tokenizer, texts, images, tag, features, options, own_tag)
         data = pad_texts(rows, self.pad_id, options)
@@ -219,9 +219,9 @@ class TextProcessor(ProcessorMixin):
         return BatchFeature({**BatchFeature(data, tensor_type=options.return_tensors), **offsets}), each
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `apply_chat_template`; tokenized, it gives lists that are not padded, unless told otherwise.
+        """transformers' `apply_chat_template`, whose token ids are by default lists without padding.
 
-        Trainers of other libraries pad them by themselves.
+        Trainers of other libraries pad the lists themselves.
         """
         given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
         if given.get("tokenize") and not given.keys() & {"padding", "return_tensors"}:

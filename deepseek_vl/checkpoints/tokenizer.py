@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, as its `tokenizer.json` says; and encoding what is to be read letter by letter."""
+"""Loading a checkpoint's tokenizer, and encoding text in which special tokens may be ordinary text."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,10 +12,10 @@ Spans = Sequence[tuple[int, int]]
 
 
 def load_tokenizer(directory: str | Path, settings: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer as its `tokenizer.json` says.
+    """Load a checkpoint's tokenizer as its `tokenizer.json` says.
 
     Published checkpoints declare `LlamaTokenizerFast`. In transformers 5 that class replaces the file's byte-level
-    pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so it is passed over.
+    pre-tokenizer by a SentencePiece-style one, which loses every space and newline, so the class is ignored.
 
     Args:
         directory: with the tokenizer's files.
@@ -47,15 +47,15 @@ def encode(
 ) -> tuple[list[int], Spans]:
     """A text's token ids, and the [start, end) characters of each; a slow tokenizer does not give the latter.
 
-    A begin token is there once, also if the text brings it, as chat templates do, and the tokenizer would add another.
+    There is one begin token, even if the text has its own, as a chat template's does, and the tokenizer adds another.
 
     Args:
-        literal: spans of the text in which special tokens and the tag are text.
-        tag: of images, which need not be a special token.
+        literal: spans of the text in which special tokens and the tag are ordinary text.
+        tag: the image tag, which need not be a special token.
         add_special_tokens: let the tokenizer add its begin token.
 
     Raises:
-        ValueError: for literal spans and a slow tokenizer.
+        ValueError: if there are literal spans and the tokenizer is a slow one.
     """
     options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": tokenizer.is_fast}
     tokens = tokenizer(text, **options, verbose=False)
@@ -81,7 +81,7 @@ def encode(
     if special_in(ids, offsets) == own:
         return ids, offsets
 
-    # A special token ends one text and begins another, so that what is between them can be encoded apart.
+    # Tokens never span a special token, so the texts between special tokens can be encoded separately.
     plain = Tokenizer(backend.model)  # shares the vocabulary; added tokens get their ids by their order
     plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     for number, token in added:
@@ -103,6 +103,6 @@ def encode(
 
 
 def _between(spans: Spans, end: int) -> Spans:
-    """What lies in front of spans, between them, and behind them up to `end`."""
+    """The spans before, between and after the given ones, up to `end`."""
     borders = (0, *chain(*spans), end)
     return tuple(zip(borders[::2], borders[1::2], strict=True))

@@ -34,7 +34,7 @@ def write_shards(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, s
     Args:
         tensors: by name; each is read when its turn comes.
         directory: where.
-        shard_bytes: of a file at most, unless it holds a single tensor.
+        shard_bytes: the most bytes of a file that holds several tensors.
     """
     shards: list[list[str]] = [[]]
     used = total = 0
@@ -60,7 +60,7 @@ def write_shards(tensors: Mapping[str, Slice | torch.Tensor], directory: Path, s
 def _write(tensors: Mapping[str, Slice | torch.Tensor], file: Path, progress: Callable[[], Any]) -> None:
     """Write a safetensors file. The library's own writer wants all of its tensors in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # In its order, in which every tensor begins at a multiple of its numbers' size.
+    # In the library's order, in which every tensor begins at a multiple of its elements' size.
     names = sorted(tensors, key=lambda name: (-dtype_of(tensors[name]).itemsize, name))
     end = 0
     for name in names:

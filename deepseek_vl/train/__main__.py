@@ -33,17 +33,17 @@ logger = logging.getLogger(__name__)
 
 LORA_LEARNING_RATE = 2e-4
 LORA_PARTS = ("projector", "language")
-"""Of a stage's parts, those that get adapters unless `--train` says otherwise."""
+"""The parts of a stage that get adapters, unless `--train` names others."""
 FIXED = (
     "model_path", "data", "skip_bad", "stage", "train", "learning_rate", "part_rate", "lora", "lora_rank", "batch_size",
     "gradient_accumulation", "warmup_steps", "schedule", "weight_decay", "max_length", "truncate", "pack", "dtype",
     "seed",
 )  # fmt: skip
-"""Arguments that a run cannot change on its way."""
+"""Arguments that must stay the same when a run is resumed."""
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
-"""How many `accelerate launch` started."""
+"""How many processes `accelerate launch` started."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> int | None:
         _keep_to_the_run(args)
     set_seed(args.seed)
     dtype = training_dtype(pick_device(args.device), args.dtype)
-    # What learns is kept in float32; behind adapters the weights only have to be read.
+    # Weights that learn are kept in float32; under adapters they are only read.
     loaded_in = dtype if args.lora else torch.float32
     _, processor, model = load_pretrained_model(args.model_path, device="cpu", dtype=loaded_in)
     max_length = _max_length(args, model.config)
@@ -160,7 +160,7 @@ def _run(args: argparse.Namespace) -> int | None:
         callbacks=[_tensorboard(args.output)] if IS_FIRST else [],
     )
     with keeping_freed_memory(trainer.args.device), warnings.catch_warnings():
-        # peft looks for the base of an adapter as seen from here, to see whether the vocabulary has grown; it has not.
+        # peft looks for an adapter's base from the working directory, to see whether its vocabulary grew; it did not.
         warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
         train(trainer, stored_in=None if args.lora else checkpoint_dtype(args.model_path))
     if args.lora:
@@ -246,7 +246,7 @@ def _choose_what_learns(model: MultiModalityCausalLM, args: argparse.Namespace) 
 
 
 def _checkpointing(is_on: bool) -> dict[str, Any]:
-    """Two of `TrainingArguments`, whose names began with `gradient` before transformers 5.24."""
+    """The `TrainingArguments` of recomputed activations, whose names began with `gradient` before transformers 5.24."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: is_on, f"{name}_kwargs": {"use_reentrant": False} if is_on else None}

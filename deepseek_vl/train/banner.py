@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class StartBanner(TrainerCallback):
     """Logs where and in which dtype a trainer trains, what of the model learns and how fast, on how much data.
 
-    All of it is read off the trainer when its first step is due, so that it is what happens, not what was asked for.
+    All of it is read from the trainer before its first step, so that it is what happens, not what was asked for.
     """
 
     def __init__(self, trainer: Trainer):
@@ -35,7 +35,7 @@ def describe_run(trainer: Any, state: TrainerState) -> list[str]:
 
     Args:
         trainer: a `Trainer` with its optimizer made.
-        state: how far it has got, and how far it is to get.
+        state: the trainer's, with the steps that are done and those that are planned.
     """
     args, processes = trainer.args, trainer.accelerator.num_processes
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"

@@ -20,7 +20,7 @@ NOT_LEARNT = -100
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One conversation, ready to learn from. T tokens.
+    """One conversation of T tokens, ready to learn from.
 
     Attributes:
         item: what the processor makes of the conversation.
@@ -38,8 +38,8 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
     `"weight": 0` is not learnt, either way.
 
     Args:
-        max_length: cut what is behind so many tokens. An image that does not fit whole is left out with all that
-            follows it.
+        max_length: cut the conversation after so many tokens. An image that does not fit whole is left out, with all
+            that follows it.
 
     Raises:
         DataError: if nothing is left to learn, or the tokenizer cannot tell where its tokens are (a slow one).
@@ -65,7 +65,7 @@ def encode_row(row: TrainingRow, processor: VLChatProcessor, max_length: int | N
 
 
 def _learnt_tokens(row: TrainingRow, processor: VLChatProcessor, prompt: Rendered, offsets: Spans) -> list[bool]:
-    """Which tokens of a rendered row are learnt, images' tags not counted."""
+    """For each token of a rendered row, whether it is learnt; image tags are left out by the caller."""
 
     def in_any(spans: Spans) -> list[bool]:
         return [any(start < last and end > first for first, last in spans) for start, end in offsets]
@@ -102,8 +102,8 @@ class TrainingCollator:
     Args:
         processor: of the model that is trained.
         max_length: see `encode_row`.
-        pack: put all conversations of a batch into one row without padding. Their positions start anew, and none sees
-            another, so the loss is that of the padded batch.
+        pack: put all conversations of a batch into one row without padding. The positions of each begin at 0, and none
+            attends to another, so the loss is that of the padded batch.
     """
 
     def __init__(self, processor: VLChatProcessor, max_length: int | None = None, pack: bool = False):
@@ -125,15 +125,15 @@ class TrainingCollator:
         items = [row.item for row in encoded]
         if self.pack:
             for row in labels:
-                row[0] = NOT_LEARNT  # not learnt from the end of the row in front of it
+                row[0] = NOT_LEARNT  # nothing to predict it from: what precedes it is another row
             batch = dict(self.processor.batchify([_join(items)]))
             batch["labels"] = torch.cat(labels)[None]
             batch["position_ids"] = torch.cat([torch.arange(len(item.input_ids)) for item in items])[None]
-            # The positions say it: transformers finds the borders where they restart.
+            # Instead of a mask: transformers finds the borders of conversations where the positions restart.
         else:
             batch = dict(self.processor.batchify(items, padding_side="right"))
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNT)
-            # Padding is behind all that is learnt, so that causal attention alone, which is faster, hides it.
+            # Padding is at the end, so causal attention hides it without a mask, which is faster.
         del batch["sft_format"], batch["attention_mask"]
         return batch
 

@@ -1,7 +1,7 @@
-"""The command `python -m deepseek_vl.train.evaluate`: how many answers of a file a model gives, by type of question.
+"""The command `python -m deepseek_vl.train.evaluate`: count a model's right answers to a file's questions, by type.
 
-Every question goes the way of a user's: a `ChatSession`, greedy. An answer is right if it is the file's, outer white
-space aside.
+Every question is asked in a `ChatSession`, as a user's is, with greedy decoding. An answer is right if it equals the
+file's, outer white space aside.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class EvaluatedAnswer:
         origin: where the row is from.
         question, expected: the file's.
         answer: the model's, without outer white space.
-        type: the question's; None if the answer is not scored: it was asked for because a later one builds on it.
+        type: the question's; None if the answer is not scored, but was needed for the history of a later one.
         right: whether the answer is the expected one.
         error: why there is no answer, such as a prompt that is too long.
         dropped_turns: how many of the oldest turns were left out because the model had no room for them.
@@ -80,7 +80,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95 % interval, Wilson's, in percent."""
+        """Wilson's 95 % interval of the share of right answers, in percent."""
         z, n, share = NormalDist().inv_cdf(0.975), self.asked, self.right / self.asked
         middle = share + z**2 / (2 * n)
         reach = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
@@ -101,7 +101,7 @@ class Evaluation:
 
     @property
     def scored(self) -> list[EvaluatedAnswer]:
-        """The answers that count."""
+        """The answers that are scored."""
         return [answer for answer in self.answers if answer.type is not None]
 
     @property
@@ -147,9 +147,9 @@ class Evaluation:
             most: how many words to keep.
 
         Returns:
-            The w words most often taken for another or said for another; where no word was, those of expected answers
-            that another number of words was said for. And [w, w + 1] counts: rows are the word expected, columns the
-            word said, the last how often its answer was met by another number of words.
+            The w words that were most often confused with others; if none was, the words of expected answers that got
+            an answer of another length. And [w, w + 1] counts: a row for each word when it was expected, a column for
+            each word when it was given, and a last column for given answers with another number of words.
         """
         pairs: Counter[tuple[str, str]] = Counter()
         other: Counter[str] = Counter()
@@ -292,7 +292,7 @@ def evaluate(
 
 
 def _untyped(row: TrainingRow) -> tuple[str | None, ...]:
-    """The types of a row's answers where none has a type: those that are not to be learnt are not right answers."""
+    """The types of a row's answers if no row has types: `UNTYPED` for an answer that is to be learnt, else None."""
     return tuple(UNTYPED if answer.get("weight", 1) else None for answer in row.messages[1::2])
 
 
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
-    # What can be wrong with the arguments is found before the model is loaded.
+    # Errors in the arguments are found before the model is loaded.
     GenerationSettings(max_new_tokens=args.max_gen_len)
     _check_choices(args.history, args.limit)
     device = pick_device(args.device)

@@ -26,7 +26,7 @@ LAYERS: dict[str, str] = {
     "projector": r"((high_up_proj|low_up_proj)|layers(\.\d+)?)",
     "language": r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
 }
-"""The linear layers of each part that get an adapter, behind the part's own prefix."""
+"""Patterns of the linear layers that get an adapter: their names in each part, after the part's prefix."""
 
 
 def add_lora(
@@ -67,7 +67,7 @@ def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
 
 
 def find_base(adapter: Path) -> str:
-    """The base model that an adapter names, or a checkpoint of its training: a directory that is there, or a name."""
+    """The base model of an adapter, or of a checkpoint of its training: an existing directory, or the recorded name."""
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     places = (adapter / name, adapter.parent / name)
     return next((str(place) for place in places if (place / "config.json").is_file()), name)

@@ -14,7 +14,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 """The model's parts, and what their parameters' names begin with."""
 
 NEVER_USED = ("attn_pool.", "high_layer_norm.", "low_layer_norm.")
-"""In the published checkpoints but not in the forward pass: no gradient can reach them."""
+"""Parts of the names of weights that the published checkpoints have and no forward pass uses: they get no gradient."""
 
 
 @dataclass(frozen=True)

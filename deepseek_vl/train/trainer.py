@@ -50,7 +50,7 @@ def _to_float32(value: Any) -> Any:
 class CheckpointRotation(TrainerCallback):
     """Deletes all but the last two checkpoints of a run.
 
-    `Trainer`'s own way to it, `save_total_limit`, also deletes what others have called `checkpoint-` something.
+    `Trainer`'s own `save_total_limit` also deletes what others have given a name that begins with `checkpoint-`.
     """
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class ScheduleOverAllSteps(TrainerCallback):
             rates = [rate * share(lr_scheduler.last_epoch) for rate, share in shares]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # which the log has
+            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # what the log shows
 
 
 class BaseTrainer(Trainer):
@@ -92,9 +92,9 @@ class BaseTrainer(Trainer):
         self.add_callback(ScheduleOverAllSteps())
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`Trainer`'s; on a CPU the attention is in float32, whose kernels there are faster both ways."""
+        """`Trainer`'s step; for bfloat16 on a CPU, attention is in float32, which is faster in both passes there."""
         on_cpu = self.args.device.type == "cpu" and self.args.bf16
-        with Float32Attention() if on_cpu else nullcontext():  # around both ways: checkpointed layers run again
+        with Float32Attention() if on_cpu else nullcontext():  # both passes: checkpointed layers run again
             return super().training_step(model, *args, **kwargs)
 
 
@@ -135,7 +135,7 @@ def training_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     """The dtype to train in: the one asked for, or the fastest on this device.
 
     Raises:
-        ValueError: for one that cannot be trained in there.
+        ValueError: if the device cannot train in it.
     """
     picked = pick_dtype(device, dtype)
     if dtype == "auto" and device.type != "cuda" and not (device.type == "cpu" and multiplies_fast(picked)):
@@ -152,9 +152,9 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; later ones, cut off by a kill, are deleted.
+    """The newest complete checkpoint of a run, or None; newer ones, cut off by a kill, are deleted.
 
-    `Trainer` writes `trainer_state.json` last.
+    A checkpoint is complete if it has a whole `trainer_state.json`, which `Trainer` writes last.
 
     Raises:
         OSError: if a checkpoint cannot be read.
@@ -241,7 +241,7 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
         history = trainer.state.log_history
         plot_loss(history, output / "loss.png")
         (output / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a checkpoint
-        # Last, as it says that all is there.
+        # Last, because its presence says that all files are written.
         with whole_file(output / "log.jsonl") as part:
             part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 

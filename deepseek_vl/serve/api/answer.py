@@ -1,4 +1,4 @@
-"""The answers to one request, on their way from the request to the engine and back."""
+"""Answering one request: its prompts are given to the engine, and the answers are read piece by piece."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CachedTokens(BaseModel):
-    """Tokens of a prompt that an earlier answer had left."""
+    """How many tokens of a prompt were kept from earlier requests, and did not run again."""
 
     cached_tokens: int
 
@@ -37,7 +37,7 @@ class Usage(BaseModel):
 
 
 class Piece(NamedTuple):
-    """More of an answer.
+    """A piece of an answer.
 
     Attributes:
         index: which answer's.
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class WholeAnswer:
-    """All of an answer; the attributes are those of a piece."""
+    """A whole answer; the attributes are those of `Piece`."""
 
     text: str = ""
     logprobs: list[Token] | None = None
@@ -62,19 +62,19 @@ class WholeAnswer:
 
 
 class Request(Protocol):
-    """What all requests for answers have."""
+    """A request for answers, of any API."""
 
     def questions(self, service: Service) -> list[Question]:
-        """What is asked."""
+        """The questions that the request asks."""
 
 
 class _Reader:
-    """One answer, as it comes."""
+    """Makes pieces of one answer from the text that its generation gives."""
 
     def __init__(self, index: int, generation: Generation, question: Question, service: Service):
         self._index = index
         self._generation = generation
-        # What the first token's text begins with is the format's own space.
+        # White space before the first word belongs to the prompt's format.
         self._strips = not question.goes_on and question.settings.structured is None
         asked = question.settings.logprobs is not None
         self._tokens = ShownTokens(generation, service.token_bytes) if asked else None
@@ -91,12 +91,12 @@ class _Reader:
 
 
 class Answer:
-    """The answers on their way from the engine's thread to this one's event loop.
+    """The answers to one request, passed from the engine's thread to this one's event loop.
 
-    Whoever leaves the context ends their generation.
+    A context manager, which cancels the generations at its end.
 
     Attributes:
-        generations: of every question as many as it wants answers, in order.
+        generations: one for each answer to each question, in order.
     """
 
     def __init__(self, service: Service):
@@ -113,7 +113,7 @@ class Answer:
         """Prepare a request's prompts and, when it is its turn, their pictures, and give them to the engine.
 
         Raises:
-            APIError: for what cannot be asked or is too long, pictures that cannot be had, or if the server shuts down.
+            APIError: for a request that is wrong or too long, for pictures that cannot be read, or at a shutdown.
         """
         service, self._begun = self.service, time.monotonic()
         questions = await run_in_threadpool(request.questions, service)
@@ -134,7 +134,7 @@ class Answer:
             service.engine.submit(generation)
 
     def _sink(self, index: int, item: Any) -> None:
-        """Called in the engine's thread."""
+        """Pass an item of a generation to the event loop; the engine's thread calls it."""
         if item is END:
             self.service.metrics.count_tokens(self.generations[index])
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
@@ -186,7 +186,7 @@ class Answer:
                 yield reader.read("", generation.finish_reason)
 
     async def whole(self) -> list[WholeAnswer]:
-        """All of the answers."""
+        """Wait for all answers, and return them whole."""
         answers = [WholeAnswer() for _ in self.generations]
         async for piece in self.pieces():
             answer = answers[piece.index]
@@ -197,7 +197,7 @@ class Answer:
         return answers
 
     def usage(self) -> Usage:
-        """How many tokens they took."""
+        """How many tokens the prompts and the answers took."""
         prompts = [self.generations[i] for i in self._of_prompts]
         prompt = sum(generation.prompt_tokens for generation in prompts)
         completion = sum(len(generation.token_ids) for generation in self.generations)

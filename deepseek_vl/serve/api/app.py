@@ -1,4 +1,4 @@
-"""The routes, and a request's way through the server: key, body, a place, prompt, pictures, engine, answer."""
+"""The routes, and the steps of a request: key, body, a place in the queue, prompt, pictures, engine, answer."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ Read = TypeVar("Read", bound=Strict)
 
 
 def create_app(service: Service) -> FastAPI:
-    """The server for one model."""
+    """Create the server for one model."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,8 +62,8 @@ def create_app(service: Service) -> FastAPI:
         app, service, (ChatCompletionRequest, CompletionRequest, ResponseRequest, EmbeddingRequest, TokenizeRequest)
     )
     app.add_middleware(Guard, service=service)
-    if service.origins:  # in front of the key, which a browser does not give when it asks whether it may ask
-        # Browsers ask separately for a server on this machine or network, of which older Starlette knows nothing.
+    if service.origins:  # before the key is checked: browsers' preflight requests have none
+        # Browsers want a further permission for servers on this machine or network; old Starlettes cannot give it.
         known = "allow_private_network" in inspect.signature(CORSMiddleware).parameters
         options: dict[str, Any] = {"allow_private_network": True} if known else {}
         app.add_middleware(
@@ -87,7 +87,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:  # Starlette's own `Allow` is of one route, and a path may have several
+        if error.status_code == 405:  # Starlette's own `Allow` covers one route; a path may have several
             fitting = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
             allowed = ", ".join(sorted({method for route in fitting for method in getattr(route, "methods", ())}))
             return APIError("This route does not take that method.", status=405, headers={"Allow": allowed}).response()
@@ -99,7 +99,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_descriptions(app: FastAPI, service: Service) -> None:
-    """What the server says of itself and of its model."""
+    """Add the routes that describe the server and its model."""
     keyed = {} if service.key is None else errors(401, 429)
     this = Model(id=service.name, created=service.created, max_model_len=service.engine.positions)
 
@@ -143,7 +143,7 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    """What the model does."""
+    """Add the routes that run the model."""
 
     @app.post(
         "/v1/chat/completions", response_model=ChatCompletion, **takes(service, ChatCompletionRequest, streams=True)
@@ -154,7 +154,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", response_model=Completion, **takes(service, CompletionRequest, streams=True))
     async def completions(request: Request) -> Response:
-        """How the model goes on with a text, whole or as server-sent events."""
+        """The model's continuation of a text, whole or as server-sent events."""
         return await _answer(service, request, CompletionRequest, CompletionReply)
 
     @app.post("/v1/responses", response_model=ModelResponse, **takes(service, ResponseRequest, streams=True))
@@ -172,10 +172,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 async def _read(service: Service, request: Request, body: Body, model: type[Read]) -> Read:
-    """A request's body.
+    """Read and check a request's body.
 
     Raises:
-        APIError: if it is too much, wrong, or for another model.
+        APIError: if it is too large, wrong, or for another model.
     """
     asked: Any = await run_in_threadpool(parse, await body.read(request), model, service.limits)
     if asked.model is not None:
@@ -184,7 +184,7 @@ async def _read(service: Service, request: Request, body: Body, model: type[Read
 
 
 async def _embed(service: Service, request: EmbeddingRequest) -> dict[str, Any]:
-    async with service.preparing:  # as many pictures are decoded at a time as for answers
+    async with service.preparing:  # as for answers: it limits how many pictures are decoded at a time
         service.check_open()
         images = await service.images_of([part.image_url.url for part in request.input], "input")
         return await run_in_threadpool(embed, service, images, request.encoding_format)
@@ -199,15 +199,15 @@ async def _answer(
     """Answer a request.
 
     Args:
-        model: what its body is.
-        form: what the answer becomes.
+        model: the model of its body.
+        form: makes the response from the answers.
 
     Raises:
-        APIError: if it cannot be done.
+        APIError: if the request cannot be answered.
     """
     with contextlib.ExitStack() as stack:
         answer = stack.enter_context(Answer(service))
-        with Body(service) as body:  # neither it nor the request is kept behind that
+        with Body(service) as body:  # body and request are freed at the end of this block
             request = await _read(service, http_request, body, model)
             stack.enter_context(service.place(request.count))
             await _unless_gone(http_request, answer.begin(request))
@@ -219,10 +219,10 @@ async def _answer(
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of some work, which is given up if the client goes away before.
+    """Wait for the result of some work, and cancel it if the client disconnects first.
 
     Raises:
-        APIError: if it does.
+        APIError: if the client disconnects.
     """
 
     async def until_gone() -> None:

@@ -23,10 +23,10 @@ class Body:
         self._service.bodies_bytes -= self._size
 
     async def read(self, request: Request) -> bytearray:
-        """The bytes.
+        """Read the body's bytes.
 
         Raises:
-            APIError: if they are not declared as JSON, are too many, alone or with others', or come too slowly.
+            APIError: if the body is not declared as JSON, is too large, alone or with others, or arrives too slowly.
         """
         limits = self._service.limits
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

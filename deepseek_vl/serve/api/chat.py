@@ -53,7 +53,7 @@ class ChatCompletionRequest(GenerationRequest, UnusedInChats):
     continue_final_message: bool | None = None
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
-        """How to generate: as the request says, and by default as the server was told to.
+        """The generation settings: the request's, and for what it leaves out the server's.
 
         Raises:
             APIError: for fields that do not go together.
@@ -70,7 +70,7 @@ class ChatCompletionRequest(GenerationRequest, UnusedInChats):
         return self.n or 1
 
     def questions(self, service: Service) -> list[Question]:
-        """What is asked.
+        """The question that the request asks.
 
         Raises:
             APIError: for messages that are no conversation or too long, or fields that do not go together.

@@ -14,7 +14,7 @@ from deepseek_vl.serve.api.service import Question, Service
 from deepseek_vl.utils.conversation import Rendered
 
 MAX_TOKENS = 16
-"""Of a request that does not say, as in OpenAI's API."""
+"""`max_tokens` of a request that does not give it, as in OpenAI's API."""
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
 
@@ -52,7 +52,7 @@ class CompletionRequest(GenerationRequest, UnusedInCompletions):
         return len(self.prompt) * (self.n or 1)
 
     def questions(self, service: Service) -> list[Question]:
-        """What is asked.
+        """The questions that the request asks.
 
         Raises:
             APIError: for too many or too long prompts, and tokens that the model does not have.
@@ -77,7 +77,7 @@ class CompletionRequest(GenerationRequest, UnusedInCompletions):
 
 
 def text_ids(service: Service, text: str) -> list[int]:
-    """A client's text as tokens, with the one that all prompts begin with; special tokens in it are text."""
+    """A client's text as token ids, with the begin token in front; special tokens in it are ordinary text."""
     return service.processor.encode(Rendered(text, literal=((0, len(text)),) if text else ()))[0]
 
 

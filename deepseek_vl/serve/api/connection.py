@@ -13,7 +13,7 @@ def connections(limits: RequestLimits) -> type[H11Protocol]:
     """A protocol for `uvicorn.Config`.
 
     Args:
-        limits: `head_seconds` and `send_seconds` count here.
+        limits: `head_seconds` and `send_seconds` are used.
     """
 
     class Connection(H11Protocol):

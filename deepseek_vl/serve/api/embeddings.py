@@ -67,7 +67,7 @@ class EmbeddingList(BaseModel):
 
 
 def embed(service: Service, images: list[Image.Image], encoding: str | None) -> dict[str, Any]:
-    """The body of an answer; it takes long."""
+    """The answer's body; it takes long to compute, so call it in a thread."""
     vectors = embed_images(service.engine.model, service.processor, images, open_image=lambda image: image)
     vectors = torch.nn.functional.normalize(vectors, dim=-1)
     data = [

@@ -28,7 +28,7 @@ class APIError(Exception):
         message: one clear sentence for the client.
         param: the request's field that is wrong.
         code: a word for programs.
-        status: HTTP's, below 500 for what the client can mend.
+        status: HTTP's, below 500 for what the client can correct.
         headers: of the answer.
     """
 
@@ -47,11 +47,11 @@ class APIError(Exception):
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
-        """The error object."""
+        """The answer's body, see `ErrorBody`."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The answer: status, headers and body."""
         return JSONResponse(self.body(), self.status, self.headers)

@@ -20,12 +20,12 @@ def event(data: dict[str, Any], kind: str | None = None) -> bytes:
 
 
 def new_head(prefix: str, model: str) -> dict[str, Any]:
-    """What every answer begins with; its id has a prefix."""
+    """The fields that every answer begins with: an id with this prefix, the time, and the model."""
     return {"id": f"{prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `stack` is left behind the last, or when the client goes away."""
+    """A response of server-sent events; `stack` is closed after the last one, or when the client disconnects."""
 
     media_type = "text/event-stream"
 

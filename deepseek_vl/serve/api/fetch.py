@@ -1,8 +1,8 @@
-"""Pictures named by a client: data URLs, and remote ones under guard.
+"""Fetching pictures from addresses that clients name, public ones only.
 
 A client that may name addresses could make the server reach what only the server can (its own ports, a cloud's
-metadata). So each hop's URL is taken apart by one parser, its name is resolved once, every address found must be
-public, and the address that was checked is the one that is dialled.
+metadata). So each hop's URL is parsed once, its host is resolved once, every address found must be public, and the
+connection is made to an address that was checked.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ def is_public(address: str) -> bool:
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Dials nothing but public addresses, each of which it has looked up itself.
+    """Connects to public addresses only, which it looks up itself.
 
     Args:
         resolve: looks names up.
@@ -69,12 +69,12 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
 
 @dataclass(frozen=True)
 class ImageFetcher:
-    """Gets remote pictures' bytes.
+    """Downloads remote pictures.
 
     Args:
         allowed: whether URLs are fetched at all.
         domains: the only ones allowed, with their subdomains; empty for all.
-        limits: of one picture; what begins with `fetch` counts here.
+        limits: of one picture; those whose names begin with `fetch` are used.
         resolve, dialler: see `CheckedBackend`.
     """
 
@@ -85,7 +85,7 @@ class ImageFetcher:
     dialler: httpcore.AsyncNetworkBackend | None = None
 
     async def fetch(self, url: str) -> bytes:
-        """The body behind a URL.
+        """Download the body at a URL.
 
         Raises:
             APIError: if it is not allowed, not public, too large, too slow, or does not answer with status 200.
@@ -112,7 +112,7 @@ class ImageFetcher:
             raise _refused("The image URL cannot be reached.") from error
 
     def _check(self, text: str) -> httpcore.URL:
-        """Take a URL apart, once; what is dialled and sent is made from these parts."""
+        """Parse and check a URL, once; the connection and the request are made from the parts."""
         if any(character <= " " or character in "\\\x7f" for character in text):
             raise _refused("The image URL has spaces, control characters or backslashes.")
         try:
@@ -142,7 +142,7 @@ class ImageFetcher:
 
 
 def _location(url: str, response: httpcore.Response) -> str:
-    """Where a redirect leads."""
+    """The URL that a redirect leads to."""
     values = [value for name, value in response.headers if name.lower() == b"location"]
     if len(values) != 1:
         raise _refused("The image URL redirects to nowhere.")

@@ -1,7 +1,7 @@
 """What all requests share: how strictly they are read, and the fields that say how an answer is generated.
 
 A field that is not known is refused by its name, unless its value says nothing: null, or an empty text, list or object.
-So is one that is known, where it need not be given.
+An optional field with such a value counts as not given.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from deepseek_vl.serve.arguments import SAMPLING
 
 MAX_ANSWERS = RequestLimits.answers
 MAX_STOP_WORDS = 4
-"""As in OpenAI's API."""
+"""The most stop words of a request, as in OpenAI's API."""
 
 MAX_LOGPROBS = 20
-"""As in OpenAI's API."""
+"""The most tokens that are listed in place of one, as in OpenAI's API."""
 
 NOTHING = [None, "", [], {}]
-"""Values that say as much as a field that is not there."""
+"""Values that say nothing: an optional field with one of them counts as not given."""
 
 
 def _describe(schema: dict[str, Any], model: type["Strict"]) -> None:
-    """Say of a model's JSON schema what `Strict` reads."""
+    """Extend a model's JSON schema by what `Strict` accepts."""
     nothing = {"enum": NOTHING}
     schema["additionalProperties"] = nothing
     for name, field in schema.get("properties", {}).items():
@@ -86,7 +86,7 @@ Unused = create_model(
         service_tier=Literal["auto", "default", "flex", "priority"],
         request_id=str,
         priority=int,
-        # What is so anyway.
+        # Values that ask for what is done anyway.
         store=No,
         tool_choice=Literal["none", "auto"],
         parallel_tool_calls=bool,
@@ -113,7 +113,7 @@ UnusedInCompletions = create_model(
         return_tokens_as_token_ids=No,
     ),
 )
-"""Fields of chats and completions that change nothing; the last nine are vLLM's."""
+"""Fields of chats and completions that change nothing, OpenAI's and vLLM's."""
 
 
 class TextFormat(Strict):
@@ -122,7 +122,7 @@ class TextFormat(Strict):
     type: Literal["text"]
 
     def structured(self) -> StructuredOutput | None:
-        """As the engine takes it."""
+        """The form as the engine takes it."""
         return None
 
 
@@ -132,12 +132,12 @@ class JSONObjectFormat(Strict):
     type: Literal["json_object"]
 
     def structured(self) -> StructuredOutput | None:
-        """As the engine takes it."""
+        """The form as the engine takes it."""
         return StructuredOutput(json_object=True)
 
 
 class NamedSchema(Strict):
-    """A JSON schema. It is kept to, `strict` or not."""
+    """A JSON schema, which the answer follows, `strict` or not."""
 
     name: str
     description: str | None = None
@@ -152,7 +152,7 @@ class JSONSchemaFormat(Strict):
     json_schema: NamedSchema
 
     def structured(self) -> StructuredOutput | None:
-        """As the engine takes it."""
+        """The form as the engine takes it."""
         return StructuredOutput(json_schema=self.json_schema.schema_ or {})
 
 
@@ -161,7 +161,7 @@ Choices = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 
 
 class StructuredOutputs(Strict):
-    """The form of an answer, as vLLM takes it: one of these."""
+    """The form of an answer, in vLLM's fields, one of which is given."""
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     json_object: bool | None = None
@@ -172,7 +172,7 @@ class StructuredOutputs(Strict):
     disable_additional_properties: No | None = None
 
     def forms(self) -> list[StructuredOutput]:
-        """All that are given."""
+        """The forms that are given."""
         given: dict[str, Any] = {"json_schema": self.json_, "regex": self.regex, "choice": self.choice}
         forms = [StructuredOutput(**{name: value}) for name, value in given.items() if value is not None]
         return [*forms, StructuredOutput(json_object=True)] if self.json_object else forms
@@ -193,7 +193,7 @@ SampledRequest = create_model("SampledRequest", __base__=Strict, **_sampling)
 
 
 class GenerationRequest(SampledRequest):
-    """How answers are generated, whatever is asked."""
+    """The fields of all requests that say how answers are generated."""
 
     model: str
     stream: bool | None = None
@@ -215,11 +215,11 @@ class GenerationRequest(SampledRequest):
         logprobs: int | None = None,
         form: StructuredOutput | None = None,
     ) -> GenerationSettings:
-        """How to generate: as the request says, and by default as the server was told to.
+        """The generation settings: the request's, and for what it leaves out the server's.
 
         Args:
-            defaults: where the request does not say.
-            max_tokens, logprobs, form: as the request has them, in fields that are not the same in all requests.
+            defaults: the server's settings.
+            max_tokens, logprobs, form: the request's, from fields that differ between the kinds of requests.
 
         Raises:
             APIError: for several forms of one answer.
@@ -241,7 +241,7 @@ class GenerationRequest(SampledRequest):
             structured=forms[0] if forms else None,
         )
         if settings.greedy and given.get("repetition_penalty", 1) != 1:
-            # Greedy decoding takes no notice of the penalty, which is for sampling unless a request asks for it.
+            # Greedy decoding ignores the penalty; sampling from the likeliest token alone applies it.
             return replace(settings, temperature=1.0, top_p=1.0, top_k=1, min_p=0.0)
         return settings
 
@@ -250,7 +250,7 @@ def check_model(name: str, served: str) -> None:
     """Check a model's name.
 
     Raises:
-        APIError: if it is another's than the one that is served.
+        APIError: if it is not the served model's.
     """
     if name != served:
         message = f"There is no such model here; this server has {served!r}."

@@ -1,4 +1,4 @@
-"""What stands in front of every route: the key, and the count of answers."""
+"""The middleware in front of every route: it checks the key, and counts the answers."""
 
 import hmac
 from typing import Any
@@ -11,7 +11,7 @@ from deepseek_vl.serve.listening import Patience
 
 
 class Guard:
-    """Asks for the key before anything else, and counts the answers."""
+    """Middleware that checks the key before anything else, and counts the answers."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
@@ -30,7 +30,7 @@ class Guard:
             await send(message)
 
         app: Any = self.app
-        # The path as it was asked for: what is made of it and the Host header, as `Request.url` is, a client can bend.
+        # The path itself: a client can falsify `Request.url`, which is made from the path and the Host header.
         if scope["path"] != "/health" and not self._has_key(scope):
             app = (await self._refusal()).response()
         await app(scope, receive, counted)

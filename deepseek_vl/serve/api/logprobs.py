@@ -9,11 +9,11 @@ from deepseek_vl.engine.detokenizer import TokenBytes
 from deepseek_vl.engine.generation import Generation
 
 LEAST = -9999.0
-"""What OpenAI's API says of tokens that are next to impossible."""
+"""The log probability that OpenAI's API gives tokens that are next to impossible."""
 
 
 class Token(NamedTuple):
-    """A token's text, and how likely it was; `likeliest` are those in its place."""
+    """A token's bytes, its log probability, and the likeliest tokens in its place."""
 
     text: bytes
     logprob: float
@@ -21,11 +21,11 @@ class Token(NamedTuple):
 
 
 class ShownTokens:
-    """Keeps the tokens of the text that was shown, which a stop word and what follows it are not part of.
+    """Selects the tokens of the text that is shown, which ends before a stop word.
 
     Args:
         generation: the answer, whose settings ask for log probabilities.
-        token_bytes: its tokenizer's.
+        token_bytes: those of its tokenizer.
     """
 
     def __init__(self, generation: Generation, token_bytes: TokenBytes):
@@ -58,7 +58,7 @@ class ShownTokens:
 
 
 class TopToken(BaseModel):
-    """A token and its log probability; `bytes`, as it need not be whole characters."""
+    """A token and its log probability; also its bytes, because it need not be whole characters."""
 
     token: str
     bytes: list[int]
@@ -72,7 +72,7 @@ class ChatToken(TopToken):
 
     @classmethod
     def of(cls, token: Token) -> "ChatToken":
-        """As the API gives it."""
+        """The token as the API gives it."""
 
         def fields(token: Token) -> dict[str, Any]:
             return {"token": text_of(token), "bytes": list(token.text), "logprob": max(token.logprob, LEAST)}
@@ -88,7 +88,7 @@ class ChatLogprobs(BaseModel):
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> "ChatLogprobs":
-        """As the API gives them."""
+        """The tokens as the API gives them."""
         return cls(content=[ChatToken.of(token) for token in tokens])
 
 

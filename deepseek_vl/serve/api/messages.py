@@ -1,4 +1,4 @@
-"""Messages of the chat completions API, and from them the conversation that the processor renders."""
+"""Messages of the chat completions API, and the conversation that the processor renders from them."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -10,7 +10,7 @@ from deepseek_vl.serve.api.fields import Labels, Strict, optional
 
 LABELS = optional(id=str, name=str, cache_control=Labels, metadata=Labels, prompt_cache_breakpoint=Labels)
 Labelled = create_model("Labelled", __base__=Strict, **LABELS)
-"""What a client notes on a message, a part or a picture; it changes nothing."""
+"""Fields in which a client labels a message, a part or a picture; they change nothing."""
 
 LabelledMessage = create_model(
     "LabelledMessage",
@@ -58,7 +58,7 @@ TextParts = Annotated[
 
 
 class SystemMessage(LabelledMessage):
-    """Takes the place of the system prompt; only in front of the others."""
+    """Replaces the system prompt; it must stand before all messages of other roles."""
 
     role: Literal["system", "developer"]
     content: TextParts
@@ -83,7 +83,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class Turn(NamedTuple):
-    """A message, whichever API it came by.
+    """A message, in the form that all APIs share.
 
     Attributes:
         role: system, developer, user or assistant.
@@ -97,7 +97,7 @@ class Turn(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """What was said.
+    """A conversation that can be rendered.
 
     Attributes:
         messages: as `render` takes them, user and assistant in turn behind an optional system message.
@@ -111,7 +111,7 @@ class Conversation(NamedTuple):
 
 
 def turns_of(messages: Sequence[SystemMessage | UserMessage | AssistantMessage]) -> list[Turn]:
-    """A chat's messages."""
+    """A chat's messages as turns."""
     return [
         Turn(
             message.role,

@@ -1,4 +1,4 @@
-"""What Prometheus can ask about the server."""
+"""The server's metrics, for Prometheus."""
 
 from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -8,7 +8,7 @@ from deepseek_vl.engine.generation import Generation
 
 
 class Metrics:
-    """Counters of one server."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -34,14 +34,14 @@ class Metrics:
         self._waiting = Gauge("deepseek_vl_waiting", "Answers waiting for a place in the batch.", registry=registry)
 
     def count_tokens(self, generation: Generation) -> None:
-        """Count the tokens of an answer that has ended, though it may still be read. For any thread."""
+        """Count the tokens of a generation that has ended; any thread may call it."""
         if generation.token_ids:  # else its prompt has not run
             self.prompt_tokens.inc(generation.prompt_tokens)
             self.cached_tokens.inc(generation.cached_tokens)
             self.completion_tokens.inc(len(generation.token_ids))
 
     def response(self, engine: Engine, requests: int) -> Response:
-        """The numbers, in Prometheus' text format; `requests` is how many are being answered or wait for it."""
+        """The metrics in Prometheus' text format; `requests` is how many answers are running or waiting."""
         running = engine.running
         self._running.set(running)
         self._waiting.set(max(0, requests - running))

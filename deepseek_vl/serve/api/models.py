@@ -1,4 +1,4 @@
-"""What the server says of itself and of its model."""
+"""The bodies of answers that describe the server and its model."""
 
 from typing import Literal
 

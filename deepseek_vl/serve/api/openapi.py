@@ -1,4 +1,4 @@
-"""What `/openapi.json` says: the requests and answers of every route."""
+"""The description in `/openapi.json`: the requests and answers of every route."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,16 +34,17 @@ ABOUT = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the routes' description says of some error statuses."""
+    """The description of some error statuses, as a route's `responses`."""
     return {status: {"model": ErrorBody, "description": ABOUT[status]} for status in statuses}
 
 
 def takes(service: Service, model: type[Strict], streams: bool = False, waits: bool = True) -> dict[str, Any]:
-    """Arguments of a route whose body has a model.
+    """Arguments for a route, which describe its body and its answers.
 
     Args:
-        streams: whether it may answer by events.
-        waits: whether a request needs a place.
+        model: the body's.
+        streams: whether the route may answer by events.
+        waits: whether a request needs a place in the queue.
     """
     keyed = {} if service.key is None else errors(401, 429)
     events = {200: {"content": {EventStream.media_type: {"schema": EVENT}}}} if streams else {}

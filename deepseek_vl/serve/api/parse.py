@@ -1,4 +1,4 @@
-"""From a request's body to its model, within limits, with an error that names what is wrong."""
+"""Parsing a request's body into its model, within limits, with an error that names what is wrong."""
 
 import json
 import re
@@ -26,7 +26,7 @@ _TOKEN = re.compile(
 
 
 def parse(body: bytes | bytearray, model: type[Body], limits: RequestLimits | None = None) -> Body:
-    """A request from its body. It takes long for large ones, so call it in a thread; others get their turn meanwhile.
+    """Parse a request's body into its model. A large body takes long, so call it in a thread.
 
     Args:
         model: what the body should be.
@@ -38,7 +38,7 @@ def parse(body: bytes | bytearray, model: type[Body], limits: RequestLimits | No
     _check_shape(body, limits or RequestLimits())
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-        if b"\\u" in body:  # only so can a lone surrogate be written, which is no text
+        if b"\\u" in body:  # the only way to write a lone surrogate, which is no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
         raise APIError("The body is not JSON in UTF-8.") from error
@@ -75,7 +75,7 @@ def _check_shape(body: bytes | bytearray, limits: RequestLimits) -> None:
     """Refuse a body that would take long to decode or validate, before doing so.
 
     Raises:
-        APIError: for too many values, too deep, or too long numbers.
+        APIError: for too many values or backslashes, values nested too deep, or too long numbers.
     """
     if body.count(b"\\") > limits.json_escapes:
         raise APIError(f"The body has more than {limits.json_escapes} backslashes; send its characters as they are.")

@@ -1,4 +1,4 @@
-"""What the answers of OpenAI's two kinds of completions have in common."""
+"""What the answers to chats and to completions have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ class StreamOptions(Strict):
 
 
 class CompletionEvents(ABC):
-    """A completion's answers as events. Kinds of it say what stands in an event.
+    """Base class of a chat's or a completion's answers as events; subclasses make the choices in them.
 
     Args:
         model: the name that clients know.
@@ -28,7 +28,7 @@ class CompletionEvents(ABC):
     Attributes:
         PREFIX: of an answer's id.
         KIND: the `object` of an event.
-        head: what every answer begins with.
+        head: the fields that every answer and event begins with.
     """
 
     PREFIX: ClassVar[str]
@@ -44,7 +44,7 @@ class CompletionEvents(ABC):
         """The answers piece by piece: each event's one choice."""
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        """The answers, piece by piece."""
+        """The answers as server-sent events: the pieces, the usage if it is asked for, and `[DONE]`."""
         head = {**self.head, "object": self.KIND}
         try:
             async for choice in self.choices(answer):

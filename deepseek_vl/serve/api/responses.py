@@ -36,13 +36,13 @@ class OutputMessage(BaseModel):
 
 
 class InputTokens(CachedTokens):
-    """Tokens of the prompt that were there already."""
+    """How many tokens of the prompt were reused."""
 
     cache_write_tokens: Literal[0] = 0
 
 
 class OutputTokens(BaseModel):
-    """Tokens of the answer that are not shown."""
+    """How many tokens of the answer are not shown."""
 
     reasoning_tokens: Literal[0] = 0
 

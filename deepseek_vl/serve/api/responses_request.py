@@ -70,7 +70,7 @@ class JSONSchemaTextFormat(NamedSchema):
     type: Literal["json_schema"]
 
     def structured(self) -> StructuredOutput:
-        """As the engine takes it."""
+        """The form as the engine takes it."""
         return StructuredOutput(json_schema=self.schema_ or {})
 
 
@@ -82,14 +82,14 @@ class TextOptions(Strict):
 
 
 class Reasoning(Strict):
-    """How the model is to think, which it does not."""
+    """How the model is to reason, which this model does not."""
 
     effort: Literal["none", "medium"] | None = None
     summary: Literal["auto"] | None = None
 
 
 class ResponseStreamOptions(Strict):
-    """How a stream looks; nothing of it makes a difference."""
+    """Options of a stream; they change nothing."""
 
     include_obfuscation: bool | None = None
 
@@ -124,7 +124,7 @@ class ResponseRequest(GenerationRequest, UnusedInResponses):
         return 1
 
     def questions(self, service: Service) -> list[Question]:
-        """What is asked.
+        """The question that the request asks.
 
         Raises:
             APIError: for messages that are no conversation or too long, or fields that do not go together.
@@ -140,7 +140,7 @@ class ResponseRequest(GenerationRequest, UnusedInResponses):
         return [service.question(conversation_of(turns), self.settings_from(service.settings), 1, "input")]
 
     def settings_from(self, defaults: GenerationSettings) -> GenerationSettings:
-        """How to generate: as the request says, and by default as the server was told to.
+        """The generation settings: the request's, and for what it leaves out the server's.
 
         Raises:
             APIError: for several forms of one answer.

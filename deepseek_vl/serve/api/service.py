@@ -36,13 +36,13 @@ class Service:
         engine, processor: the model's.
         settings: how answers are generated where a request does not say.
         key: the bearer token that clients must have; None for no such need.
-        names: that the server answers to, see `names_of`; None for all.
-        limits, fetcher: see there.
-        origins: of the pages in browsers that may ask, besides the server's own.
-        places_taken: by requests, of those that `place` gives.
-        preparing: as many turns as requests may be prepared and have not begun, in the order of their coming.
-        bodies_bytes: of requests that are being read.
-        seconds_in_place: how long the latest requests had theirs, on average.
+        names: those that the server answers to, see `names_of`; None for all.
+        limits, fetcher: see `RequestLimits` and `ImageFetcher`.
+        origins: those of pages in browsers that may ask, besides the server's own.
+        places_taken: how many of the places that `place` gives are taken.
+        preparing: a semaphore that limits how many requests are prepared whose prompts have not run.
+        bodies_bytes: the size of all bodies that are held.
+        seconds_in_place: how long the latest requests held their places, on average.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Service:
         self.token_bytes = TokenBytes(self.processor.tokenizer)
         self.preparing = asyncio.Semaphore(self.limits.prepared)
         self.decoder = PictureDecoder(self.limits.pictures, self.limits.decoders)
-        self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that those who wait take no thread
+        self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that waiting requests take no thread
 
     def cancel(self) -> None:
         """Cancel every answer, and refuse new ones."""
@@ -73,19 +73,20 @@ class Service:
         self.engine.cancel()
 
     def check_open(self) -> None:
-        """
+        """Check that the server takes requests.
+
         Raises:
-            APIError: if the server is shutting down.
+            APIError: if it is shutting down.
         """
         if self._is_closing:
             raise APIError("The server is shutting down.", status=503)
 
     @contextlib.contextmanager
     def place(self, count: int = 1) -> Iterator[None]:
-        """A place in the batch or in the queue for it, for each of so many answers.
+        """Hold places for `count` answers in the batch or in the queue for it.
 
         Raises:
-            APIError: if there is none. Its `Retry-After` is the time until one is free, if it goes on as it went.
+            APIError: if none is free. Its `Retry-After` estimates when one will be.
         """
         if self.places_taken >= self.engine.limits.max_rows + self.limits.waiting:
             raise APIError(
@@ -103,10 +104,10 @@ class Service:
             self.seconds_in_place += (seconds - self.seconds_in_place) * (0.1 if self.seconds_in_place else 1)
 
     async def images_of(self, urls: Sequence[str], field: str) -> list[Image.Image]:
-        """Pictures, decoded.
+        """Fetch and decode pictures.
 
         Args:
-            field: of the request, that has them.
+            field: the one of the request that has them.
 
         Raises:
             APIError: for too many, or one that cannot be fetched or read.
@@ -117,7 +118,7 @@ class Service:
         try:
             return [await self._image(client, number, url, field) for number, url in enumerate(urls, 1)]
         finally:
-            client.leave()  # a picture that is being decoded for who has gone is given up
+            client.leave()  # gives up a picture that is being decoded when the client has gone
 
     async def _image(self, client: PictureClient, number: int, url: str, field: str) -> Image.Image:
         try:
@@ -149,19 +150,19 @@ class Service:
             raise APIError(message, field, "invalid_image") from error
 
     def prompt_of(self, conversation: Conversation) -> Rendered:
-        """A conversation's prompt; what clients wrote stays text."""
+        """A conversation's prompt; special tokens in what clients wrote are ordinary text."""
         prompt = self.processor.render(conversation.messages, untrusted=True)
         if conversation.unfinished is None:
             return prompt
         return replace(prompt, text=prompt.text[: prompt.literal[-1][1]])  # without what ends the message
 
     def question(self, conversation: Conversation, settings: GenerationSettings, count: int, field: str) -> "Question":
-        """A conversation as a question.
+        """Make a question of a conversation.
 
         Args:
             settings: how to answer; the template's stop words are added.
             count: how many answers.
-            field: of the request, that has the messages.
+            field: the one of the request that has the messages.
 
         Raises:
             APIError: if it is too long.
@@ -192,14 +193,14 @@ class Service:
         """One generation per sink for a question. The later ones reuse the first one's prompt.
 
         Raises:
-            APIError: for what there is not the memory, or a form of answers that is not supported.
+            APIError: if there is not enough memory, or for a form of answers that is not supported.
         """
         inputs = self.processor(prompt=question.prompt, ids=question.ids, images=images)
         inputs = inputs.to("cpu", dtype=self.engine.model.dtype)  # the engine moves what it computes with
         settings, generations = question.settings, []
         try:
             for i, sink in enumerate(sinks):
-                if i > 0 and question.settings.seed is not None:  # or all would say the same
+                if i > 0 and question.settings.seed is not None:  # else all answers would be the same
                     settings = replace(settings, seed=(question.settings.seed + i) % 2**63)
                 generations.append(Generation(self.engine, inputs, settings, sink, goes_on=question.goes_on))
         except MemoryBudgetError as error:
@@ -217,9 +218,9 @@ class Question:
         prompt, ids: the text, and its tokens.
         urls: where its pictures are, in order.
         settings: how answers are generated.
-        field: of the request, that has the prompt.
+        field: the one of the request that has the prompt.
         count: how many answers there are to be.
-        goes_on: whether they go on with a text in the prompt, so that the white space they begin with is theirs.
+        goes_on: whether the answers continue a text in the prompt, so that white space at their beginning is kept.
     """
 
     prompt: str

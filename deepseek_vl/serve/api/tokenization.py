@@ -34,10 +34,10 @@ class Tokens(BaseModel):
 
 
 def tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
-    """The body of the answer.
+    """Tokenize a text or a conversation; returns the answer's body.
 
     Raises:
-        APIError: unless there is either a prompt or messages; or for messages that are no conversation.
+        APIError: for both a prompt and messages, messages that are no conversation, or fields that contradict.
     """
     processor = service.processor
     if request.messages is not None:

@@ -1,1 +1,1 @@
-"""The doors: terminal, web page and HTTP API over one engine, and the reference's functions."""
+"""Terminal, web page, HTTP API and batch captions over one engine, and the reference's functions."""

@@ -54,11 +54,11 @@ def _run(args: argparse.Namespace) -> None:
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):
         logger.info("Loading %s ...", path)
-        # A directory's name is enough to choose by; where it is, is the server's business.
+        # Users choose a directory by its name; they see its path only if two have the same name.
         name = Path(path).resolve().name if Path(path).is_dir() else path
         models[path if name in models else name] = open_engine(args, path)
     auth = (user, password) if args.auth else None
-    # Who comes through the public address asks for a name that is not known before.
+    # The name of the public address is not known before.
     names = None if args.share else names
     with _own_uploads():
         page = create_page(models, settings)
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
 def _own_uploads() -> Iterator[None]:
     """Keep uploads in a directory of this server's own, unless `GRADIO_TEMP_DIR` names one.
 
-    Gradio's is one for all servers of a user, and each deletes all of it when it ends.
+    Gradio's own is shared by all servers of a user, and each deletes all of it when it ends.
     """
     with tempfile.TemporaryDirectory(prefix="deepseek_vl-page-") as directory:
         os.environ.setdefault("GRADIO_TEMP_DIR", directory)
@@ -82,7 +82,7 @@ def _own_uploads() -> Iterator[None]:
 
 
 def _advice(args: argparse.Namespace) -> str:
-    """How others can see the page."""
+    """A sentence for the log about who can see the page."""
     if args.share:
         return "Whoever knows this address can use it; --auth asks for a password."
     if args.host in ("127.0.0.1", "localhost", "::1"):

@@ -1,6 +1,6 @@
-"""What all doors share of their command lines: the model, and how it samples. Imports nothing heavy.
+"""Arguments that the command lines share: the model, and how it samples. Imports nothing heavy.
 
-A sampling parameter is a field of `GenerationSettings`, does something in `engine/sampling.py`, and is an entry of
+A sampling parameter is a field of `GenerationSettings`, is applied in `engine/sampling.py`, and has an entry in
 `SAMPLING` here, from which the command lines' arguments, the API's field and the page's slider are made.
 """
 
@@ -24,7 +24,7 @@ DEFAULT_MODEL = "deepseek-ai/deepseek-vl-7b-chat"
 
 
 class SamplingParameter(NamedTuple):
-    """A field of `GenerationSettings` as users meet it."""
+    """How users set a field of `GenerationSettings`."""
 
     help: str  # on the command line
     label: str  # on the page
@@ -43,7 +43,7 @@ SAMPLING = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings, **model_path: Any) -> None:
-    """The arguments for `open_engine` and `settings_of`.
+    """Add the arguments for `open_engine` and `settings_of`.
 
     Args:
         defaults: how answers are generated unless the arguments say otherwise.
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings,
 
 
 def settings_of(args: argparse.Namespace) -> GenerationSettings:
-    """How answers are generated.
+    """The generation settings that the arguments ask for.
 
     Raises:
         ValueError: for a value out of range.
@@ -84,11 +84,11 @@ def open_engine(
     max_rows: int | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> tuple[Engine, VLChatProcessor]:
-    """Load a model as the arguments say, and make its engine; the model's processor comes along.
+    """Load a model as the arguments say; returns an engine for it, and its processor.
 
     Args:
         max_rows: how many answers make up a batch; None for the default.
-        progress: gets a line of text whenever compiling something begins.
+        progress: called with a line of text whenever compiling something begins.
 
     Raises:
         OSError, ValueError: as `load_pretrained_model` and `Engine.compile` do.

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _name() -> str:
-    """What the program was started as."""
+    """The name of the command that was started."""
     name = Path(sys.argv[0]).stem
     return name if name == "deepseek-vl-chat" else "cli_chat.py"
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stdin, *outputs = cast(list[io.TextIOWrapper], [sys.stdin, sys.stdout, sys.stderr])
     stdin.reconfigure(errors="surrogateescape")  # see `check_text`
     for stream in outputs:
-        stream.reconfigure(errors="replace")  # what is answered may have characters that the encoding lacks
+        stream.reconfigure(errors="replace")  # an answer may have characters that the encoding lacks
     try:
         return _run(args)
     except BrokenPipeError:  # the reader of our output has gone, as in `cli_chat.py ... | head -1`
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Everything that can be wrong with the arguments is found before the libraries and the model are loaded.
+    # Errors in the arguments are found before the libraries and the model are loaded.
     settings = settings_of(args)
     one_shot = args.prompt is not None
     if one_shot:
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _pick_screen() -> Screen:
-    """A terminal if input and output are one, plain streams otherwise."""
+    """The screen to chat on: a terminal if input and output are one, plain streams otherwise."""
     capable = os.name == "nt" or os.environ.get("TERM", "dumb") != "dumb"
     if capable and sys.stdin.isatty() and sys.stdout.isatty():
         from deepseek_vl.serve.terminal.rich_screen import TerminalScreen
@@ -123,7 +123,7 @@ def _pick_screen() -> Screen:
 
 
 def _answer_object(model_path: str, session: ChatSession, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
-    """One answer and what there is to know about it."""
+    """One answer with its finish reason and token counts, for JSON."""
     text = "".join(session.ask(prompt, images)).strip()
     answer: Any = session.answer
     return {

@@ -1,6 +1,6 @@
 """Answers as streams of text: from a model, its processor, a conversation and settings.
 
-`stream_answer` is the way in; `generate` and `deepseek_generate` keep the reference's signatures.
+`stream_answer` is the function to call; `generate` and `deepseek_generate` keep the reference's signatures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,9 +64,9 @@ def stream_answer(
 
 
 def convert_conversation_to_prompts(conversation: Conversation) -> list[dict[str, Any]]:
-    """A template's messages as `deepseek_generate` takes them.
+    """Convert a template's messages to those that `deepseek_generate` takes.
 
-    Even messages get `images`: that of a `(text, image)` tuple, or none. Odd ones have none.
+    Messages at even indices get `images`: the image of a `(text, image)` tuple, or an empty list. Others get none.
     """
     prompts = []
     for i, (role, message) in enumerate(conversation.messages):
@@ -80,7 +80,7 @@ class StoppingCriteriaSub(StoppingCriteria):
 
     Args:
         stops: int64 tensors of token ids.
-        encounters: how often.
+        encounters: how often a stop must occur.
     """
 
     def __init__(self, stops: Sequence[torch.Tensor] = (), encounters: int = 1):

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 END_SECONDS = 15
-"""How long a server may take for what is left to do when it has been told to stop, and its answers have ended."""
+"""How many seconds a server that was told to stop may take to end, once its answers have ended."""
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^\s/:?#@\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]+))?")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 
 
 def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
-    """The arguments that say where a server listens.
+    """Add the arguments that say where a server listens.
 
     Args:
-        port: where it does by default.
+        port: the default.
     """
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -47,7 +47,7 @@ def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Check that a server can listen there, before anything that takes long, such as loading a model.
+    """Check that a server can listen at a host's port, before anything that takes long, such as loading a model.
 
     Raises:
         ValueError: if it cannot.
@@ -63,17 +63,17 @@ def check_port(host: str, port: int) -> None:
 
 
 def names_of(host: str, allowed: Collection[str] = ()) -> frozenset[str] | None:
-    """The names that a server answers to; None for all, if others than this machine reach it and none are allowed.
+    """The names that a server answers to; None for any name, if other machines can reach it and `allowed` is empty.
 
     A page in a browser can have its own name resolve to this machine (DNS rebinding), and then read what a server
-    answers. It cannot change the name that the browser asks for.
+    answers. But the Host header of its requests still has the page's name.
 
     Args:
         host: where the server listens.
         allowed: further names.
 
     Raises:
-        ValueError: for a host that cannot be found, or an allowed name that is none.
+        ValueError: for a host that cannot be found, or an allowed name that is not valid.
     """
     for name in allowed:
         if not _is_address(name) and re.fullmatch(r"[^\s/:\[\]]+", name) is None:
@@ -91,7 +91,7 @@ def checked_origin(origin: str) -> str:
         origin: a scheme, a host and perhaps a port; or `*` for all; or `null`, for pages that are files.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is no origin.
     """
     if origin in ("*", "null"):
         return origin
@@ -120,7 +120,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _canonical(name: str) -> str:
-    """One of the ways to write a name or an address."""
+    """A name or an address in a single spelling, for comparison."""
     name = _unwrapped(name)
     return str(ipaddress.ip_address(name)) if _is_address(name) else name
 
@@ -136,7 +136,7 @@ class OwnNames:
 
     Args:
         names: as `names_of` gives them.
-        refusal: answers the others.
+        refusal: the app that answers requests for other names.
     """
 
     def __init__(self, app: ASGIApp, names: frozenset[str], refusal: ASGIApp):
@@ -157,7 +157,7 @@ class Patience:
     """Delays clients that gave a wrong key or password, to slow down guessing. Other clients are not delayed.
 
     Args:
-        limits: what begins with `refusal` counts here.
+        limits: those whose names begin with `refusal` are used.
     """
 
     def __init__(self, limits: RequestLimits):
@@ -165,7 +165,7 @@ class Patience:
         self._waiting = 0
 
     async def wait(self) -> bool:
-        """Wait; returns False at once if too many are waiting already."""
+        """Wait as long as a refused client must; returns False at once if too many are waiting already."""
         if self._waiting >= self._limits.refusals:
             return False
         self._waiting += 1
@@ -177,7 +177,7 @@ class Patience:
 
 
 def end_within(seconds: float) -> None:
-    """End the process after some seconds if it has not ended by itself, whatever still runs in it; with exit code 1."""
+    """End the process with exit code 1 if it still runs after some seconds."""
 
     def end() -> None:
         logger.error("The server has not ended within %g seconds, and is broken off.", seconds)

@@ -1,4 +1,4 @@
-"""Markdown that models and strangers write, made harmless."""
+"""Making Markdown that models and strangers write harmless."""
 
 import re
 
@@ -12,7 +12,7 @@ _MARKDOWN = re.compile(
 
 
 def safe_markdown(text: str) -> str:
-    """Markdown that shows HTML as the text it is, and fetches no images: models and strangers can write either.
+    """Escape Markdown so that HTML is shown as text, and no image is fetched.
 
     Code and LaTeX stay as they are.
     """

@@ -20,10 +20,10 @@ from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 
 READERS = 2
-"""So many pictures are opened at a time, each by a thread of its own."""
+"""How many pictures are opened at a time, each by a thread of its own."""
 
 READ_AHEAD = 4
-"""So many pictures are open, or being opened, beyond those that the engine answers."""
+"""How many pictures are open, or being opened, beyond those that the engine answers."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Caption:
 
 
 class Question:
-    """What is asked of every picture.
+    """The question that is asked about every picture.
 
     Args:
-        engine: answers.
+        engine: the one that answers.
         processor: the model's.
-        prompt: the question; an image tag says where the picture belongs, which otherwise is in front. What else looks
-            like a special token is text.
+        prompt: the question, with an image tag where the picture belongs, which otherwise is in front. Other special
+            tokens in it are ordinary text.
         settings: how answers are generated; the conversation template's stop words are added.
 
     Raises:
@@ -85,8 +85,8 @@ def caption_many(
 ) -> Iterator[tuple[int, Caption | OSError | ValueError]]:
     """Ask one question about many pictures; answers come as they are ready, in any order.
 
-    Memory does not grow with the number of pictures: `images` is read only a few ahead of the answers, and of all
-    prompts only the beginning that they share is kept.
+    Memory does not grow with the number of pictures: `images` is read only a few ahead of the answers, and only
+    the beginning that all prompts share is kept.
 
     Args:
         images: what `open_image` takes: by default paths, bytes, files or PIL images; may be a generator.
@@ -100,7 +100,7 @@ def caption_many(
 
     Raises:
         ValueError: for a prompt that does not fit; raised by the call itself.
-        Exception: what the engine or `images` raises, by the iteration, which ends with it.
+        Exception: whatever the engine or `images` raises; the iteration raises it, and ends.
     """
     engine = engine or engine_of(model, processor.tokenizer)
     question = Question(engine, processor, prompt, settings or GenerationSettings())
@@ -125,7 +125,7 @@ class _Asking:
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="deepseek_vl-read")
         try:
             while True:
-                # What has ended comes first: the next picture may be long in coming.
+                # Answers that are ready come first: `images` may take long to give the next picture.
                 while pending < most and self._ended.empty() and (item := next(numbered, None)) is not None:
                     readers.submit(self._begin, *item)
                     pending += 1
@@ -159,7 +159,7 @@ class _Asking:
             return
         sink = functools.partial(self._take, index, [])
         try:
-            # All prompts begin alike: the first one's keys and values serve the others, which need not be kept.
+            # All prompts begin alike: the first one's keys and values are kept for the others, whose own are not kept.
             generation = Generation(self._engine, inputs, self._question.settings, sink, keeps=next(self._is_first))
             self._running[index] = generation
             self._engine.submit(generation)

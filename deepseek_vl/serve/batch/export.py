@@ -18,7 +18,7 @@ ROWS_AT_A_TIME = 10_000
 
 
 def check_export(path: Path, others: Iterable[str]) -> None:
-    """Check that a table can be written to `path` before there is one.
+    """Check, before there is a table, that it can be written to `path`.
 
     Args:
         others: absolute paths of files that it must not replace.
@@ -37,7 +37,7 @@ def check_export(path: Path, others: Iterable[str]) -> None:
 
 
 def export(journal: str | os.PathLike, path: Path) -> None:
-    """Write a journal's rows as a table, whose file is whole at any moment.
+    """Write a journal's rows as a table; its file appears, or is replaced, when it is complete.
 
     Raises:
         OSError: if it cannot be written.
@@ -66,7 +66,7 @@ def _write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def _as_utf8(value: Any) -> Any:
-    """Text in which bytes that are not UTF-8 are spelt out."""
+    """Text in which bytes that are not UTF-8 are escaped; other values as they are."""
     return os.fsencode(value).decode("utf-8", "backslashreplace") if isinstance(value, str) else value
 
 
@@ -74,7 +74,7 @@ def check_sidecars(pictures: Sequence[PictureSource]) -> None:
     """Check that each picture has a place for a text file of its own beside it.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if one has not.
     """
     owners: dict[str, str] = {}
     for picture in pictures:

@@ -18,19 +18,19 @@ from deepseek_vl.imaging.open import ImageLoadError, load_image
 logger = logging.getLogger(__name__)
 
 PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""How the names of pictures end, in folders and shards."""
+"""The endings of pictures' names in folders and shards."""
 
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Where a picture is.
+    """The place of a picture: a file, or a part of one.
 
     Attributes:
         name: what the output calls it: its path as given, `shard.tar/000123.jpg` or `data.parquet#17`.
         file: absolute path of the file that has it.
         place: in a tar shard, where its bytes begin and how many they are.
         row: in a Parquet file, the row group, the row within it, and the column.
-        error: why there is none; known without opening it.
+        error: why the picture cannot be opened, if that is known already.
     """
 
     name: str
@@ -56,7 +56,7 @@ def key_of(name: str) -> str:
 
 
 def open_picture(source: PictureSource) -> Image.Image:
-    """One picture in RGB.
+    """Open one picture, in RGB.
 
     Raises:
         ImageLoadError: naming it and the cause.
@@ -85,7 +85,7 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
     Args:
         paths: pictures; folders, whose pictures are found by their names' endings, at any depth; globs; `.txt` files of
             paths; `.tar` shards; `.parquet` files.
-        image_column: of Parquet files; None for the one that can be told to be it.
+        image_column: the pictures' in Parquet files; None for `image`, or else the only one that may have pictures.
 
     Raises:
         OSError: if there is nothing under a path.
@@ -141,7 +141,7 @@ def _of_file(path: str, error: str | None = None) -> PictureSource:
 
 
 def _of_folder(folder: str) -> Iterator[PictureSource]:
-    """A folder's pictures, links followed; what begins with a dot is left out."""
+    """A folder's pictures at any depth, following links; names that begin with a dot are left out."""
     seen = set()  # links may lead round in circles
     for directory, folders, files in os.walk(folder, followlinks=True, onerror=_warn):
         status = os.stat(directory)  # noqa: PTH116
@@ -160,7 +160,7 @@ def _warn(error: OSError) -> None:
 
 
 def _of_list(path: str, image_column: str | None) -> Iterator[PictureSource]:
-    """What a list's lines name, from its own folder or else from the current one; a file per line, or ended by NULs."""
+    """The pictures in a list of paths (lines, or ended by NULs), relative to its folder or else to the current one."""
     data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     for line in data.split(b"\0") if b"\0" in data else data.splitlines():
         if not line.strip():
@@ -177,7 +177,7 @@ def _of_list(path: str, image_column: str | None) -> Iterator[PictureSource]:
 
 
 def _of_shard(path: str) -> Iterator[PictureSource]:
-    """The pictures in a tar file that is not compressed. Other members, such as texts, are not looked at."""
+    """The pictures in a tar file that is not compressed. Other members, such as texts, are skipped."""
     file = os.path.abspath(path)  # noqa: PTH100
     try:
         with tarfile.open(path, "r:") as shard:
@@ -224,7 +224,7 @@ def _image_column(path: str, schema: Any, wanted: str | None) -> str:
     """The column that has pictures: bytes, structs with `bytes` and `path` as datasets' `Image` writes, or paths.
 
     Raises:
-        ValueError: if the wanted one is missing, or it cannot be told which it is.
+        ValueError: if the wanted one is missing, or several or none may have pictures.
     """
     if wanted is not None:
         if wanted not in schema.names:

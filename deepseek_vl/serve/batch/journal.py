@@ -29,10 +29,10 @@ COLUMNS = ("path", "caption", "error", "prompt_tokens", "completion_tokens", "fi
 
 
 class Journal:
-    """Rows about pictures in a file, each a line that is written at once. A context manager that closes it.
+    """A file of rows about pictures, each a line that is written at once; a context manager that closes the file.
 
-    Its first line says what was asked, so that another question does not mix its answers into it. As long as it is
-    open, no other process can open it.
+    The file's first line holds the question, so that answers to different questions are not mixed. As long as the
+    journal is open, no other process can open it.
 
     Args:
         path: of the file, which may have rows already.
@@ -44,7 +44,7 @@ class Journal:
 
     Raises:
         OSError: if it cannot be opened, or another process has it open.
-        ValueError: if the file is none, or answers another question.
+        ValueError: if the file is no journal, or has answers to another question.
     """
 
     def __init__(self, path: str | os.PathLike, question: Mapping[str, Any]):
@@ -83,7 +83,7 @@ class Journal:
         """Write a row.
 
         Raises:
-            OSError: if there is no room for it. What was written before is whole.
+            OSError: if it cannot be written. The rows before it are whole.
         """
         self._write(row)
         self._count(row)
@@ -110,7 +110,7 @@ class Journal:
         self._end += len(line)
 
     def _continue(self, header: Mapping[str, Any]) -> None:
-        """Read what there is, and drop a last line that was not written to its end."""
+        """Read the rows in the file, and remove a last line that is incomplete; a new file gets the header."""
         self._end, differences = 0, ""
         with open(self.path, "rb") as file:  # noqa: PTH123
             for number, line in enumerate(file, 1):

@@ -21,20 +21,20 @@ LOCAL = "local"
 """Ray's name for a cluster of this machine alone, which ends with the command."""
 
 PICTURES_PER_TASK = 32
-"""Rows reach the driver so many at a time, and so many are asked again when an actor dies."""
+"""How many rows reach the driver at a time, and how many pictures are asked about again when an actor dies."""
 
 MOST_TASKS = 10_000
-"""With more pictures than these can have, each has more."""
+"""The most tasks; with more pictures than fit into them, each task has more."""
 
 RETRIES = 2
-"""How often a task is given to another actor, or the same one started again, when its own has died."""
+"""How often a task is retried when its actor has died, by another actor or the same one restarted."""
 
 STORE_BYTES = 256 << 20
-"""Of Ray's memory for what goes between processes, on one machine: names of pictures and captions."""
+"""The size of Ray's object store on one machine, through which names of pictures and captions pass."""
 
 
 class Captioner:
-    """An actor: loads the model once, and asks about one batch of pictures after the other.
+    """A Ray actor that loads the model once, and asks about one batch of pictures after the other.
 
     Args:
         args: the command line's.
@@ -54,14 +54,15 @@ class Captioner:
         answers = caption_many(
             self._engine.model, self._processor, sources, self._prompt, self._settings, self._engine, open_picture
         )
-        # Not pickled: the driver would have to import the network for it, while rows wait.
+        # JSON: to read a pickle, the driver would have to import the network, while rows wait.
         return {"rows": [json.dumps({numbers[i]: row_of(sources[i].name, answer) for i, answer in answers})]}
 
 
 def check_ray() -> None:
-    """
+    """Check that Ray Data is installed.
+
     Raises:
-        ValueError: if Ray Data is not installed.
+        ValueError: if it is not.
     """
     try:
         import ray.data  # noqa: F401
@@ -74,8 +75,8 @@ def caption_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Rows about pictures as they come, from an actor per GPU of the cluster.
 
-    Where there are no GPUs there is an actor per `args.ray_cores` cores. What an actor or a node was asked that dies is
-    asked again; nothing is yielded twice.
+    Without GPUs there is an actor per `args.ray_cores` cores. If an actor or a node dies, its pictures are asked about
+    again; no row is yielded twice.
 
     Args:
         args: the command line's; `args.ray` is the cluster's address, or "local" for this machine.
@@ -87,13 +88,13 @@ def caption_on_ray(
     from ray.exceptions import RayError
 
     if args.ray == LOCAL:
-        find_checkpoint(args.model_path)  # so that what is missing is said once, and not by every actor
+        find_checkpoint(args.model_path)  # a missing checkpoint is reported once, not by every actor
     _connect(args.ray)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        context.max_errored_blocks = -1  # what they had is asked again below
+        context.max_errored_blocks = -1  # their pictures are asked about again below
         left, per_task, reason = set(range(len(pictures))), PICTURES_PER_TASK, "their actors die"
         while left:
             before, has_failed = len(left), False
@@ -154,7 +155,7 @@ def _asked(
     # A task is a block of one row, as is its result: all of its answers arrive, or none.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     with warnings.catch_warnings():
-        # Ray Data means to have names of its own for all of an actor's options; it has none yet for these two.
+        # Ray Data deprecates an actor's options in favour of its own, which it does not have yet for these two.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return dataset.map_batches(
             Captioner,

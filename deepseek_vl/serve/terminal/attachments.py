@@ -19,14 +19,14 @@ from deepseek_vl.imaging.open import ImageLoadError, load_image
 from deepseek_vl.imaging.worker import PictureDecoder
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif")
-"""What a file's name ends with if it is taken for an image where it stands in a message."""
+"""Endings of the names of files that are taken for images in a message."""
 
 LONGEST_PATH = 4096
 MOST_WORDS = 32
-"""Of a path."""
+"""The most words of a path."""
 
 SILENT_SECONDS = TERMINAL_LIMITS.fetch_seconds / 3
-"""A download may go so long without a sign of life."""
+"""How many seconds a download may go without receiving anything."""
 
 _NAME_END = re.compile(rf"\.(?:{'|'.join(EXTENSIONS)})(?=$|[\s'\"`,;:.!?)\]}}>])", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s'\"<>`]+", re.IGNORECASE)
@@ -37,7 +37,7 @@ _LOOKS_LIKE_A_PATH = re.compile(r"(?:~|\.{1,2})?/|file://|[A-Za-z]:[\\/]")
 
 
 def open_image(source: str) -> Image.Image:
-    """An image for a message: from a path, from an http or https address, or from standard input (`-`).
+    """Open an image for a message, from a path, an http or https address, or standard input (`-`).
 
     Raises:
         ImageLoadError: naming the source and the cause.
@@ -60,7 +60,7 @@ def open_image(source: str) -> Image.Image:
 
 
 def _decoded(data: bytes) -> Image.Image:
-    """A picture that somebody else may have made."""
+    """Decode a picture that is not trusted."""
     with contextlib.closing(PictureDecoder(TERMINAL_LIMITS.pictures)) as decoder:
         return decoder.decode(data)
 
@@ -86,11 +86,12 @@ def _cause(error: ImageLoadError) -> str:
 def take_images(text: str, tag: str) -> tuple[str, list[str]]:
     """Recognise the images that a message names: addresses, and paths as they are typed, quoted, pasted or dropped.
 
-    Those at the message's ends go with it as a whole; one amid the text is replaced by an image tag there. Where the
-    text has tags of its own, the images are for those.
+    Images at the message's beginning or end belong to it as a whole; one inside the text is replaced by an image tag.
+    If the text has tags of its own, all images are for those.
 
     Returns:
-        The text without them, and the sources for `open_image` in the order of their tags, those without a tag first.
+        The text without the images' names, and the sources for `open_image`: those without a tag first, then the others
+        in the order of their tags.
 
     Raises:
         ImageLoadError: if what can only be the path of an image is no file.
@@ -135,7 +136,7 @@ def _names_an_image(url: str) -> bool:
 
 
 def _file_spans(text: str, position: int, limit: int) -> Iterator[tuple[int, int, str]]:
-    """The same for the files named in `text[position:limit]`."""
+    """(begin, end, source) of each image file named in `text[position:limit]`, from left to right."""
     for match in _NAME_END.finditer(text, position, limit):
         if span := _file_span(text, position, match.end()):
             yield span
@@ -143,7 +144,7 @@ def _file_spans(text: str, position: int, limit: int) -> Iterator[tuple[int, int
 
 
 def _file_span(text: str, position: int, end: int) -> tuple[int, int, str] | None:
-    """The longest piece of `text[position:end]` that ends there and is the path of a file, in any way of writing it."""
+    """(begin, end, path) of the longest part of `text[position:end]` that ends at `end` and names a file, or None."""
     nearby = range(max(position, end - LONGEST_PATH), end)
     begins = [begin for begin in nearby if begin == position or text[begin - 1] in _BEFORE]
     for begin in begins[-MOST_WORDS:]:
@@ -152,7 +153,7 @@ def _file_span(text: str, position: int, end: int) -> tuple[int, int, str] | Non
         if path := _as_file(raw):
             return (begin - 1, end + 1, path) if quoted else (begin, end, path)
         whole = quoted or not re.search(r"(?<!\\)\s", raw)
-        # Amid the text it may be meant as text.
+        # Inside the text, what looks like a path may be plain text.
         at_an_end = not text[:begin].strip(_AROUND) or not text[end:].strip(_AROUND)
         if whole and at_an_end and _LOOKS_LIKE_A_PATH.match(raw):
             raise ImageLoadError(f"Cannot read image {raw!r}: there is no such file.")

@@ -1,4 +1,4 @@
-"""The interactive chat."""
+"""The interactive chat in the terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KEYS = "Ctrl-C stops an answer, or forgets the message you are writing."
 
 
 def help_text(columns: int) -> str:
-    """How the chat is used, in lines of so many columns."""
+    """How the chat is used, wrapped to `columns` characters."""
 
     def fill(text: str, first: str = "", indent: int = 0) -> str:
         begin = f"{first:<{indent}}"
@@ -54,14 +54,14 @@ class TerminalChat:
     """The interactive loop.
 
     Args:
-        images: belong to the first message.
+        images: those of the first message.
     """
 
     def __init__(self, session: ChatSession, screen: Screen, images: list[Image.Image]):
         self.session = session
         self.screen = screen
         self.images = images
-        self.unsent = ""  # what could not be sent, to be mended
+        self.unsent = ""  # a message that got no answer, to be edited
         self._has_told_dropped = False
 
     def run(self) -> None:
@@ -133,7 +133,7 @@ class TerminalChat:
     def _send(self, text: str) -> None:
         """Answer a message with its images: those given before, those it names, and those that its tags ask for.
 
-        A message that gets no answer is not in the conversation: it comes back to be mended.
+        A message that gets no answer is not in the conversation: the next prompt begins with it, to be edited.
         """
         self.unsent = text
         from deepseek_vl.serve.terminal.attachments import open_image, take_images
@@ -184,16 +184,17 @@ class TerminalChat:
 
 
 def check_text(text: str, name: str) -> None:
-    """
+    """Check that typed text is valid in the terminal's encoding.
+
     Raises:
-        ValueError: if it has bytes that are no text in the terminal's encoding, which Python keeps as surrogates.
+        ValueError: if it has bytes that are not, which Python keeps as surrogates.
     """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{name} is not text in {sys.getfilesystemencoding()}, the encoding of this terminal.")
 
 
 def _path(command: str, rest: str) -> str | None:
-    """What stands behind a command's name: nothing, or the path of `save` and `load`; None if it is no command."""
+    """A command's argument: empty, or the path of `save` and `load`; None if the line is no command."""
     path = rest.strip()
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         path = path[1:-1]

@@ -1,4 +1,4 @@
-"""The chat in a terminal: line editing, history, completion, and answers shown as the Markdown they are."""
+"""The chat in a terminal: line editing, history, completion, and answers rendered as Markdown."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ _PATH_BEGIN = re.compile(r"(?:(?<=[\s'\"])|^)(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])"
 
 
 class TerminalScreen:
-    """A terminal: line editing, history across runs, completion of paths, and answers shown as the Markdown they are.
+    """A terminal with line editing, history across runs, completion of paths, and answers rendered as Markdown.
 
     Args:
         history: the file that keeps what was typed.
@@ -60,7 +60,7 @@ class TerminalScreen:
         self._console.print(text.translate(_CONTROL), markup=False, emoji=False, soft_wrap=True)
 
     def answer(self, pieces: Generator[str]) -> None:
-        # Paragraphs that are whole are printed for good; the last is drawn anew with every piece.
+        # Finished paragraphs are printed once; the last one is redrawn with every piece.
         text, shown = "", 0
         with _without_echo(self._console):
             try:
@@ -80,14 +80,14 @@ class TerminalScreen:
 
 
 def without_control(text: str) -> str:
-    """What was typed or pasted, without the control sequences in it: `\\x1b[31mred` becomes `red`."""
+    """Typed or pasted text without control characters and sequences: `\\x1b[31mred` becomes `red`."""
     return _SEQUENCE.sub("", text).translate(_CONTROL)
 
 
 def _bindings() -> KeyBindings:
-    """Bindings that make keys without a meaning here do nothing.
+    """Key bindings that ignore reports of the mouse.
 
-    A pasted colour looks like a mouse's report, of which prompt_toolkit expects three numbers.
+    A pasted colour sequence looks like such a report, in which prompt_toolkit expects three numbers.
     """
     bindings = KeyBindings()
     bindings.add(Keys.Vt100MouseEvent)(lambda event: None)
@@ -96,7 +96,7 @@ def _bindings() -> KeyBindings:
 
 @contextlib.contextmanager
 def _without_echo(console: Console) -> Iterator[None]:
-    """Keep keys that are pressed meanwhile for the next prompt: on the screen they would displace what is redrawn."""
+    """Turn off the terminal's echo, which would displace what is redrawn; the next prompt gets the keys."""
     try:
         import termios
     except ImportError:  # on Windows, where nothing is echoed outside a prompt
@@ -123,7 +123,7 @@ def _without_echo(console: Console) -> Iterator[None]:
 
 
 def split_finished(text: str) -> tuple[str, str]:
-    """Markdown -> (the paragraphs that no more text can change, the rest)."""
+    """Split Markdown into the paragraphs that no further text can change, and the rest."""
     for match in reversed(list(re.finditer(r"\n\n(?=\S)", text))):
         if len(_FENCE.findall(text, 0, match.start())) % 2 == 0:
             return text[: match.start()], text[match.end() :]
@@ -131,9 +131,9 @@ def split_finished(text: str) -> tuple[str, str]:
 
 
 def _markdown(text: str, is_first: bool) -> Markdown:
-    """A part of an answer; the first has the label in front.
+    """A part of an answer as Markdown; the first part has the label in front.
 
-    Unlike in Markdown, lines stay lines, as they are in what a model reads aloud.
+    Line breaks are kept, unlike in Markdown, because they matter in text that a model transcribes.
     """
     lines, fenced = [], False
     for line in safe_markdown(text).split("\n"):
@@ -154,7 +154,7 @@ class _Console(Console):
 
 
 class _Tail:
-    """The end of what may be higher than the screen."""
+    """Markdown of which only the last lines, as many as the screen has room for, are drawn."""
 
     def __init__(self, content: Markdown):
         self._content = content
@@ -180,7 +180,7 @@ class _Paths(Completer):
 
 
 class MessageCompleter(Completer):
-    """Completes paths that stand in a message: of images, or of any file behind `save` and `load`."""
+    """Completes paths that stand in a message: of images, or of any file after `save` and `load`."""
 
     def __init__(self) -> None:
         self._images = _Paths(file_filter=_may_be_image)
@@ -191,7 +191,7 @@ class MessageCompleter(Completer):
         if match := re.match(r"(?:save|load)\s+", text, re.IGNORECASE):
             yield from self._files.get_completions(Document(text[match.end() :]), complete_event)
             return
-        for match in _PATH_BEGIN.finditer(text):  # the longest that leads anywhere: directories' names have spaces
+        for match in _PATH_BEGIN.finditer(text):  # the longest that has completions: names may have spaces
             found = list(self._images.get_completions(Document(text[match.start() :]), complete_event))
             if found:
                 yield from found

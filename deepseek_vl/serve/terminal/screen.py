@@ -9,7 +9,7 @@ ANSWER = "Assistant: "
 
 
 class Screen(Protocol):
-    """Where a chat takes place.
+    """What a chat reads from and writes to.
 
     Attributes:
         columns: how wide it is, in characters.
@@ -19,7 +19,7 @@ class Screen(Protocol):
     def columns(self) -> int: ...
 
     def read(self, prompt: str, default: str = "", path: bool = False) -> str:
-        """A line of input.
+        """Read a line of input.
 
         Args:
             prompt: what is asked.
@@ -32,14 +32,14 @@ class Screen(Protocol):
         """
 
     def say(self, text: str) -> None:
-        """A line of the program's own."""
+        """Print a line of the program's own."""
 
     def answer(self, pieces: Generator[str]) -> None:
-        """The assistant's answer, as it comes."""
+        """Show the assistant's answer as it comes."""
 
 
 class PlainScreen:
-    """Standard input and output, as they are."""
+    """Standard input and output, without control codes."""
 
     @property
     def columns(self) -> int:
@@ -56,7 +56,7 @@ class PlainScreen:
 
 
 def write_pieces(pieces: Generator[str], label: str = "") -> None:
-    """An answer on standard output, behind a label, without the space that the first piece begins with."""
+    """Print an answer as it comes, after a label and without white space at its beginning."""
     begun = False
     try:
         with contextlib.closing(pieces):
@@ -71,7 +71,7 @@ def write_pieces(pieces: Generator[str], label: str = "") -> None:
 
 
 def without_first_space(pieces: Iterable[str]) -> Iterator[str]:
-    """An answer's pieces, less the space that the first word's token begins with."""
+    """An answer's pieces, without white space at the answer's beginning."""
     clean: Callable[[str], str] = str.lstrip
     for piece in pieces:
         if shown := clean(piece):

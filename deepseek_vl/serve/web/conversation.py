@@ -18,12 +18,12 @@ from deepseek_vl.utils.conversation import IMAGE_TAG
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange.
+    """A user's message and its answer.
 
     Attributes:
         text: the user's message, as it was typed.
         files: the paths of its images.
-        answer: so far.
+        answer: as much of it as there is yet.
         error: why there is no answer. The turn is shown, but the model does not see it.
     """
 
@@ -49,7 +49,7 @@ class Turn:
         return cls(str(message["text"]), _uploaded([file["path"] for file in message["files"]]))
 
     def shown(self) -> list[dict[str, Any]]:
-        """As messages of the chat component, a picture each and then the text."""
+        """The turn as messages of the chat component: one per picture, then the text, the answer and the error."""
         messages = [_said("user", {"path": path, "alt_text": Path(path).name}) for path in self.files]
         if self.text:
             messages.append(_said("user", _text(marked(self.text))))
@@ -62,7 +62,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, oldest first.
+    """A conversation: its turns, oldest first.
 
     Attributes:
         system: replaces the model's system prompt; None for that.
@@ -78,7 +78,7 @@ class Conversation:
         return replace(self, turns=turns)
 
     def answered(self) -> "Conversation":
-        """Without the turns that have failed."""
+        """The same conversation without the turns that have failed."""
         return self.with_turns(*(turn for turn in self.turns if not turn.error))
 
     def messages(self, image_tag: str = IMAGE_TAG) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ class Conversation:
         return messages
 
     def shown(self) -> list[dict[str, Any]]:
-        """As the chat component takes it."""
+        """The conversation as messages of the chat component."""
         return [message for turn in self.turns for message in turn.shown()]
 
     def turn_at(self, index: Any) -> int:
@@ -121,11 +121,11 @@ class Conversation:
         """The conversation that a browser has kept, or one in a file: a row of training data, or a list of one.
 
         Args:
-            record: `{"row", "id"}`, with Gradio's uploaded files in place of pictures. Without `id` it is a new one,
-                and without a row one with nothing answered.
+            record: `{"row", "id"}`, with Gradio's uploaded files in place of pictures. Without an `id` the
+                conversation is a new one; with an `id` and no row, it has no turns.
 
         Raises:
-            ValueError: if it is none, or names a picture that was not uploaded.
+            ValueError: if it is no conversation, or names a picture that was not uploaded.
         """
         known: dict[str, Any] = {"id": str(record["id"])} if record.get("id") else {}
         row = record.get("row")
@@ -162,7 +162,7 @@ def file_data(path: str) -> dict[str, Any]:
 
 
 def _with_paths(value: Any) -> Any:
-    """A row with the paths of files in place of what Gradio says about them."""
+    """A row with files' paths in place of Gradio's descriptions of the files."""
     if isinstance(value, list):
         return [_with_paths(item) for item in value]
     if isinstance(value, dict):

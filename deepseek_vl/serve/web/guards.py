@@ -11,9 +11,9 @@ from deepseek_vl.serve.listening import Patience
 
 
 def take_no_addresses(component: Component) -> None:
-    """Keep Gradio from downloading what a hand-made request names by its address.
+    """Make a component refuse web addresses, which Gradio would download if a hand-made request has them.
 
-    Of this one component: a subclass, which would do as well, has Gradio write a stub file beside its module.
+    A method of the component is replaced, because for a subclass Gradio would write a stub file beside its module.
     """
     take = component.async_move_resource_to_block_cache
 

@@ -1,4 +1,4 @@
-"""What the page shows of where an answer looked."""
+"""Where an answer looked, in the form that the page shows."""
 
 import base64
 from collections.abc import Sequence

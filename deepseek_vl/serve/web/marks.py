@@ -1,8 +1,8 @@
-"""Text for Gradio's chat, which makes Markdown of it: shown as it was written, and no HTML, whatever it holds.
+"""Invisible marks in texts for Gradio's chat, which renders Markdown, so that none becomes HTML or fetches an image.
 
-What could begin HTML, fetch an image or become a diagram gets an invisible mark, in code and LaTeX as well: which parts
-of a text are code, only the page's own Markdown parser knows. The page takes the marks out of what it has made, and out
-of what is copied or edited (`page.js`).
+A mark stands wherever HTML, an image or a diagram could begin, in code and LaTeX as well, because only the page's own
+Markdown parser knows which parts of a text are code. `page.js` removes the marks from what the page shows, and from
+what is copied or edited.
 """
 
 import re
@@ -22,11 +22,11 @@ _IMAGE = re.compile(rf"(!{MARK}\[(?:[^\[\]]|\[[^\[\]]*\])*\])(?=\()")
 
 
 def marked(text: str) -> str:
-    """The text with marks; `unmarked` takes them out again."""
+    """The text with marks, which `unmarked` removes."""
     text = _RISKS.sub(lambda match: MARK * (2 if match["own"] else 1), text)
     return _IMAGE.sub(rf"\1{MARK}", text)  # or else it would be shown as a link
 
 
 def unmarked(text: str) -> str:
-    """The text that `marked` was given."""
+    """The text without the marks that `marked` inserted."""
     return re.sub(f"{MARK}({MARK}?)", r"\1", text)

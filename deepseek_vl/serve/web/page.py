@@ -1,4 +1,4 @@
-"""The page: its layout and its looks."""
+"""The web page: its layout and style, and serving it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,26 +34,26 @@ LATEX = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
-"""Where the sliders stand at first, as the reference's do."""
+"""The sliders' initial values, which are the reference's."""
 
 MOST_TOKENS = 4096
-"""Where the sliders of tokens end, if the model takes so many."""
+"""The maximum of the sliders of tokens; the model's positions, if those are fewer."""
 
 GIVE_BACK = """(kept, box) => kept?.unsent && !box?.text && !box?.files?.length ? kept.unsent : {__type__: "update"}"""
-"""A message that has no answer is put into the message box, unless something else is in it by now."""
+"""JavaScript that puts a message without an answer back into the message box, if that is empty."""
 
 
 def create_page(
     models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings = DEFAULTS
 ) -> gr.Blocks:
-    """The page for some models.
+    """Build the page for some models.
 
     Args:
         models: an engine and its processor, by the name that users choose it by.
-        settings: where the sliders stand at first.
+        settings: the sliders' initial values.
     """
     chat = WebChat(models)
-    # Uploads are looked for every hour, and deleted after a day.
+    # Every hour, uploads that are older than a day are deleted.
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, fill_height=True, delete_cache=(3600, 86400)
     ) as page:
@@ -161,7 +161,7 @@ def _slider(label: str, least: float, most: float, step: float, value: float) ->
 
 
 def _examples() -> Any:
-    """What the empty chat offers; nothing in an installation without the checkout."""
+    """The examples that an empty chat offers; None in an installation without the checkout's images."""
     return [
         {"text": text, "files": [str(IMAGES / name) for name in names]}
         for text, names in EXAMPLES
@@ -186,11 +186,11 @@ def launch(
     """Serve a page with its own style, in background threads; `page.block_thread()` waits until it is told to stop.
 
     Args:
-        names: that the server answers to, see `names_of`; None for all.
+        names: those that the server answers to, see `names_of`; None for all.
         options: further arguments of `gr.Blocks.launch`.
 
     Returns:
-        Where the page is, for users.
+        The page's address, for users.
 
     Raises:
         OSError: if the port is not free.

@@ -44,7 +44,7 @@ def main() -> None:
     ray.init(address=args.address)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     resources = {"num_gpus": 1} if has_gpus else {"num_cpus": args.cores}
-    # A replica takes what fills its batch; more of it, for a while, and there is another.
+    # A replica takes as many requests as fill its batch; if there are more for a while, Ray starts another replica.
     scaling = {
         "min_replicas": 1,
         "max_replicas": args.max_replicas,

@@ -17,7 +17,7 @@ from deepseek_vl.serve.batch.inputs import find_pictures, open_picture
 from deepseek_vl.serve.batch.journal import Journal, row_of
 
 PICTURES_PER_TASK = 256
-"""vLLM's own scheduler fills its batches from these."""
+"""How many pictures a task has; vLLM's own scheduler fills its batches from them."""
 
 
 class Captioner:
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
 
     ray.init(address=args.address)
-    ray.data.DataContext.get_current().max_errored_blocks = -1  # the same command asks those again
+    ray.data.DataContext.get_current().max_errored_blocks = -1  # the same command asks about their pictures again
     question = {"engine": "vllm", "model": args.model_path, "prompt": args.prompt, "max_tokens": args.max_tokens}
     with Journal(args.output, question) as journal:
         left = [picture for picture in find_pictures(args.paths) if picture.key not in journal]

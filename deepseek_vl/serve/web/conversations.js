@@ -54,7 +54,7 @@ function picture(file) {
 
 const all = (values, change) => Promise.all((values ?? []).map(change));
 
-/** A record of the server's, with the pictures themselves in place of its files; or the other way round. */
+/** A record with each image replaced by what `change` makes of it. */
 async function withImages(record, change) {
   const messages = await all(record.messages, async (message) =>
     message.images ? { ...message, images: await all(message.images, change) } : message,
@@ -89,7 +89,7 @@ async function keep(record) {
 let newest = null;
 let isKeeping = false;
 
-/** Keep the newest record; of those that come while one is being kept, the last. */
+/** Keep the newest record. Of those that arrive while one is being kept, only the last is kept. */
 async function keepNewest() {
   newest = props.value?.messages ? props.value : null;
   if (isKeeping) return;
@@ -148,7 +148,7 @@ async function showFile(file) {
   try {
     row = await lifted(JSON.parse(await file.text()));
   } catch (error) {
-    console.warn(error); // the server says that it is none
+    console.warn(error); // the server reports that the file is no conversation
   }
   props.value = { row };
   trigger("open");
@@ -236,7 +236,7 @@ async function draw() {
     );
     return item;
   });
-  if (!list.querySelector("input")) list.replaceChildren(...items); // not below who renames one
+  if (!list.querySelector("input")) list.replaceChildren(...items); // not while a conversation is being renamed
   none.hidden = items.length > 0;
 }
 

@@ -10,7 +10,7 @@ function make(tag, options, ...children) {
 
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 
-/** Several maps' mean. */
+/** The mean of several maps. */
 function meanOf(maps) {
   const mean = new Float32Array(maps[0].length);
   for (const map of maps) map.forEach((weight, i) => (mean[i] += weight / maps.length));
@@ -28,7 +28,7 @@ function paint(canvas, side, map, most) {
   context.putImageData(image, 0, 0);
 }
 
-/** A picture under the square that the model sees, of which the picture is the middle. */
+/** A picture in the middle of the padded square that the model sees, with the square's map over it. */
 function framed(url, number) {
   const canvas = make("canvas", {});
   const image = make("img", { src: url, alt: `Picture ${number}` });

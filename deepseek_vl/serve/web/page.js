@@ -89,7 +89,7 @@
   document.addEventListener("click", (event) => {
     const frame = event.target.closest?.("#chat .image-container > button");
     if (frame) showLarge(frame.querySelector("img").src, frame);
-    // The button that was pressed becomes another; who uses the keyboard is not to be thrown back to the page's start.
+    // The button that was pressed is replaced by another; the keyboard's focus would go to the page's start.
     if (event.detail === 0 && event.target.closest?.("#message .submit-button, #message .stop-button")) {
       document.querySelector("#message textarea").focus();
     }

@@ -1,9 +1,9 @@
 """The recipe of a small model: `python -m recipes.tiny --output DIR` trains one from nothing.
 
 A tokenizer is learnt from the synthetic world's sentences. A small vision tower learns from segmentation maps of
-pictures, in place of the published models' pretrained ones. Then a small model of the 1.3B's architecture learns, as in
-the paper's last two stages, first from captions and then from conversations, the later of which ask more of what is
-hard.
+pictures; the published models begin with pretrained towers instead. Then a small model of the 1.3B's architecture
+learns, as in the paper's last two stages, first from captions and then from conversations, of which the later ones have
+more hard questions.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the model; the same command again goes on where it was stopped. Returns the exit code."""
+    """Make the model, or go on where the same command was stopped; returns the exit code."""
     return run_command(build_parser(), _run, arguments)
 
 

@@ -3,8 +3,8 @@
 Each data set is a directory with `data.jsonl` for `python -m deepseek_vl.train.evaluate --data`:
 
 - `world-1`, `world-2`: the synthetic world in its own words, of two seeds; the README's table is of these;
-- `wider-1`, `wider-2`: the wider world: put otherwise, with its further questions, by another hand;
-- `things`: the same, asked about things that no conversation for training names;
+- `wider-1`, `wider-2`: the wider world, with other wordings, further questions and other styles of drawing;
+- `things`: questions about things that no conversation for training names;
 - `samples`: this repository's own sample pictures, with all questions, in all orders;
 - `elsewhere`: drawn pictures that are not of the world;
 - `drawings`: this repository's own drawings of other things;
@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 IMAGES = Path(__file__).parents[2] / "images"
 SEEDS = (1, 2)
-"""Of the worlds to evaluate on; nothing is trained on them."""
+"""The seeds of the worlds to evaluate on; nothing is trained on these."""
 
 QUESTIONS_ABOUT_OTHERS = (
     "What is this?", "Describe the image.", "What do you see?", "What is in the picture?", "What colour is the star?",
     "How many shapes are there?", "What does it say?", "Where is the circle?", "Which bar is the tallest?",
     "Is there a dog?",
 )  # fmt: skip
-"""One is asked about each picture that is not of the world, in turn."""
+"""Questions about pictures that are not of the world, one for each picture, in turn."""
 
 
 OTHER_DRAWINGS = (
@@ -68,7 +68,7 @@ OTHER_DRAWINGS = (
 
 @dataclass(frozen=True)
 class SamplePicture(Picture):
-    """What is in a picture of this repository.
+    """A sample picture of this repository, described as the world's pictures are.
 
     Attributes:
         file: its file in `images`.
@@ -134,7 +134,7 @@ KIND_OF_SAMPLE = {"shapes": "shapes", "more_shapes": "shapes", "chart": "chart",
 
 
 def sample_about_samples(rng: random.Random, turns: int) -> tuple[list[Picture], list[Turn]]:
-    """Questions about the sample pictures, in the world's words or put otherwise; a sampler for `Conversations`."""
+    """Questions about the sample pictures, in the world's words or reworded; a sampler for `Conversations`."""
     if rng.random() < 0.2:
         names = ["shapes", rng.choice(("more_shapes", "more_shapes", "chart", "word"))]
         rng.shuffle(names)
@@ -155,7 +155,7 @@ def sample_unseen_thing(rng: random.Random, turns: int) -> tuple[list[Picture], 
 
 
 class OtherPictures(Dataset):
-    """One question about each of some files, answered as about everything that is not of the world.
+    """One question about each of some files, answered like every question about what is not of the world.
 
     Args:
         files: pictures.
@@ -187,7 +187,7 @@ def data_sets(rows: int, photographs: Sequence[Path]) -> dict[str, Dataset]:
     """All data sets by their names.
 
     Args:
-        rows: of the larger ones.
+        rows: how many the larger ones have.
         photographs: files.
     """
     few = max(1, rows // 4)

@@ -52,7 +52,7 @@ def make_model(vocabulary: int) -> MultiModalityCausalLM:
             language_config=llama,
         )
     )
-    # The usual deviation of 0.02 is for wide layers, and leaves the patches' places all but invisible at the start.
+    # The usual standard deviation, 0.02, is for wide layers; with it the patches' positions hardly count at first.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

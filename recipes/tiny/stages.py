@@ -28,13 +28,13 @@ SCHEDULE = {"decay_type": "1-sqrt", "decay": 0.25}
 """The learning rate falls over the last quarter of a stage's steps (Hägele et al. 2024)."""
 
 LONG_SCHEDULE = {"decay_type": "linear", "decay": 0.8}
-"""Most of the steps at a falling rate: what conversations ask is learnt well at low rates only."""
+"""The learning rate falls over most of the steps: conversations are learnt well at low rates only."""
 
 
 def training_arguments(
     output: Path, data: Dataset, args: argparse.Namespace, decay_type: str, decay: float
 ) -> TrainingArguments:
-    """How a stage is trained: on everything in `data`, once and in order.
+    """The training arguments of a stage, which goes through `data` once and in order.
 
     Args:
         decay_type, decay: how, and over which part of the steps, the learning rate falls to 0 at the end.
@@ -86,7 +86,7 @@ def train_model(
     schedule: Mapping[str, Any],
     stored_in: torch.dtype | None = None,
 ) -> None:
-    """Train on every conversation, in order, and write the model to `output`, in its or another dtype."""
+    """Train on every conversation, in order, and write the model to `output`, in its own dtype or `stored_in`."""
     set_trainable(model, parts_of(model))
     settings = training_arguments(output, conversations, args, **schedule)
     collator = TrainingCollator(processor)
@@ -105,13 +105,13 @@ def train_model(
 
 
 def compile_layers(model: MultiModalityCausalLM, batch: dict[str, torch.Tensor]) -> None:
-    """Compile the language model's layers for training; where that is not possible, say so and leave them.
+    """Compile the language model's layers for training; if that fails, log a warning and leave them.
 
-    In a small model the operations between the products take as long as they do.
+    In a small model the operations between matrix products take as long as the products.
 
     Args:
-        batch: the same whenever a run is begun or resumed. The code holds for every length, but is best for this one's;
-            if the next batch decided, or the stage before, a resumed run would round otherwise than an unbroken one.
+        batch: the same whenever a run is begun or resumed. The code works for every length, but is made for this one's;
+            made for another, it would have a resumed run round differently from an unbroken one.
     """
     torch.compiler.reset()
     try:

@@ -13,12 +13,12 @@ BOS, EOS, IMAGE_TAG = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence�
 VOCABULARY = 640
 
 WORDS = Regex(r""" ?(?<![A-Za-z"])[A-Za-z][a-z]*|[A-Za-z]| ?[0-9]|\n+| ?[^\sA-Za-z0-9]+|\s""")
-"""How text is split before merges: in words, but letter by letter behind a quotation mark, so that the model spells
-what it reads."""
+"""How text is split before merges: into words, but after a quotation mark into letters, so that the model spells what
+it reads."""
 
 
 def sentences(world: SyntheticWorld) -> Iterator[str]:
-    """What is said in a world, and what stands around it in a prompt."""
+    """The questions and answers of a world, as prompts have them, and the system prompt."""
     for index in range(len(world)):
         for turn in world.turns_of(index):
             yield f"User: {turn.question}\n\nAssistant: {turn.answer}"

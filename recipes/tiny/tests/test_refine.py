@@ -1,4 +1,4 @@
-"""The last stage of the small model: that it goes on, what it notes; what it is evaluated on; photographs."""
+"""The small model's last stage: resuming a run, its record, the data to evaluate on, and photographs."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_it_goes_on_from_the_bundled_weights_and_can_be_opened(run: Path) -> Non
 
 @needs_recipe
 def test_stopped_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path: Path, photographs: Path) -> None:
-    """As if it had been killed after its second step."""
+    """The run is made to look as if it had been killed after its second step."""
     output = tmp_path / "out"
     shutil.copytree(run / "checkpoint-2", output / "checkpoint-2")
     shutil.copy(run / "made.json", output)
@@ -209,7 +209,7 @@ def test_drawings_are_no_photographs_by_their_tones() -> None:
 
 
 def test_photographs_of_a_package_are_unpacked_shrunk_and_kept(tmp_path: Path) -> None:
-    """A wheel of this test's own, as the package index has them."""
+    """The package is a wheel that this test makes, in the form of the package index's."""
     rich = np.random.default_rng(0).normal(128, 40, (90, 160, 3)).clip(0, 255).astype(np.uint8)
     for name in ("large.jpg", "again.jpg", "elsewhere.jpg"):
         Image.fromarray(rich).resize((1600, 900), Image.Resampling.BICUBIC).save(tmp_path / name)

@@ -146,7 +146,7 @@ def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: 
 
 
 def test_muon_in_float32_is_timm_s_with_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After 20 steps, between which it is saved and loaded."""
+    """Both take 20 steps, and are saved and loaded on the way."""
     learnt = []
     for kind in (Float32Muon, muon.Muon):
         if kind is muon.Muon:

@@ -1,4 +1,4 @@
-"""The wider world: further questions and their answers, other wordings, other hands' pictures, and other pictures."""
+"""The wider world: further questions and their answers, other wordings, other styles, and pictures of other things."""
 
 import colorsys
 import random
@@ -55,7 +55,7 @@ NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 
 def turns_of(asker, kind: str, number: int, sample=sample_picture) -> list[tuple]:
-    """(picture, turn) of so many pictures about which there is such a question."""
+    """(picture, turn) of `number` pictures about which `asker` has a question."""
     rng, found = random.Random(asker.__name__), []
     while len(found) < number:
         picture = sample(rng, kind)
@@ -178,7 +178,7 @@ def test_things_for_tests_are_not_asked_about_in_training() -> None:
 
 @pytest.mark.parametrize("sample", [sample_picture, sample_painted])
 def test_backgrounds_are_of_the_colour_that_is_said(sample) -> None:
-    """Judged by the pixels along the picture's edges."""
+    """The colour is taken from the pixels along the picture's edges."""
     names = Counter()
     for picture, turn in turns_of(ask_background, "shapes", 400, sample):
         name = re.fullmatch(r"The background is ([a-z ]+)\.", turn.answer)[1]
@@ -306,7 +306,7 @@ def test_put_otherwise_a_question_asks_the_same() -> None:
                 )
             else:
                 assert mentioned(other) == mentioned(turn.question), (turn, other)
-            # Letters are swapped at times, in words that say nothing on their own.
+            # Letters are sometimes swapped in words without which a question is clear.
             intent = INTENT.get(turn.type, "")
             assert re.search(intent, other.lower()) or is_mistyped(other), (turn, other)
     assert changed > 0.85 * asked.total()
@@ -341,7 +341,7 @@ def test_which_of_two_pictures_is_meant_stays() -> None:
 
 
 def test_every_kind_of_question_can_be_put_otherwise() -> None:
-    """Each pattern matches a question of the world; what matches none is only typed otherwise."""
+    """Each pattern matches a question of the world; a question that matches none is only typed differently."""
     rng, seen = random.Random(3), Counter()
     patterns = [re.compile(wording.pattern.replace("COLOUR", "|".join(COLOURS))) for wording in WORDINGS]
     world = WiderConversations(2500, seed=4)

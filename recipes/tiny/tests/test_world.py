@@ -70,7 +70,7 @@ Without those of other things, which numpy draws, and whose last bits differ bet
 
 @pytest.mark.parametrize(("world", "seed"), RECORDED)
 def test_the_world_stays_what_it_was(world: type[Conversations], seed: int) -> None:
-    """Otherwise a model would be trained, and evaluated, on other data than before."""
+    """If it changed, models would be trained and evaluated on other data than before."""
     found = hashlib.sha256()
     for row in world(200, seed):
         said = [[message["role"], message["content"]] for message in row.messages]

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write them; returns the exit code."""
+    """Write the conversations; returns the exit code."""
     parser = OneLineParser(prog="python -m recipes.tiny.world", description="Draw pictures and ask about them.")
     parser.add_argument("--output", type=Path, required=True, help="directory for data.jsonl and images/")
     parser.add_argument("--rows", type=int, default=1000, help="conversations (default: %(default)s)")

@@ -29,7 +29,7 @@ from recipes.tiny.world.two_pictures import ask_shared, ask_two
 
 TAG = "<image_placeholder>"
 KINDS = {"shapes": 40, "words": 28, "chart": 9, "mixed": 8, "two": 13, "talk": 2}
-"""How often a conversation is about what, in percent."""
+"""What conversations are about, and how often, in percent."""
 
 
 ConversationSampler = Callable[[random.Random, int], tuple[list[Any], list[Turn]]]
@@ -60,7 +60,8 @@ class Conversations(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> TrainingRow:
-        """
+        """Conversation `index`, with its pictures drawn.
+
         Raises:
             IndexError: outside 0 to length - 1, which ends iteration.
         """
@@ -80,11 +81,11 @@ class Conversations(Dataset):
         return TrainingRow(messages, self.system, types, origin=f"world {self.seed}:{index}")
 
     def turns_of(self, index: int) -> list[Turn]:
-        """What is said in a conversation, without drawing its pictures."""
+        """The questions and answers of a conversation, without drawing its pictures."""
         return self.sample(self._rng(index), self.turns)[1]
 
     def length_of(self, index: int) -> int:
-        """About how long a conversation is, in characters; a picture counts as many as have its number of tokens."""
+        """A conversation's approximate length in characters; a picture counts as text of as many tokens does."""
         pictures, turns = self.sample(self._rng(index), self.turns)
         return 250 * len(pictures) + sum(len(turn.question) + len(turn.answer) + 20 for turn in turns)
 
@@ -105,9 +106,9 @@ def sample_conversation(
 
     Args:
         rng, turns: see `ConversationSampler`.
-        kinds: how often a conversation is about what, in percent.
-        more, more_of_two: what asks about one picture, or about two, beside the usual ones.
-        alike: which part of the pairs of pictures is made to share a shape.
+        kinds: what conversations are about, and how often, in percent.
+        more, more_of_two: askers about one picture, or about two, besides the usual ones.
+        alike: the fraction of pairs of pictures that are made to share a shape.
         sample: makes a picture of a kind.
     """
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -130,10 +131,10 @@ def sample_conversation(
 
 
 def take_turns(questions: Iterator[list[Turn]], turns: int) -> list[Turn]:
-    """The first questions whose answers all differ, up to `turns`, or one more for a follow-up."""
+    """Up to `turns` questions whose answers all differ, and one more if the last has a follow-up."""
     asked: list[Turn] = []
     for new in itertools.islice(questions, 30):
-        # What was said already would be copied rather than seen.
+        # A model would copy an answer that was given before instead of looking.
         if not {turn.answer for turn in new} & {turn.answer for turn in asked}:
             asked += new
         if len(asked) >= turns:
@@ -149,10 +150,10 @@ class SyntheticWorld(Conversations):
 
 
 class HardQuestions(Conversations):
-    """The same world, asked more often what is learnt last: how many, where, whether there is one, which picture it is.
+    """The same world, with more of the questions that are learnt last: counts, places, presence, which of two pictures.
 
-    What is rare by chance is asked for: several of a kind, and shapes that two pictures share. The arguments are those
-    of `Conversations`.
+    Cases that are rare by chance are made more frequent: several shapes of a kind, and shapes that two pictures share.
+    The arguments are those of `Conversations`.
     """
 
     def __init__(self, length: int, seed: int = 0, turns: int = 6):
@@ -175,7 +176,7 @@ def sample_caption(rng: random.Random, turns: int = 1) -> tuple[list[Picture], l
 class Captions(Conversations):
     """Pictures with their descriptions, and nothing else in the prompt.
 
-    A description names everything, so that a model without eyes learns to see from it sooner than from questions. The
+    A description names everything in a picture, so a model learns to see from it sooner than from questions. The
     arguments are those of `Conversations`.
     """
 
@@ -184,13 +185,13 @@ class Captions(Conversations):
 
 
 class LengthGrouped(Dataset):
-    """Conversations in an order in which those of a batch are about equally long, so that little is padding.
+    """Conversations in an order that gives each batch conversations of similar length, to save padding.
 
     Within every `WINDOW` batches they are sorted by length; the batches then come in a random order.
 
     Args:
-        conversations: what is put in order.
-        batch_size: how many follow each other.
+        conversations: those to order.
+        batch_size: how many make a batch.
     """
 
     WINDOW = 16
@@ -204,7 +205,8 @@ class LengthGrouped(Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> TrainingRow:
-        """
+        """The conversation at place `index` of the order.
+
         Raises:
             IndexError: outside 0 to length - 1.
         """
@@ -221,7 +223,7 @@ class LengthGrouped(Dataset):
 
 
 def _with_tags(question: str, images: int, rng: random.Random) -> str:
-    """The question with its image tags in front or behind, as people write them."""
+    """The question with its image tags before or after it, as people write them."""
     tags = TAG * images
     return rng.choice(
         (f"{tags}{question}", f"{tags}{question}", f"{tags}\n{question}", f"{tags} {question}", f"{question}{tags}")

@@ -30,7 +30,7 @@ FONTS = (
 
 @singledispatch
 def draw(picture: Picture) -> Image.Image:
-    """The picture as an RGB image. Other kinds of pictures register how they are drawn."""
+    """Draw a picture as an RGB image. Other classes of pictures register functions of their own."""
     image = draw_background(picture)
     canvas = ImageDraw.Draw(image)
     for shape in picture.shapes:
@@ -43,7 +43,7 @@ def draw(picture: Picture) -> Image.Image:
 
 
 def draw_background(picture: Picture) -> Image.Image:
-    """What is behind a picture's things."""
+    """Draw a picture's background."""
     width, height = picture.width, picture.height
     first, second = (np.array(tone, dtype=np.float32) for tone in picture.background)
     rng = random.Random(picture.seed)
@@ -74,7 +74,7 @@ def draw_background(picture: Picture) -> Image.Image:
 
 
 def _polygon(shape: Shape, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points in the unit circle (y down) -> turned, scaled and moved to the picture."""
+    """Turn, scale and move points in the unit circle (y down) to a shape's place in the picture."""
     angle = math.radians(shape.angle)
     cos, sin = math.cos(angle) * shape.radius, math.sin(angle) * shape.radius
     return [(shape.x + cos * x - sin * y, shape.y + sin * x + cos * y) for x, y in points]
@@ -141,7 +141,7 @@ def _draw_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
 
 @cache
 def font_of_size(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of `FONTS`."""
+    """One of `FONTS`, by its name, in a size."""
     if not name:
         return ImageFont.load_default(size)
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
@@ -159,7 +159,7 @@ class Line:
 
 
 def typeset(word: Word) -> Line:
-    """Choose the font and its size."""
+    """Choose the font and the size that fit a word into its width and height."""
     name = FONTS[word.font % len(FONTS)]
     left, top, right, bottom = font_of_size(name, 64).getbbox(word.text)
     # Upper-case letters and digits set the height, so that "x" is not blown up to the size of "X".

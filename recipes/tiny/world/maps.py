@@ -1,4 +1,4 @@
-"""SegmentationMaps of pictures: what is drawn where, for a vision tower that learns to see before it is spoken to."""
+"""Segmentation maps of pictures: what is drawn where, to pretrain a vision tower."""
 
 import random
 import string
@@ -20,7 +20,7 @@ CHANNELS = (len(THINGS), len(COLOUR_NAMES), MOST + 1)
 """How many values a map's three channels have: thing, colour, number. All are 0 where nothing is drawn."""
 
 KINDS = {"page": 50, "words": 15, "shapes": 20, "mixed": 5, "chart": 10}
-"""How often a map is of which kind of picture, in percent."""
+"""Which kinds of pictures maps are of, and how often, in percent."""
 
 
 def draw_map(picture: Picture) -> Image.Image:
@@ -76,7 +76,8 @@ class SegmentationMaps(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """
+        """Pair `index`: the picture, and its map.
+
         Raises:
             IndexError: outside 0 to length - 1, which ends iteration.
         """

@@ -1,4 +1,4 @@
-"""Pictures of the synthetic world as other hands make them: neat rows, outlines, shadows, panels, labelled charts."""
+"""Pictures of the synthetic world in other styles: neat rows, outlines, shadows, panels, labelled charts."""
 
 import math
 import random
@@ -23,7 +23,7 @@ from recipes.tiny.world.scene import (
 )
 
 SCALE = 2
-"""Shapes and bars are drawn so many times larger and shrunk, so that their edges are smooth."""
+"""How many times larger shapes and bars are drawn before they are shrunk, so that their edges are smooth."""
 
 TONES: dict[str, tuple[RGB, ...]] = {
     "red": ((214, 39, 40), (220, 20, 60), (229, 57, 53), (232, 32, 42)),
@@ -35,22 +35,22 @@ TONES: dict[str, tuple[RGB, ...]] = {
     "black": ((17, 17, 17), (33, 33, 33)),
     "white": ((255, 255, 255), (245, 245, 245)),
 }
-"""What other people's programs draw the world's colours with."""
+"""Tones of the world's colours that other programs draw with."""
 
 LABELS = ("A", "B", "C", "D", "E", "Mon", "Tue", "Wed", "Jan", "Feb", "Q1", "Q2", "Q3", "2019", "2020", "x", "y", "ab")
 
 
 @dataclass(frozen=True)
 class PaintedPicture(Picture):
-    """A picture in another hand's style.
+    """A picture in another style.
 
     Attributes:
         backdrop: what lies over the background: nothing, `panel`, `dots`, `rules` or `grid`.
         backdrop_tone: its tone.
         rim: tone of a line around shapes and bars; None for none.
-        rim_width: in parts of a shape's radius.
-        shadow: whether things throw one.
-        blur: radius in pixels by which all is softened; 0 for none.
+        rim_width: as a fraction of a shape's radius.
+        shadow: whether things cast one.
+        blur: radius, in pixels, by which the picture is blurred; 0 for none.
     """
 
     backdrop: str = ""
@@ -62,7 +62,7 @@ class PaintedPicture(Picture):
 
     @property
     def behind(self) -> tuple[RGB, ...]:
-        """The tones that most of what is behind the things has."""
+        """The tones of most of the area behind the things."""
         return (*self.background, self.backdrop_tone) if self.backdrop == "panel" else self.background
 
 
@@ -116,7 +116,7 @@ def sample_painted(rng: random.Random, kind: str) -> PaintedPicture:
 
 
 def _stands_out(name: str, behind: Sequence[RGB]) -> bool:
-    """Whether all tones of a colour differ clearly from all that may be behind them."""
+    """Whether all tones of a colour differ clearly from all tones behind them."""
     tones = (*TONES[name], *COLOURS[name])
     return all(sum(abs(a - b) for a, b in zip(tone, other, strict=True)) > 150 for tone in tones for other in behind)
 
@@ -218,7 +218,7 @@ def _sample_sign(
 
 
 def _flipped(thing: Shape | Word, height: float) -> Shape | Word:
-    """The thing at the height that it has in a mirror under the picture."""
+    """A thing mirrored vertically: only its place changes."""
     return type(thing)(**{**vars(thing), "y": height - thing.y})
 
 
@@ -289,7 +289,7 @@ def _draw_backdrop(canvas: ImageDraw.ImageDraw, picture: PaintedPicture) -> None
 
 
 def _draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape, picture: PaintedPicture, ink: int | None) -> None:
-    """A shape, `SCALE` times as large; in one tone with its rim where there is an `ink`."""
+    """Draw a shape `SCALE` times as large; with `ink`, shape and rim are in that one tone."""
     x, y, r = shape.x * SCALE, shape.y * SCALE, shape.radius * SCALE
     fill = shape.tone if ink is None else ink
     rim = None if picture.rim is None else picture.rim if ink is None else ink

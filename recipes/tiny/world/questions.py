@@ -97,7 +97,7 @@ def ask_colour(picture: Picture, rng: random.Random) -> Turn | None:
 
 
 def ask_shape(picture: Picture, rng: random.Random) -> Turn | None:
-    """What shape the thing of a colour is."""
+    """What shape has a given colour."""
     if not (candidates := unique_colours(picture)):
         return None
     shape = rng.choice(candidates)
@@ -145,13 +145,13 @@ def ask_count(picture: Picture, rng: random.Random) -> Turn | None:
 
 
 def ask_repeated(picture: Picture, rng: random.Random) -> Turn | None:
-    """How many there are of what there is more than one of."""
+    """How many there are of something that occurs more than once."""
     repeated = [(noun, count) for shape in picture.shapes for noun, count in _counts(picture, shape)[1:] if count > 1]
     return _count(rng, *rng.choice(repeated)) if repeated else None
 
 
 def _counts(picture: Picture, shape: Shape) -> tuple[tuple[str, int], ...]:
-    """What a shape can be counted as, and how many there are."""
+    """(noun, number of such shapes in the picture) for each noun that a shape can be counted under."""
     return (
         ("shape", len(picture.shapes)),
         (f"{shape.colour} shape", sum(other.colour == shape.colour for other in picture.shapes)),
@@ -182,7 +182,7 @@ def how_many_question(rng: random.Random, noun: str) -> str:
 
 
 def ask_is_there(picture: Picture, rng: random.Random) -> Turn | None:
-    """Whether there is a shape, where there is."""
+    """Whether there is a shape that the picture has."""
     if not picture.shapes:
         return None
     shape = rng.choice(picture.shapes)
@@ -206,7 +206,7 @@ def is_there_question(rng: random.Random, name: str) -> str:
 
 
 def ask_text(picture: Picture, rng: random.Random) -> Turn | None:
-    """What a word, or everything written, says."""
+    """What one word says, or all words."""
     if not picture.words:
         return None
     if len(picture.words) > 1 and rng.random() < 0.75:
@@ -275,7 +275,7 @@ def ask_bars(picture: Picture, rng: random.Random) -> Turn | None:
 
 
 def describe(picture: Picture, rng: random.Random) -> Turn:
-    """The whole picture; shapes from left to right."""
+    """Describe the whole picture; shapes come from left to right."""
     question = worded(
         rng,
         "Describe the image.",
@@ -302,7 +302,7 @@ def describe(picture: Picture, rng: random.Random) -> Turn:
 
 
 def ask_absent(picture: Picture, rng: random.Random) -> Turn:
-    """About something that is not in the picture."""
+    """A question about something that is not in the picture."""
     kinds = {shape.kind for shape in picture.shapes}
     colours = {shape.colour for shape in picture.shapes}
     pairs = {(shape.colour, shape.kind) for shape in picture.shapes}
@@ -332,7 +332,7 @@ def ask_absent(picture: Picture, rng: random.Random) -> Turn:
 
 
 def there_is_no(name: str) -> str:
-    """The answer to a question about what is not there."""
+    """The answer to a question about something that is not there."""
     return f"There is no {name} in the picture."
 
 
@@ -371,7 +371,7 @@ def follow_up(picture: Picture, turn: Turn, rng: random.Random) -> Turn | None:
 
 
 Askers = Sequence[tuple[Callable[..., Turn | None], float]]
-"""(what asks a question about a picture, or None if it cannot; how often it is chosen)."""
+"""Pairs of a function that asks a question about a picture (None if it cannot), and the weight of choosing it."""
 
 ASKERS: dict[str, Askers] = {
     "shapes": (
@@ -392,7 +392,7 @@ def ask(picture: Picture, kind: str, rng: random.Random, more: Askers = ()) -> I
     """Questions about one picture without end: each alone, or with a follow-up.
 
     Args:
-        more: what asks beside `ASKERS`.
+        more: askers besides `ASKERS`.
     """
     askers, weights = zip(*ASKERS[kind], *more, strict=True)
     while True:

@@ -41,7 +41,7 @@ class Shape:
     """One coloured shape. Lengths are pixels, angles degrees; `x`, `y` is the centre.
 
     Attributes:
-        kind: its name: of `SHAPES`, or another one's with an `outline`.
+        kind: its name: one of `SHAPES`, or another name if there is an `outline`.
         radius: of the circle around it.
         outline: corners in the unit circle (y down) of a shape that is not among `SHAPES`.
     """
@@ -69,7 +69,7 @@ class Word:
     height: float
     angle: float
     font: int
-    """Seed of the choice among the fonts that there are."""
+    """Chooses the font, modulo the number of fonts."""
     card: RGB | None
     """Colour of the card it stands on."""
 
@@ -83,7 +83,7 @@ class Chart:
     values: tuple[float, ...]
     box: tuple[float, float, float, float]
     gap: float
-    """Part of a bar's slot that is free."""
+    """The fraction of a bar's slot that is free."""
     grid: bool
     frame: bool
     ink: RGB
@@ -101,11 +101,11 @@ class Picture:
     width: int
     height: int
     background: tuple[RGB, RGB]
-    """Equal for a plain one, otherwise the two ends of a gradient or the two tones of a pattern."""
+    """Two equal tones for a plain background, otherwise the ends of a gradient or the tones of a pattern."""
     pattern: str
     """`plain`, `gradient`, `checks`, `stripes` or `noise`."""
     seed: int
-    """Of the random details that no question is about."""
+    """The seed of random details that no question is about."""
     shapes: tuple[Shape, ...] = field(default=())
     words: tuple[Word, ...] = field(default=())
     chart: Chart | None = None
@@ -114,7 +114,7 @@ class Picture:
 
     @property
     def behind(self) -> tuple[RGB, ...]:
-        """The tones that most of what is behind the things has."""
+        """The tones of most of the area behind the things."""
         return self.background
 
 
@@ -142,7 +142,7 @@ def sample_picture(rng: random.Random, kind: str) -> Picture:
 
 
 def share_shape(pictures: Sequence[Picture], rng: random.Random) -> list[Picture]:
-    """Two pictures, with a shape of the second turned into one of the first's kind: of its colour too, if it can be."""
+    """Two pictures; a shape of the second gets the kind of one of the first, of the same colour if possible."""
     first, second = pictures
     pairs = [(ours, theirs) for theirs in first.shapes for ours in second.shapes]
     if not pairs:
@@ -158,12 +158,12 @@ def brightness(tone: RGB) -> float:
 
 
 def shifted(tone: RGB, step: int) -> RGB:
-    """A tone that is lighter, or darker, by so much in each channel."""
+    """A tone that is lighter, or darker, by `step` in each channel."""
     return tuple(min(255, max(0, channel + step)) for channel in tone)
 
 
 def varied(tone: RGB, most: int, rng: random.Random) -> RGB:
-    """A tone that differs by up to so much in each channel."""
+    """A tone that differs at random by up to `most` in each channel."""
     return tuple(min(255, max(0, channel + rng.randint(-most, most))) for channel in tone)
 
 

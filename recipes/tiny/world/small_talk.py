@@ -1,4 +1,4 @@
-"""Questions without a picture, and what is answered to them."""
+"""Questions without a picture, and their answers."""
 
 import random
 
@@ -42,7 +42,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
         "I see no picture. Please show me one.",
     ),
 )  # fmt: skip
-"""Questions without a picture, and the answer to all of each group."""
+"""Groups of questions without a picture, each with the answer to all of its questions."""
 
 
 def small_talk(rng: random.Random) -> Turn:

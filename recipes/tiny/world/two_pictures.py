@@ -23,7 +23,7 @@ def ask_two(pictures: Sequence[Picture], rng: random.Random, more: Askers = ()) 
     """Questions without end about one of two pictures, or which of them it is.
 
     Args:
-        more: what asks beside `ask_which` and `ask_one_of`.
+        more: askers besides `ask_which` and `ask_one_of`.
     """
     askers, weights = zip((ask_which, 6), (ask_one_of, 4), *more, strict=True)
     while True:
@@ -55,7 +55,7 @@ NAMES: tuple[Callable[[Shape], str], ...] = (
     lambda shape: f"{shape.colour} {shape.kind}",
     lambda shape: shape.kind,
 )
-"""What a shape is called when one of two pictures has it."""
+"""How a shape is named in questions about which of two pictures has it."""
 
 
 def ask_which(pictures: Sequence[Picture], rng: random.Random) -> Turn:
@@ -78,7 +78,7 @@ def ask_shared(pictures: Sequence[Picture], rng: random.Random) -> Turn | None:
 
 
 def _which(pictures: Sequence[Picture], name: Callable[[Shape], str], wanted: str, rng: random.Random) -> Turn:
-    """The question which of two pictures has what is called so."""
+    """The question which of two pictures has a shape that `name` calls `wanted`."""
     has = [any(name(shape) == wanted for shape in picture.shapes) for picture in pictures]
     if all(has):
         answer = f"Both images have {article(wanted)}."

@@ -1,4 +1,4 @@
-"""The wider world: the synthetic one in many wordings and in other hands' drawings, and pictures of other things."""
+"""The wider world: the synthetic one in many wordings and styles of drawing, and pictures of other things."""
 
 import functools
 import itertools
@@ -25,22 +25,22 @@ from recipes.tiny.world.wider_questions import (
 from recipes.tiny.world.wordings import mistype, reword
 
 ELSEWHERE = 0.12
-"""Which part of the conversations is about pictures of other things."""
+"""The fraction of conversations that are about pictures of other things."""
 
 PAINTED = 0.22
-"""Which part of the other pictures is by another hand."""
+"""The fraction of the world's pictures that `paint` draws, in other styles."""
 
 REWORDED = 0.5
-"""Which part of the questions is put otherwise."""
+"""The fraction of questions that are reworded."""
 
 KINDS = {"shapes": 38, "words": 28, "chart": 8, "mixed": 8, "two": 16, "talk": 2}
-"""How often a conversation of the world is about what, in percent."""
+"""What the world's conversations are about, and how often, in percent."""
 
 MORE: Askers = (
     (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 1), (ask_repeated, 2), (ask_list, 1), (ask_beside, 1.5),
     (ask_beside_absent, 0.15), (ask_total, 0.8), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 2.2),
 )  # fmt: skip
-"""What is asked beside the usual questions."""
+"""Askers besides the usual ones."""
 
 ABOUT_PHOTOGRAPHS = (
     "What is this?", "Who is this?", "What animal is this?", "Where is this?", "Where was this taken?",
@@ -48,18 +48,18 @@ ABOUT_PHOTOGRAPHS = (
     "What is in the foreground?", "What time of day is it?", "How is the weather in the picture?", "What breed is it?",
     "Is it day or night?", "How many people are there?", "What is happening here?", "Is this a dog or a cat?",
 )  # fmt: skip
-"""What is asked about other pictures alone."""
+"""Questions that are asked only about pictures of other things."""
 
 
 def sample_wider_picture(rng: random.Random, kind: str) -> Picture:
-    """A picture of the world of a kind, at times by another hand."""
+    """A picture of the world, of a kind; sometimes in another style."""
     return sample_painted(rng, kind) if rng.random() < PAINTED else sample_picture(rng, kind)
 
 
 def sample_elsewhere(
     rng: random.Random, turns: int, photographs: tuple[Path, ...] = ()
 ) -> tuple[list[Elsewhere], list[Turn]]:
-    """A picture of something else, seldom two, with any questions and always the same answer.
+    """A picture of something else, seldom two, with questions of all kinds that have the same answer.
 
     Args:
         rng, turns: see `ConversationSampler`.
@@ -68,7 +68,7 @@ def sample_elsewhere(
     pictures = [Elsewhere(rng.getrandbits(32), photographs) for _ in range(rng.choices((1, 2), (95, 5))[0])]
     if rng.random() < 0.15:
         return pictures, [Turn(mistype(rng.choice(ABOUT_PHOTOGRAPHS).rstrip("?."), rng), SOMETHING_ELSE, "elsewhere")]
-    # Asked is what would be asked about some picture of the world, so that the questions tell nothing.
+    # The questions are those about some picture of the world, so that they do not reveal the answer.
     kind = rng.choices(("shapes", "words", "chart", "mixed"), (50, 20, 15, 15))[0]
     asked = itertools.chain.from_iterable(ask(sample_picture(rng, kind), kind, rng, MORE))
     wanted = min(turns, rng.choice((1, 1, 2, 2, 3)))
@@ -85,7 +85,7 @@ def sample_wider(
     Args:
         rng, turns: see `ConversationSampler`.
         photographs: see `Elsewhere`.
-        elsewhere: which part of the conversations is about pictures of other things.
+        elsewhere: the fraction of conversations that are about pictures of other things.
     """
     if rng.random() < elsewhere:
         pictures, asked = sample_elsewhere(rng, turns, photographs)
@@ -97,7 +97,7 @@ def sample_wider(
 
 
 def reword_some(turns: Sequence[Turn], rng: random.Random) -> list[Turn]:
-    """The turns with `REWORDED` of the questions put otherwise."""
+    """The turns, with a fraction `REWORDED` of the questions reworded."""
     return [replace(turn, question=reword(turn.question, rng)) if rng.random() < REWORDED else turn for turn in turns]
 
 
@@ -106,8 +106,8 @@ class WiderConversations(Conversations):
 
     Args:
         length, seed, turns: see `Conversations`.
-        photographs: files of which half of the pictures of other things are parts, in an order that stays the same.
-        elsewhere: which part of the conversations is about pictures of other things.
+        photographs: files, always in the same order; half of the pictures of other things are parts of them.
+        elsewhere: the fraction of conversations that are about pictures of other things.
     """
 
     def __init__(

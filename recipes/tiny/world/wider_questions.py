@@ -27,13 +27,13 @@ UNKNOWN_THINGS = (  # noqa: SIM905  as a list it would be a page long
     "bag umbrella lion tiger bear zebra sheep mouse snake spider butterfly guitar piano keyboard camera knife fork "
     "robot girl boy cloud road wall face hand"
 ).split()
-"""What people ask about and no picture has."""
+"""Things that people ask about and no picture has."""
 
 UNSEEN_THINGS = (  # noqa: SIM905
     "elephant giraffe monkey rabbit frog penguin dinosaur rocket bridge ladder candle hammer spoon castle helicopter "
     "laptop television mountain sandwich moon"
 ).split()
-"""More of them, which no conversation for training has."""
+"""Further such things, which no conversation for training names."""
 
 PLURALS = {
     "person": "people",
@@ -49,10 +49,10 @@ PLURALS = {
     "bus": "buses",
     "sandwich": "sandwiches",
 }
-"""Of those whose plurals do not end in a mere s."""
+"""Plurals of the things that do not just add an s."""
 
 APART = 0.08
-"""Part of a side by which centres differ if one shape is clearly beside another."""
+"""How far centres must differ, as a fraction of the picture's side, for one shape to be clearly beside another."""
 
 RELATIONS: dict[str, Callable[[Shape, Shape, Picture], float]] = {
     "left of": lambda shape, other, picture: (other.x - shape.x) / picture.width,
@@ -60,14 +60,14 @@ RELATIONS: dict[str, Callable[[Shape, Shape, Picture], float]] = {
     "above": lambda shape, other, picture: (other.y - shape.y) / picture.height,
     "below": lambda shape, other, picture: (shape.y - other.y) / picture.height,
 }
-"""By which part of the picture's side a shape is left of, right of, above or below another."""
+"""How far a shape is left of, right of, above or below another, as a fraction of the picture's side."""
 
 LEAST_STEP = 0.05
-"""Part of a chart's height by which bars differ if their order is clear."""
+"""How much bars must differ, as a fraction of the chart's height, for their order to be clear."""
 
 
 def ask_list(picture: Picture, rng: random.Random) -> Turn | None:
-    """Which shapes there are; from left to right."""
+    """Which shapes there are, listed from left to right."""
     if not picture.shapes:
         return None
     nouns = ("shapes",) if picture.words else ("shapes", "shapes", "objects", "things")
@@ -131,7 +131,7 @@ def ask_beside(picture: Picture, rng: random.Random) -> Turn | None:
         for relation in RELATIONS
         if (found := beside(picture, shape, relation)) is not None
     ]
-    # There is nothing on one side of each outermost shape: that is asked more rarely.
+    # Sides with nothing on them, which every outermost shape has, are asked about more rarely.
     full = [item for item in clear if item[2]]
     if not clear:
         return None
@@ -168,10 +168,10 @@ def plural_of_thing(thing: str) -> str:
 
 
 def ask_unknown_thing(picture: Picture, rng: random.Random, things: Sequence[str] = UNKNOWN_THINGS) -> Turn:
-    """About a thing that no picture has.
+    """A question about a thing that no picture has.
 
     Args:
-        things: what is asked about.
+        things: those to choose from.
     """
     said = {word.text.lower() for word in picture.words}
     thing = rng.choice([thing for thing in things if thing not in said])
@@ -210,7 +210,7 @@ HUES = {
     "blue": ((195, 255),),
     "purple": ((268, 315),),
 }
-"""Degrees of hue that everyone would call so."""
+"""Ranges of hue, in degrees, that everyone would call by this name."""
 
 
 def name_of_tone(tone: RGB) -> str | None:

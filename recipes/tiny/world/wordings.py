@@ -1,4 +1,4 @@
-"""Questions put otherwise: in other words, and as carelessly as people type. What is asked stays the same."""
+"""Rewording questions: in other words, and as carelessly as people type, with the same meaning."""
 
 import random
 import re
@@ -9,11 +9,11 @@ from recipes.tiny.world.wider_questions import plural_of_thing
 
 
 class Wording(NamedTuple):
-    """One kind of question: how the world puts it, and how else it can be put.
+    """One kind of question: how the world words it, and other wordings.
 
     Attributes:
         pattern: matches a whole question in lower case, with British spelling and without end marks.
-        others: templates, with semicolons between; in braces stand the pattern's groups, or keys of `CHOICES`.
+        others: templates separated by semicolons, with the pattern's groups or keys of `CHOICES` in braces.
     """
 
     pattern: str
@@ -38,7 +38,7 @@ SYNONYMS = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath", "underneath", "lower than"),
 }
-"""How else it is said on which side something is."""
+"""Other words for the side on which something is."""
 
 _HOW_TALL = """
     which is the {w} bar{where}; what is the {w} bar{where}; {w} bar; the {w} bar; which one is the {w}; which
@@ -267,7 +267,7 @@ WORDINGS = (
         """,
     ),
 )
-"""All kinds of questions that are put otherwise; the first that matches counts."""
+"""All kinds of questions that are reworded; the first that matches is used."""
 
 _COLOURS = "|".join(COLOURS)
 _PATTERNS = tuple(
@@ -287,11 +287,11 @@ OPENINGS = ("please ", "please, ", "hey, ", "hi, ", "hello, ", "ok, ", "so ", "n
 CLOSINGS = (" please", ", please", " pls", " thanks", ", thank you", " now", ", tell me")
 MARKS = ("?", "?", "?", "?", ".", "", "", "", "", "!", "??", "?!", "...", " ?", "???", ":")
 SLIPS = ("what", "which", "where", "there", "picture", "image", "colour", "color", "many", "are", "the")
-"""Words in which letters are swapped at times: those that say nothing on their own."""
+"""Words in which letters are sometimes swapped; a question is clear without them."""
 
 
 def reword(question: str, rng: random.Random) -> str:
-    """A question put otherwise; one of no known kind is only typed otherwise.
+    """Reword a question; one of no known kind is only typed differently.
 
     Args:
         question: of the synthetic world, in one of its own wordings.
@@ -304,7 +304,7 @@ def reword(question: str, rng: random.Random) -> str:
     for pattern, others in _PATTERNS:
         if found := pattern.fullmatch(asked):
             words = {name: value for name, value in found.groupdict().items() if value}
-            # Which of two pictures it is stands behind: no second picture in front of it.
+            # `ending` says which of two pictures is meant, so the wording itself must name none.
             fitting = [other for other in others if not about or ("{pic}" not in other and "{where}" not in other)]
             asked = _fill(rng.choice(fitting), words, rng)
             break
@@ -315,7 +315,7 @@ def reword(question: str, rng: random.Random) -> str:
 
 
 def _fill(template: str, words: dict[str, str], rng: random.Random) -> str:
-    """A template with everything in its braces put in."""
+    """A template with its words in braces filled in."""
     # Alternatives of a pattern cannot share a group's name: y and z are x, d to f are c.
     noun = words.get("x") or words.get("y") or words.get("z") or ""
     values = {
@@ -358,7 +358,7 @@ def mistype(question: str, rng: random.Random) -> str:
 
 
 def _slip(question: str, rng: random.Random) -> str:
-    """Two neighbouring letters swapped in a word that says nothing on its own."""
+    """Swap two neighbouring letters in one of the `SLIPS`."""
     words = question.split(" ")
     places = [index for index, word in enumerate(words) if word in SLIPS]
     if not places:

@@ -16,7 +16,7 @@ from recipes.tiny.world.elsewhere.textures import TEXTURES
 from recipes.tiny.world.elsewhere.things import draw_things
 
 SOMETHING_ELSE = "I know drawn shapes, words and charts only, and this picture shows something else."
-"""What is answered to every question about such a picture."""
+"""The answer to every question about such a picture."""
 
 Painter = Callable[[np.random.Generator, int, int], Image.Image]
 """(source of randomness, width, height) -> an RGB image of that size."""
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[tuple[Painter, ...], float]] = {
     "things": ((draw_things,), 28),
     "documents": (DOCUMENTS, 16),
 }
-"""What is drawn where there is no photograph, and how often, in percent."""
+"""The painters of pictures that are not from a photograph, and how often each group is used, in percent."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Elsewhere:
     """A picture that is not of the synthetic world; it depends on the seed and the photographs alone.
 
     Attributes:
-        seed: of everything.
-        photographs: files of which half of the pictures are parts; without any, all are drawn.
+        seed: of all random choices.
+        photographs: files; half of the pictures are parts of them. Without any, all are drawn.
     """
 
     seed: int
@@ -77,7 +77,7 @@ def _crop(path: Path, rng: random.Random) -> Image.Image:
     width, height = (
         (image.width, image.height) if rng.random() < 0.25 else tuple(rng.randint(least, side) for side in image.size)
     )
-    # No narrower than half: the model pads to a square.
+    # At most twice as long as wide, because the model pads to a square.
     width, height = min(width, 2 * height), min(height, 2 * width)
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
     part = image.crop((left, top, left + width, top + height))

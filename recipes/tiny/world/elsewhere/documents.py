@@ -14,7 +14,7 @@ SYLLABLES = "an be co da el fi go he in jo ka la mo ne or pa qu re so ta um ve w
 
 
 def _page(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, Tone]:
-    """An empty page, what draws on it, and the tone of ink."""
+    """An empty page, its canvas, and the tone of the ink."""
     dark = rng.random() < 0.2
     page = rng.integers(10, 60, 3) if dark else rng.integers(225, 256, 3)
     if rng.random() < 0.4:
@@ -145,7 +145,7 @@ def draw_text(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def draw_maze(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A maze, by a walk that visits every cell once."""
+    """A maze, made by a depth-first walk through all cells."""
     image, canvas, ink = _page(rng, width, height)
     cell = int(rng.integers(9, 26))
     columns, rows = max(4, width // cell), max(4, height // cell)
@@ -167,7 +167,7 @@ def draw_maze(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def draw_code(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A square of black and white cells, as codes for cameras are, or stripes as on goods."""
+    """A pattern like a QR code or a bar code."""
     image, canvas, ink = _page(rng, width, height)
     if rng.random() < 0.25:
         x = 0.08 * width

@@ -7,7 +7,7 @@ from recipes.tiny.world.elsewhere.textures import as_image, coloured, fractal, g
 
 
 def _light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """How bright each place is: 0.4 to 1.3 with soft changes, [height, width, 1]."""
+    """A smoothly varying brightness for each pixel, about 0.4 to 1.3: [height, width, 1]."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     angle = rng.uniform(0, 2 * np.pi)
     slope = (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
@@ -43,7 +43,7 @@ def draw_dead_leaves(rng: np.random.Generator, width: int, height: int) -> Image
                 canvas.ellipse((x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=tone)
             else:
                 canvas.polygon(_polygon(rng, x, y, radius), fill=tone)
-        # What is farther away is less sharp.
+        # Things that are farther away are less sharp.
         image = image.filter(ImageFilter.GaussianBlur((layers - layer - 1) * rng.uniform(0.5, 2) + rng.uniform(0.2, 1)))
     pixels = (np.asarray(image, float) + texture) * _light(rng, width, height)
     return as_image(grain(rng, pixels, rng.uniform(0, 8)))

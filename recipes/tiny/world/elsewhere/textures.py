@@ -48,7 +48,7 @@ def as_image(pixels: np.ndarray) -> Image.Image:
 
 
 def grain(rng: np.random.Generator, pixels: np.ndarray, deviation: float) -> np.ndarray:
-    """The values with a camera's noise."""
+    """The values with noise such as a camera's."""
     return pixels + rng.normal(0, deviation, pixels.shape[:2])[..., None]
 
 
@@ -111,7 +111,7 @@ def draw_noise(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 
 def draw_bokeh(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """What is out of focus: soft spots and a few lights."""
+    """A view out of focus: soft spots and a few lights."""
     pixels = coloured(fractal(rng, width, height, rng.uniform(1.6, 2.6)), palette(rng, 4))
     y, x = np.mgrid[:height, :width]
     for _ in range(rng.integers(0, 40)):
@@ -124,4 +124,4 @@ def draw_bokeh(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 
 TEXTURES = (draw_fractal, draw_fractal, draw_marble, draw_weave, draw_noise, draw_bokeh)
-"""The last is between a texture and a photograph."""
+"""Painters of textures; the last one's look more like photographs."""

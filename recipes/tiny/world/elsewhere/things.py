@@ -12,7 +12,7 @@ from recipes.tiny.world.elsewhere.textures import as_image, coloured, fractal, p
 
 Tone = tuple[int, int, int]
 SCALE = 2
-"""Everything is drawn so many times larger and shrunk."""
+"""How many times larger everything is drawn before it is shrunk."""
 
 
 @dataclass
@@ -20,10 +20,10 @@ class Pen:
     """Draws in the square from -1 to 1 around a point (y down).
 
     Attributes:
-        canvas: what is drawn on.
+        canvas: the one to draw on.
         rng: chooses tones.
-        x, y, size: the point, and how many pixels 1 is.
-        mirrored: whether left is right.
+        x, y, size: the point, and the length of 1 in pixels.
+        mirrored: whether left and right are exchanged.
         filled: whether areas are filled; otherwise they are outlines.
         ink: tone of lines; None for areas without any.
         width: of lines, in pixels.
@@ -48,7 +48,7 @@ class Pen:
         return tuple(int(v) for v in np.clip(np.array(base) + self.rng.normal(0, 14, 3), 0, 255))
 
     def area(self, points: Sequence[tuple[float, float]], tone: Tone) -> None:
-        """A filled polygon, or its outline."""
+        """Draw a filled polygon, or its outline."""
         corners = [self._place(point) for point in points]
         if self.filled:
             self.canvas.polygon(corners, fill=tone)
@@ -56,17 +56,17 @@ class Pen:
             self.canvas.line([*corners, corners[0], corners[1]], fill=self.ink or tone, width=self.width, joint="curve")
 
     def oval(self, x: float, y: float, wide: float, high: float, tone: Tone, turn: float = 0) -> None:
-        """An ellipse with these half axes."""
+        """Draw an ellipse with the half axes `wide` and `high`."""
         cos, sin = math.cos(turn), math.sin(turn)
         circle = [(wide * math.cos(i * math.pi / 20), high * math.sin(i * math.pi / 20)) for i in range(40)]
         self.area([(x + a * cos - b * sin, y + a * sin + b * cos) for a, b in circle], tone)
 
     def box(self, left: float, top: float, right: float, bottom: float, tone: Tone) -> None:
-        """A rectangle."""
+        """Draw a rectangle."""
         self.area([(left, top), (right, top), (right, bottom), (left, bottom)], tone)
 
     def line(self, points: Sequence[tuple[float, float]], tone: Tone, width: float = 0.03) -> None:
-        """An open line; its width is in units of the square."""
+        """Draw an open line; its width is in units of the square."""
         pixels = max(self.width, round(width * self.size)) if self.filled else self.width
         self.canvas.line([self._place(p) for p in points], fill=self.ink or tone, width=pixels, joint="curve")
 
@@ -354,7 +354,7 @@ THINGS: tuple[Callable[[Pen], None], ...] = (
     _house, _tree, _car, _person, _face, _flower, _fish, _boat, _cat, _dog, _bird, _mug, _umbrella, _snowman, _rocket,
     _aeroplane, _apple, _mushroom, _butterfly, _key, _glasses, _bottle, _chair, _lamp, _bicycle,
 )  # fmt: skip
-"""What can be drawn, each with a pen in its square."""
+"""Functions that draw a thing each, with a pen in its square."""
 
 
 def draw_things(rng: np.random.Generator, width: int, height: int) -> Image.Image:

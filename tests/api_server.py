@@ -1,4 +1,4 @@
-"""A server process of the HTTP API, and what tests ask it."""
+"""The HTTP API in a server process of its own, for tests that talk to it."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ class Server:
         self.url = self.text().split("Uvicorn running on ")[1].split()[0]
 
     def text(self) -> str:
-        return self.log.read_text(errors="replace")  # a progress bar's last character may be half written
+        return self.log.read_text(errors="replace")  # a progress bar may end in the middle of a character
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -48,7 +48,7 @@ class Server:
 
 
 def about(question: str, *images: Path) -> list[dict[str, Any]]:
-    """The messages of one question with pictures in front."""
+    """The messages of a chat completion that asks one question about some pictures."""
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}} for path in images
     ]

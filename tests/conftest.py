@@ -43,26 +43,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that one process does not end with minutes of work that none can share."""
+    """Put files with slow tests first: each runs in one process, and none should be the only one left at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
-    """What the reference computed: prompts, ids, hashes, greedy tokens."""
+    """Outputs of the reference implementation: prompts, ids, hashes, greedy tokens."""
     return json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
 def golden_arrays() -> dict[str, np.ndarray]:
-    """What the reference computed: sampled arrays."""
+    """Outputs of the reference implementation: samples of its arrays."""
     return dict(np.load(GOLDEN / "golden.npz"))
 
 
 @pytest.fixture(scope="session")
 def published_tokenizer_dir() -> Path:
-    """The DeepSeek-LLM tokenizer as the checkpoints ship it, which this repository does not contain."""
+    """The directory of the published DeepSeek-LLM tokenizer, which is not in this repository; skips without it."""
     default = ROOT.parent / "shared" / "reference" / "tokenizer"
     directory = Path(os.environ.get("DEEPSEEK_VL_TOKENIZER", default))
     if not (directory / "tokenizer.json").is_file():
@@ -72,7 +72,10 @@ def published_tokenizer_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with DeepSeek's special tokens, declared as `LlamaTokenizerFast` as published."""
+    """The directory of a small byte-level BPE tokenizer with DeepSeek's special tokens.
+
+    Its config names `LlamaTokenizerFast`, as the published one does.
+    """
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,9 +103,9 @@ def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_config(kind: str, vocab_size: int, **language: Any) -> MultiModalityConfig:
-    """A model of exactly the published architecture, `siglip` (as the 1.3B) or `hybrid` (as the 7B), in miniature.
+    """The config of a miniature model: `siglip` has the architecture of the 1.3B, `hybrid` that of the 7B.
 
-    Both give 16 features per image.
+    Both give 16 features per image. `language` replaces fields of the language config.
     """
     siglip = {
         "model_name": "siglip_large_patch16_384",
@@ -176,13 +179,13 @@ def processor(checkpoint: Path) -> VLChatProcessor:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> MultiModalityCausalLM:
-    """Shared by the module's tests, which leave it as it is."""
+    """The checkpoint's model, shared by all tests of a module, which must not change it."""
     return MultiModalityCausalLM.from_pretrained(checkpoint).eval()
 
 
 @pytest.fixture
 def own_model(checkpoint: Path) -> MultiModalityCausalLM:
-    """A test's own, to change."""
+    """The checkpoint's model, loaded for one test, which may change it."""
     return MultiModalityCausalLM.from_pretrained(checkpoint).eval()
 
 
@@ -194,7 +197,7 @@ def picture_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def make_batch(processor: VLChatProcessor, picture_files: list[Path]) -> Callable[..., Batch]:
-    """A batch with so many images per row."""
+    """A function of the number of images in each row; returns the batch. There are three rows and images at most."""
     remaining_words = ["What is this?", "Tell me a story about a boat.", "Why?"]
 
     def make(*image_counts: int) -> Batch:
@@ -219,7 +222,7 @@ def batch(make_batch: Callable[..., Batch]) -> Batch:
 
 
 def embedded(model: MultiModalityCausalLM, batch: Batch) -> dict[str, torch.Tensor]:
-    """What downstream tools give to `language_model.generate`."""
+    """The arguments that downstream tools pass to `language_model.generate`."""
     return {"inputs_embeds": model.prepare_inputs_embeds(**batch), "attention_mask": batch.attention_mask}
 
 
@@ -227,11 +230,11 @@ STOCK = {
     "siglip": transformers.DeepseekVLForConditionalGeneration,
     "hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
 }
-"""transformers' own classes."""
+"""transformers' own class for each kind of model."""
 
 
 def stock_inputs(model: MultiModalityCausalLM, batch: Any) -> dict[str, torch.Tensor]:
-    """A batch as transformers' classes take it, with the same pixels."""
+    """A batch as inputs of transformers' own classes, with the same pixels."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     images = batch.pixel_values[batch.images_emb_mask.any(dim=-1)]
     if not hasattr(model.vision_model, "vision_tower_high"):
@@ -258,7 +261,7 @@ def reference(kind: str, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in transformers' layout."""
+    """The checkpoint of `reference`, converted to transformers' layout."""
     from deepseek_vl.convert import main
 
     destination = tmp_path_factory.mktemp(kind) / "exported"
@@ -267,7 +270,7 @@ def exported(kind: str, reference: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path, **language: Any) -> Path:
-    """Save a random model with its processor; the tokenizer's files as they are. `language`: as in `small_config`."""
+    """Write a random model, its processor and copies of the tokenizer's files; `language` is as in `small_config`."""
     from deepseek_vl.checkpoints.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
@@ -288,7 +291,7 @@ def write_checkpoint(kind: str, tokenizer_dir: Path, directory: Path, **language
 
 
 def in_terminal(arguments: list[str], timeout: float = 120, **options: Any) -> pexpect.spawn:
-    """Start Python in a terminal where Ctrl-C works, even if it does not where the tests themselves were started."""
+    """Start Python in a terminal, with Ctrl-C enabled even if the process that runs the tests ignores it."""
     return pexpect.spawn(
         sys.executable,
         arguments,
@@ -300,7 +303,7 @@ def in_terminal(arguments: list[str], timeout: float = 120, **options: Any) -> p
 
 
 def interrupt(process: pexpect.spawn, expected: str) -> None:
-    """Press Ctrl-C until what it brings about is there: Python misses one in the instant before it waits for input."""
+    """Press Ctrl-C until the expected output appears: Python can miss one just before it waits for input."""
     for _ in range(12):
         process.sendintr()
         if process.expect([expected, pexpect.TIMEOUT], timeout=10) == 0:
@@ -309,7 +312,7 @@ def interrupt(process: pexpect.spawn, expected: str) -> None:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str = "it") -> None:
-    """Fail unless a condition holds within some seconds."""
+    """Wait until a condition holds; fail after some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} has not happened in {seconds} s"
@@ -317,7 +320,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str = "it") 
 
 
 def answers_at(url: str, process: subprocess.Popen) -> bool:
-    """Whether a server answers; one whose process has ended never will."""
+    """Whether a server answers; fails if its process has ended."""
     assert process.poll() is None, "the server has ended"
     with contextlib.suppress(httpx.TransportError):
         httpx.get(url)
@@ -331,7 +334,7 @@ def data_url(content: bytes, kind: str = "image/png") -> str:
 
 
 def png_that_declares(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes with a huge picture's header."""
+    """A PNG file of a few bytes whose header declares a picture of this size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -342,7 +345,7 @@ def png_that_declares(width: int, height: int) -> bytes:
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    """A picture as a file's content."""
+    """The content of a picture's file in the format `kind`."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -357,7 +360,7 @@ def slow_jpeg() -> bytes:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Models so small that several threads are slower, or a run that must compute the same in every process."""
+    """Use one thread: faster for miniature models, and the same results in every process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -366,7 +369,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A PNG file with a gradient."""
+    """A PNG file of 90 x 60 pixels."""
     return make_picture(tmp_path / "picture.png")
 
 
@@ -389,7 +392,7 @@ def messages_of(question: str, *images: Image.Image) -> list[dict[str, Any]]:
 PARROT_ANSWERS = {
     "Greet me.": "Grüße, 世界! 🙂🎉 All good.",
     "What do you say?": "One thing.\n\nUser: and this is not for you",
-    "Sing.": "la " * 40,  # learnt without an end: it goes on until it is stopped
+    "Sing.": "la " * 40,  # learnt without an end token: the answer goes on until it is stopped
     "<image_placeholder>Colour?": {"red": "It is red.", "blue": "It is blue."},
 }
 
@@ -410,7 +413,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def parrot_checkpoint(
     small_tokenizer_dir: Path, colours: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A small model that has learnt the answers of `PARROT_ANSWERS` by heart, so that tests know what it says."""
+    """The parrot: a small model that has learnt the answers of `PARROT_ANSWERS` by heart, so that tests know them."""
     directory = write_checkpoint("siglip", small_tokenizer_dir, tmp_path_factory.mktemp("parrot"))
     processor = VLChatProcessor.from_pretrained(str(directory))
     eos = processor.tokenizer.eos_token_id
@@ -448,12 +451,12 @@ def parrot_checkpoint(
 
 
 def tiny_in(dtype: torch.dtype) -> MultiModalityCausalLM:
-    """The bundled model with plain layers."""
+    """The bundled model with PyTorch's layers, without this package's kernels."""
     return MultiModalityCausalLM.from_pretrained("tiny", dtype=dtype).eval()
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The relative error of the whole."""
+    """The relative error of a tensor, in the Euclidean norm."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
@@ -468,7 +471,7 @@ def tiny_prompt() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny_logits(tiny_prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The plain model's logits in float32: [1, T, vocabulary]."""
+    """The bundled model's float32 logits for `tiny_prompt`: [1, T, vocabulary]."""
     return logits_of(tiny_in(torch.float32), tiny_prompt)
 
 
@@ -480,7 +483,7 @@ def logits_of(model: MultiModalityCausalLM, prompt: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(scope="module")
 def serve(parrot_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Starts servers, and stops them all in the end."""
+    """A function that starts servers of the API; all are stopped after the module's tests."""
     servers: list[Any] = []
 
     def start(*arguments: str, model_path: str | Path = parrot_checkpoint, **environment: str) -> Any:
@@ -499,5 +502,5 @@ def serve(parrot_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Any]) -> Any:
-    """A server of the parrot."""
+    """A server of the API with the parrot."""
     return serve()

@@ -1,4 +1,4 @@
-"""`cli_chat.py` in a terminal, as its user sees and handles it."""
+"""`cli_chat.py` in a terminal: what its user types and sees."""
 
 import contextlib
 import os
@@ -33,27 +33,27 @@ class Chat:
         rows, self.columns = size
         self._state = tempfile.TemporaryDirectory()
         environment = {**os.environ, "XDG_STATE_HOME": self._state.name, "TERM": "xterm-256color", "LINES": "24"}
-        options.setdefault("env", environment)  # with the lines of another terminal, as a parent process may leave them
+        options.setdefault("env", environment)  # LINES is wrong: a parent process may have set it for another terminal
         self.process = in_terminal(command, dimensions=size, **options)
         self._screen = pyte.HistoryScreen(self.columns, rows, history=1000)
-        self._screen.write_process_input = self.process.send  # a terminal is asked where its cursor is
+        self._screen.write_process_input = self.process.send  # answers requests for the cursor's position
         self._stream = pyte.Stream(self._screen)
         self.wait_for_prompt()
 
     def read(self) -> list[str]:
-        """Everything that is on the screen now, without blank lines."""
+        """The lines on the screen, without blank ones."""
         with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
             while received := self.process.read_nonblocking(65536, timeout=0.05):
                 self._stream.feed(received)
         return [line.rstrip() for line in self._screen.display if line.strip()]
 
     def scrolled_away(self) -> list[str]:
-        """What is above the screen."""
+        """The lines that have scrolled off the top of the screen."""
         rows = self._screen.history.top
         return ["".join(row[column].data for column in range(self._screen.columns)).rstrip() for row in rows]
 
     def wait(self, what: str, is_there: Callable[[list[str]], bool]) -> list[str]:
-        """The screen as soon as a condition holds."""
+        """Wait until a condition holds for the screen's lines; returns them."""
         deadline = time.monotonic() + self.patience
         while not is_there(lines := self.read()):
             assert time.monotonic() < deadline, f"no {what} on the screen:\n" + "\n".join(lines)
@@ -69,7 +69,7 @@ class Chat:
         self.process.send(keys)
 
     def enter(self, text: str, prompt: str = USER) -> str:
-        """Enter a line on a clean screen, and return what is between it and the next prompt."""
+        """Enter a line on a cleared screen; returns the output up to the next prompt."""
         self.press("\x0c")
         self.wait("clean screen", lambda lines: len(lines) == 1)
         self.press(f"{text}\r")
@@ -77,14 +77,14 @@ class Chat:
         return "\n".join(lines[1:-1])
 
     def fail(self, text: str) -> str:
-        """What is said about a line that cannot be obeyed, and is there again to be mended."""
+        """Enter a line that is refused and offered again for editing; returns the error."""
         said = self.enter(text, f"{USER} {text}")
         self.press("\x03")
         self.wait_for_prompt()
         return said
 
     def ask(self, text: str) -> str:
-        """The answer to a message."""
+        """Send a message; returns the answer."""
         return self.enter(text).partition("Assistant: ")[2]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP API: a real server process, the real `openai` client, many at once, and who leaves halfway."""
+"""The HTTP API: a real server process, the real `openai` client, concurrent clients and clients that disconnect."""
 
 import concurrent.futures
 import contextlib
@@ -114,7 +114,7 @@ def test_models_and_health(server: Server) -> None:
 
 
 def test_a_conversation_goes_on_where_it_was(serve: Callable[..., Server], colours: dict[str, Path]) -> None:
-    """Each request has the whole conversation, of which only what is new runs."""
+    """Each request has the whole conversation; only its new part runs through the model."""
     server = serve("--memory_mb", "10")
     client = server.client()
 
@@ -157,7 +157,7 @@ def test_metrics_count_tokens_and_answers(server: Server) -> None:
 
 
 def test_five_hundred_requests_of_sixty_four_clients_get_their_own_answers(serve: Callable[..., Server]) -> None:
-    """And a third of the clients leaves in the middle of an answer."""
+    """A third of the clients disconnects in the middle of an answer."""
     server = serve(model_path="tiny")
     client = server.client()
     shapes, others, chart, word = (
@@ -226,7 +226,7 @@ def test_a_client_that_goes_away_frees_its_place(server: Server, stream: bool) -
 
 
 def memory_of(process: psutil.Process) -> int:
-    """Of a process and its children."""
+    """The resident memory of a process and its children, in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -235,7 +235,7 @@ def memory_of(process: psutil.Process) -> int:
 
 
 class Watch:
-    """How a server does while something is done to it: the most memory, and the longest wait for its health."""
+    """Record a server's highest memory and its slowest answer to /health within the `with` block."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -284,7 +284,7 @@ def test_large_pictures_in_few_bytes_take_little_memory(serve: Callable[..., Ser
     assert texts == {"It is red."}
     assert watch.most - watch.before < 1.5 * 2**30
     assert memory_of(watch.process) - watch.before < 0.4 * 2**30
-    assert watch.slowest < 5  # a second, on a machine that does nothing else
+    assert watch.slowest < 5  # takes a second on an idle machine
 
 
 def test_of_a_prompt_that_is_too_long_no_picture_is_decoded(serve: Callable[..., Server]) -> None:
@@ -300,7 +300,7 @@ def test_of_a_prompt_that_is_too_long_no_picture_is_decoded(serve: Callable[...,
 
 @pytest.mark.slow
 def test_a_picture_that_takes_minutes_has_seconds(serve: Callable[..., Server]) -> None:
-    """It is refused when they are over, and given up when its client leaves."""
+    """Decoding is stopped after 10 seconds, or when the client disconnects."""
     server = serve()
     part = {"type": "image_url", "image_url": {"url": data_url(slow_jpeg(), "image/jpeg")}}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": COLOUR}]}]
@@ -308,7 +308,7 @@ def test_a_picture_that_takes_minutes_has_seconds(serve: Callable[..., Server]) 
         begun = time.monotonic()
         with pytest.raises(openai.BadRequestError, match="within 10 seconds"):
             server.client().chat.completions.create(model="parrot", messages=messages)
-        assert time.monotonic() - begun > 9  # else this is no such picture
+        assert time.monotonic() - begun > 9  # otherwise the picture does not test the limit
         with pytest.raises(openai.APITimeoutError):
             server.client().with_options(timeout=1).chat.completions.create(model="parrot", messages=messages)
         wait_until(lambda: not watch.process.children(), 9)
@@ -362,7 +362,7 @@ def test_a_shutdown_lets_a_short_answer_end(serve: Callable[..., Server]) -> Non
     threading.Timer(0.1, server.process.send_signal, [signal.SIGTERM]).start()
     rest = list(stream)
     assert rest[-1].choices[0].finish_reason == "length"
-    assert server.process.wait(30) == -signal.SIGTERM  # uvicorn ends by the signal it was sent
+    assert server.process.wait(30) == -signal.SIGTERM  # after its shutdown uvicorn raises the signal again
 
 
 def test_a_shutdown_cancels_an_endless_answer(serve: Callable[..., Server]) -> None:
@@ -411,7 +411,7 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(module: str) -> None:
 
 
 def test_a_server_that_hangs_ends_all_the_same(parrot_checkpoint: Path, tmp_path: Path) -> None:
-    """Its engine does not end by itself."""
+    """The engine's `close` does not return; the process still ends."""
     code = (
         "import sys, time\n"
         "from deepseek_vl.engine.engine import Engine\n"
@@ -433,7 +433,7 @@ def test_a_server_that_hangs_ends_all_the_same(parrot_checkpoint: Path, tmp_path
 
 
 def test_a_local_server_answers_to_its_own_names(serve: Callable[..., Server]) -> None:
-    """Not to those of a page that had its name resolve to this machine."""
+    """A web page whose name resolves to this machine (DNS rebinding) is refused."""
     server = serve("--allowed_host", "box.example", "--allowed_host", "2001:db8::1")
     port = int(server.url.rsplit(":", 1)[1])
 

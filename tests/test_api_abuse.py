@@ -1,6 +1,6 @@
-"""Hostile and broken requests: each gets a clear 4xx, or a right answer where it is merely odd, and does no harm.
+"""Hostile and broken requests: each gets a clear 4xx, or a right answer if it is valid, and does no harm.
 
-Names are resolved and connections opened by doubles: what the server would dial goes to a server on loopback.
+Names are resolved and connections opened by test doubles: every connection goes to a server on loopback.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ def jpeg_cut_off() -> bytes:
 
 
 class Origin(http.server.BaseHTTPRequestHandler):
-    """The web, as far as these tests have one."""
+    """The web server behind every URL of these tests."""
 
     seen: list[tuple[str, str]] = []
 
@@ -102,7 +102,7 @@ class Origin(http.server.BaseHTTPRequestHandler):
 
 
 class Dialler(httpcore.AsyncNetworkBackend):
-    """Notes which address was to be dialled, and dials the origin on loopback."""
+    """Record each address, and connect to the `Origin` on loopback instead."""
 
     def __init__(self, port: int):
         self.port = port
@@ -114,7 +114,7 @@ class Dialler(httpcore.AsyncNetworkBackend):
 
 
 class Names:
-    """Resolves names from a table; `rebind.example` is public when first asked and private ever after."""
+    """Resolve names from a table; `rebind.example` is public at the first look-up and private afterwards."""
 
     table = {
         "pictures.example": [PUBLIC],
@@ -135,7 +135,7 @@ class Names:
             return [PUBLIC] if self.asked.count(host) == 1 else ["127.0.0.1"]
         if host in self.table:
             return self.table[host]
-        try:  # numbers, in all the ways that the system's resolver reads them, ask nobody
+        try:  # numeric addresses, in every notation that the system's resolver reads, need no look-up
             return [address[0] for *_, address in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)]
         except socket.gaierror:
             try:
@@ -145,7 +145,7 @@ class Names:
 
 
 class Running:
-    """A server in this process."""
+    """A server in a thread of this process."""
 
     def __init__(self, service: Service):
         self.service = service
@@ -166,7 +166,7 @@ class Running:
         return httpx.post(self.url, content=content, headers=headers, timeout=60, **kwargs)
 
     def is_well(self) -> None:
-        """The next request is answered, and rightly."""
+        """Assert that the next request is answered correctly, and that no request holds a place."""
         answer = self.post(asking("Colour?", data_url(png("blue"))))
         assert answer.json()["choices"][0]["message"]["content"] == "It is blue."
         assert self.service.places_taken == 0
@@ -221,13 +221,13 @@ def start(parrot_checkpoint: Path, origin: int) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def closed(start: Start) -> Running:
-    """As a server is by default: no URL is fetched."""
+    """A server with the default settings: it fetches no URLs."""
     return start()
 
 
 @pytest.fixture(scope="module")
 def opened(start: Start) -> Running:
-    """Fetches images from public addresses."""
+    """A server that fetches images from public addresses."""
     return start(allowed=True)
 
 
@@ -336,7 +336,7 @@ def test_refused(closed: Running, name: str) -> None:
     assert set(error) == {"message", "type", "param", "code"}
     assert words in error["message"]
     assert len(error["message"]) < 300
-    # Nothing of the machine, and of what libraries say.
+    # Errors reveal neither the machine nor the messages of libraries.
     assert not any(
         leak in answer.text for leak in ("Traceback", "/work", "site-packages", "object at 0x", "PIL", "BytesIO")
     )
@@ -425,7 +425,7 @@ def test_an_allowed_domain_has_subdomains_and_no_lookalikes(start: Start) -> Non
 
 @pytest.mark.parametrize("url", ["http://internal.example/red.png", "http://pictures.example/to-private"])
 def test_cve_2025_6242_server_side_request_forgery(opened: Running, url: str) -> None:
-    """A media URL, or what it redirects to, reaches into the server's own network."""
+    """A media URL, or its redirect, must not reach into the server's own network."""
     opened.service.fetcher.dialler.dialled.clear()
     assert opened.post(asking("Colour?", url)).status_code == 400
     assert "10.0.0.7" not in {host for host, _ in opened.service.fetcher.dialler.dialled}
@@ -433,7 +433,7 @@ def test_cve_2025_6242_server_side_request_forgery(opened: Running, url: str) ->
 
 
 def test_cve_2026_24779_two_parsers_see_two_hosts(start: Start) -> None:
-    """The check reads one host in the URL and the client another."""
+    """The check and the HTTP client must read the same host in a URL."""
     server = start(allowed=True, domains=("pictures.example",))
     for url in (
         "http://internal.example\\@pictures.example/red.png",
@@ -450,7 +450,7 @@ def test_cve_2026_24779_two_parsers_see_two_hosts(start: Start) -> None:
 
 
 def test_cve_2026_24779_dns_rebinding(start: Start) -> None:
-    """A second look at the name gives another address than the one that was checked."""
+    """A second look-up of the name would give a private address: the address that was checked is the one dialled."""
     server = start(allowed=True)
     answer = server.post(asking("Colour?", "http://rebind.example/red.png"))
     assert answer.json()["choices"][0]["message"]["content"] == "It is red."
@@ -462,14 +462,14 @@ def test_cve_2026_24779_dns_rebinding(start: Start) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (1, 200), (2, 2)])
 def test_cve_2026_22773_tiny_images_do_not_end_the_server(closed: Running, size: tuple[int, int]) -> None:
-    """A picture whose sides look like channels killed the engine of another server."""
+    """A picture whose sides were taken for channels killed another server's engine."""
     answer = closed.post(asking("Colour?", data_url(png(size=size))))
     assert answer.status_code == 200
     closed.is_well()
 
 
 def test_cve_2026_22778_errors_tell_no_addresses(closed: Running) -> None:
-    """A decoder's error text had an object's address in it, which helps to break address randomisation."""
+    """Another server passed on a decoder's error with an object's address, which helps to break ASLR."""
     for data in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", png()[:60], b"GIF89a", b"RIFF\0\0\0\0WEBP", bytes(100)):
         answer = closed.post(asking("Colour?", data_url(data)))
         assert answer.status_code == 400
@@ -480,7 +480,7 @@ def test_cve_2026_22778_errors_tell_no_addresses(closed: Running) -> None:
 
 @pytest.mark.parametrize("n", [9, 10**9, 10**400, -1, 0, "1", [1], 1.5, True])
 def test_cve_2026_34756_many_answers_are_not_begun(closed: Running, n: Any) -> None:
-    """A huge `n` had another server make as many copies of a request before it looked at any."""
+    """A huge `n` made another server copy a request `n` times before any check."""
     begun = time.monotonic()
     answer = closed.post(asking("Colour?", RED, n=n))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
@@ -490,7 +490,7 @@ def test_cve_2026_34756_many_answers_are_not_begun(closed: Running, n: Any) -> N
 
 @pytest.mark.parametrize("kind", ["video/jpeg", "image/png"])
 def test_cve_2026_34755_frames_in_a_data_url(closed: Running, kind: str) -> None:
-    """Thousands of frames, separated by commas in one data URL, were all decoded and kept."""
+    """Another server decoded and kept thousands of frames, separated by commas in one data URL."""
     frames = ",".join([RED.partition(",")[2]] * 5000)
     begun = time.monotonic()
     answer = closed.post(asking("Colour?", f"data:{kind};base64,{frames}"))
@@ -515,7 +515,7 @@ def test_cve_2026_5497_of_a_picture_with_thousands_of_frames_the_first_is_seen(c
 
 
 def test_cve_2026_44222_a_typed_placeholder_is_text(closed: Running) -> None:
-    """The placeholder of an image without one, or beside some, ended another server's engine."""
+    """More image placeholders in the text than images ended another server's engine."""
     tag = closed.service.processor.image_tag
     for question, *pictures in (
         (tag, ),
@@ -541,7 +541,7 @@ def test_cve_2026_44222_a_typed_placeholder_is_text(closed: Running) -> None:
 
 
 def test_cve_2026_34753_each_address_of_many_is_checked(opened: Running) -> None:
-    """A batch's inputs were fetched from wherever they said, while single requests' were checked."""
+    """Another server checked the URLs of single requests, but not those of batches."""
     dialler = opened.service.fetcher.dialler
     good, bad = "http://pictures.example/red.png", "http://internal.example/red.png"
     for urls in ((bad, good), (good, bad), (good,) * 8 + (bad,)):
@@ -555,7 +555,7 @@ def test_cve_2026_34753_each_address_of_many_is_checked(opened: Running) -> None
 
 
 def test_ghsa_94f4_hr76_p5j6_no_way_around_the_key(start: Start) -> None:
-    """What the check of a key takes for the path is what is routed by, however path and Host are written."""
+    """The key is checked for the path that is routed, however the path and Host are written."""
     server = start(key="sesame")
     question = json.dumps(asking("Greet me.")).encode()
     targets = [
@@ -581,7 +581,7 @@ def test_ghsa_94f4_hr76_p5j6_no_way_around_the_key(start: Start) -> None:
             connection.sendall(lines + (question if body else b""))
             return connection.recv(10_000)
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # as many as wait at a time
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # as many wrong keys as may wait at a time
         for request, answer in zip(requests, pool.map(ask, *zip(*requests, strict=True)), strict=True):
             status = answer.split(b" ")[1]
             assert status == b"401" or (status == b"400" and (request[1] == "*" or request[2] != "x")), request
@@ -591,7 +591,7 @@ def test_ghsa_94f4_hr76_p5j6_no_way_around_the_key(start: Start) -> None:
 def test_cve_2026_5760_a_checkpoints_template_is_rendered_in_a_sandbox(
     parrot_checkpoint: Path, tmp_path: Path, start: Start
 ) -> None:
-    """A template that came with a model ran commands. This server renders none; the processor does, sandboxed."""
+    """A checkpoint's template ran commands in another server: this one renders none, and the processor sandboxes it."""
     trace = tmp_path / "trace"
     checkpoint = shutil.copytree(parrot_checkpoint, tmp_path / "checkpoint")
     template = "{{ cycler.__init__.__globals__.os.system('touch " + str(trace) + "') }}{{ ''.__class__.__mro__ }}"
@@ -642,7 +642,7 @@ def test_odd_but_harmless(closed: Running) -> None:
 
 
 def test_other_content_types_are_refused(closed: Running) -> None:
-    """A page in a browser can send these to loopback without asking."""
+    """A browser sends these content types to loopback without a CORS preflight."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         answer = closed.post(asking("Greet me."), headers={"Content-Type": kind})
         assert "Content-Type application/json" in answer.json()["error"]["message"]
@@ -652,7 +652,7 @@ def test_other_content_types_are_refused(closed: Running) -> None:
 
 
 def answer_from(connection: socket.socket) -> bytes:
-    """All that the server says on a connection, up to the end of a response's JSON."""
+    """The bytes that the server sends on a connection, up to the end of a response's JSON."""
     connection.settimeout(10)
     answer = b""
     while not answer.endswith(b"}") and (received := connection.recv(10_000)):
@@ -725,7 +725,7 @@ def test_a_slow_head_that_is_in_time_is_answered(closed: Running) -> None:
 
 
 def test_a_client_that_takes_nothing_is_let_go(closed: Running) -> None:
-    """It asks for so many answers at a time that they fill all buffers on the way."""
+    """The client asks for so many answers without reading that they fill all buffers on the way."""
     question = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -738,7 +738,7 @@ def test_a_client_that_takes_nothing_is_let_go(closed: Running) -> None:
 
 
 def test_all_bodies_together_are_bounded(closed: Running) -> None:
-    """Five clients send 4 MB each, but for the last bytes: 16 MB are read, and nobody else waits."""
+    """Clients that each hold back the last bytes of 4 MB: at most 16 MB are kept, and further requests get a 503."""
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Content-Length: 4194304\r\n\r\n"
@@ -775,7 +775,7 @@ def test_nobody_waits_for_bad_bodies(closed: Running) -> None:
 
 
 def test_wrong_keys_wait_and_a_right_one_does_not(start: Start) -> None:
-    """Nor do those wait who would be too many."""
+    """Wrong keys beyond the number that may wait are refused at once."""
     server = start(key="sesame")
     models = server.url.replace("chat/completions", "models")
 
@@ -815,7 +815,7 @@ def test_pixels_of_requests_that_wait_are_few(closed: Running, parrot_checkpoint
 
 
 def test_retry_after_follows_the_queue(start: Start) -> None:
-    """A place is free when one of those that are taken is given back, which takes as long as it took."""
+    """Retry-After is the mean time that a request holds a place, divided by the number of places."""
     service = start().service
     service.limits = dataclasses.replace(service.limits, waiting=0)
     places = service.engine.limits.max_rows
@@ -835,12 +835,12 @@ def test_retry_after_follows_the_queue(start: Start) -> None:
 def test_the_server_does_as_its_openapi_says(siglip_checkpoint: Path, tmp_path: Path, examples: int) -> None:
     """Every route, with data that fit its description and data that do not, with a key and without."""
     tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
-    model.config.language_config.max_position_embeddings = 200  # answers are short, whatever is asked for
+    model.config.language_config.max_position_embeddings = 200  # so that answers are short, whatever `max_tokens` is
     limits = RequestLimits(refusal_seconds=0.01)
     settings = GenerationSettings(max_new_tokens=8)
     service = Service("random", Engine(model, tokenizer), processor, settings, "sesame", names_of("127.0.0.1"), limits)
     server = Running(service)
-    # What fits the schema may still be no conversation, as one that ends with the model's turn, or no picture.
+    # A request that fits the schema may still be invalid: a conversation that ends with the model's turn, no picture.
     statuses = ["2xx", "400", "404", "413"]
     config = f"[checks.positive_data_acceptance]\nexpected-statuses = {json.dumps(statuses)}\n"
     (tmp_path / "schemathesis.toml").write_text(config)
@@ -866,7 +866,7 @@ def test_memory_does_not_grow(closed: Running) -> None:
     def abuse() -> None:
         for content, status, _ in REFUSED.values():
             assert closed.post(content).status_code == status
-        gc.collect()  # httpx keeps its requests in cycles, and one of these has 100 MB
+        gc.collect()  # httpx keeps requests in reference cycles, and one of them has 100 MB
 
     abuse()
     before = process.memory_info().rss

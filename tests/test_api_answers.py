@@ -50,7 +50,7 @@ def test_log_probabilities_are_of_the_answers_tokens(server: Server) -> None:
     stream = list(client.chat.completions.create(**asked, stream=True))
     streamed = [token for chunk in stream for c in chunk.choices if c.logprobs for token in c.logprobs.content]
     assert [token.token for token in streamed] == [token.token for token in tokens]
-    for chunk in stream:  # each piece has the tokens that begin in it
+    for chunk in stream:  # a chunk with text has the tokens that begin in it
         if chunk.choices[0].delta.content and chunk.choices[0].logprobs:
             assert chunk.choices[0].logprobs.content[0].token
     alone = client.chat.completions.create(**{**asked, "top_logprobs": None}).choices[0].logprobs.content
@@ -69,7 +69,7 @@ def test_log_probabilities_end_where_the_text_ends(server: Server) -> None:
 
 
 def test_log_probabilities_are_the_models_own(server: Server, parrot_checkpoint: Path) -> None:
-    """Whatever the temperature, and as the network gives them."""
+    """Log probabilities are those of the network's logits, whatever the temperature."""
     import torch
 
     _, model, processor = load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
@@ -80,7 +80,7 @@ def test_log_probabilities_are_the_models_own(server: Server, parrot_checkpoint:
     for temperature in (0, 2):
         answer = server.client().chat.completions.create(
             model="parrot", messages=GREET, logprobs=True, top_logprobs=5, max_tokens=1, temperature=temperature,
-            extra_body={"top_k": 1},  # or else it may be an end token, which is not shown
+            extra_body={"top_k": 1},  # otherwise the token may be an end token, which is not shown
         )  # fmt: skip
         tops = [top.logprob for top in answer.choices[0].logprobs.content[0].top_logprobs]
         assert tops == pytest.approx(expected.tolist(), abs=1e-3)
@@ -224,7 +224,7 @@ def test_a_response_is_as_the_client_reads_it(server: Server, colours: dict[str,
     assert client.responses.create(model="parrot", input=items).output_text == "It is red."
     short = client.responses.create(model="parrot", input="Sing.", max_output_tokens=5)
     assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    # Its output goes back as an item of the next input.
+    # A response's output is accepted as an item of the next input.
     first = client.responses.create(model="parrot", input="Sing.", max_output_tokens=5, store=False)
     items = [{"role": "user", "content": "Sing."}, *first.output, {"role": "user", "content": "Greet me."}]
     dumped = [items[0], *(item.model_dump() for item in first.output), items[2]]

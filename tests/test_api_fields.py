@@ -1,4 +1,4 @@
-"""Fields of requests that say nothing or change nothing are taken, and what would change the answer is refused."""
+"""Fields of requests: empty and harmless values are accepted, values that would change the answer are refused."""
 
 import itertools
 import json
@@ -107,7 +107,7 @@ def test_fields_at_values_that_change_nothing_are_taken_all_together(server: Ser
 
 @pytest.mark.parametrize("value", NOTHING, ids=repr)
 def test_fields_that_say_nothing_are_taken(server: Server, value: Any) -> None:
-    """In the request, in messages, parts, and their objects; by whatever name."""
+    """Empty values are accepted in requests, messages, parts and nested objects, whatever the field's name."""
     names = [*(set(DEFAULTS) | set(ChatCompletionRequest.model_fields)) - {"model", "messages"}, "made_up"]
     fields = dict.fromkeys(names, value)
     text = {"type": "text", "text": "Greet me.", **dict.fromkeys(("cache_control", "annotations", "x"), value)}
@@ -128,7 +128,7 @@ def test_a_picture_may_have_labels_and_empty_fields(server: Server, colours: dic
 
 
 def test_an_answer_goes_back_as_the_client_gives_it(server: Server) -> None:
-    """By `model_dump()`, and with what other servers add."""
+    """An answer is accepted as a message as `model_dump()` gives it, and with the fields that other servers add."""
     client = server.client()
     question = {"role": "user", "content": "Greet me."}
     message = client.chat.completions.create(**CHAT).choices[0].message
@@ -144,7 +144,7 @@ def test_an_answer_goes_back_as_the_client_gives_it(server: Server) -> None:
             model="parrot", messages=[question, answer, {**question, "name": "someone", "id": "1"}]
         )
         assert again.choices[0].message.content
-    # An answer that was stopped before its first token.
+    # An empty answer, as of a request that was stopped before its first token.
     for content in ("", None, []):
         answers = [question, {"role": "assistant", "content": content}, question]
         assert client.chat.completions.create(model="parrot", messages=answers).choices[0].message.content
@@ -291,7 +291,7 @@ def test_an_unfinished_answer_is_continued(server: Server) -> None:
         model="parrot", messages=spaced, extra_body={"continue_final_message": True}, max_tokens=40
     )
     assert "Grüße, " + answer.choices[0].message.content == GREETING
-    # Nothing to go on with is an answer from its beginning.
+    # To continue an empty answer is to answer from the beginning.
     answer = client.chat.completions.create(
         model="parrot", messages=[question, {"role": "assistant", "content": ""}],
         extra_body={"continue_final_message": True},

@@ -1,4 +1,4 @@
-"""Programs in browsers, on pages of other origins: what `--allow_origin` lets them do, in a real one."""
+"""Cross-origin requests (`--allow_origin`) of pages in a real browser."""
 
 import http.server
 import inspect
@@ -47,7 +47,7 @@ class Page(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def pages() -> Iterator[list[str]]:
-    """The addresses of pages on two other origins."""
+    """The addresses of two pages, each of an origin that is not the server's."""
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) for _ in range(2)]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -58,7 +58,7 @@ def pages() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Callable[..., tuple[int, str]]]:
-    """Asks a server from a page at an address."""
+    """A function that asks a server from a page in a browser; returns the status and the text."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -79,7 +79,7 @@ def ask() -> Iterator[Callable[..., tuple[int, str]]]:
 
 
 def test_a_page_of_an_allowed_origin_may_ask(serve: Any, pages: list[str], ask: Callable[..., tuple[int, str]]) -> None:
-    """With a key, whole and streamed; and it can read errors."""
+    """A page of an allowed origin gets whole and streamed answers with a key, and can read errors."""
     allowed, other = pages
     server = serve("--allow_origin", allowed, "--allow_origin", "https://example.com", "--api_key", "sesame")
     status, text = ask(allowed, server.url)
@@ -153,7 +153,7 @@ def test_the_headers_of_a_preflight(serve: Any) -> None:
         private["Access-Control-Request-Private-Network"] = "true"
         answer = httpx.options(f"{server.url}/v1/models", headers=private)
         assert answer.headers["access-control-allow-private-network"] == "true"
-    # The name by which a page asks is still looked at, in a preflight as well.
+    # The Host header is checked in preflights as well.
     rebound = httpx.options(
         f"{server.url}/v1/models",
         headers={"Host": "rebound.example", "Origin": "http://localhost:3000", "Access-Control-Request-Method": "GET"},

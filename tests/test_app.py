@@ -93,7 +93,7 @@ def test_stop_ends_the_generation_and_keeps_what_there_is(tab: Tab, parrot: Serv
     expect(tab.answers).to_contain_text("la la la la")
     assert parrot[0].running == 1
     first = tab.answers.inner_text()
-    expect(tab.answers).not_to_have_text(first)  # it streams
+    expect(tab.answers).not_to_have_text(first)  # the answer is streamed
     tab.press("Stop")
     wait_until(lambda: not parrot[0].running, 1.0)
     expect(tab.toast).to_have_text("Stopped.")
@@ -110,7 +110,7 @@ def test_an_answer_that_is_not_wanted_any_more_stays_away(tab: Tab, parrot: Serv
     tab.set("Max generation tokens", 4096)
     tab.send("Sing.")
     expect(tab.answers).to_contain_text("la la")
-    # While an answer comes Gradio takes no click at it, but a hand may be quicker.
+    # Gradio disables the button while an answer comes, but a user may click it just before.
     tab.page.get_by_role("button", name=button, exact=True).evaluate("(it) => { it.disabled = false; it.click() }")
     wait_until(lambda: not parrot[0].running, 5.0)
     expect(tab.questions).to_have_count(0)
@@ -159,7 +159,7 @@ def test_a_broken_file_gives_a_message_and_the_session_goes_on(tab: Tab, tmp_pat
     (tmp_path / "broken.png").write_bytes((IMAGES / "shapes.png").read_bytes()[:500])
     tab.send("What is this?", tmp_path / "broken.png")
     tab.sees("Error: broken.png cannot be read: it must be a whole PNG, JPEG, WEBP, GIF, BMP picture.")
-    expect(tab.input).to_have_value("What is this?")  # nothing is lost
+    expect(tab.input).to_have_value("What is this?")  # the typed message is kept
     tab.press("Remove")
     expect(tab.questions).to_have_count(0)
     tab.page.reload()
@@ -211,7 +211,7 @@ def test_too_many_pictures_are_refused(tab: Tab) -> None:
 
 
 def test_a_hand_made_request_can_name_no_address_and_no_file(address: str) -> None:
-    """Neither does the server fetch for its clients, nor read its own files for them."""
+    """The server neither fetches addresses nor reads its own files for its clients."""
     config = httpx.get(f"{address}/config").json()
     kinds = {component["id"]: component["type"] for component in config["components"]}
     send, restore = (
@@ -261,7 +261,7 @@ def test_the_sliders_stand_where_the_command_says(tiny: Served, parrot: Served) 
 
 @pytest.fixture(scope="module")
 def guarded(parrot_checkpoint: Path) -> Iterator[int]:
-    """The port of a server that was started by its command and asks for a password."""
+    """The port of a server that was started by the command, with a password."""
     port = free_port()
     command = [sys.executable, str(ROOT / "deepseek_vl" / "serve" / "app_deepseek.py"), "--port", str(port)]
     command += ["--model_path", str(parrot_checkpoint), "--auth", "ada:lovelace"]
@@ -303,7 +303,7 @@ def test_a_server_that_ends_takes_its_own_uploads_and_no_others() -> None:
 
 @pytest.fixture(scope="module")
 def below_a_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """The port of a server that a proxy has below /chat, and what it has said."""
+    """The port and the log file of a server with `--root_path /chat/`, to stand behind a proxy."""
     port, log = free_port(), tmp_path_factory.mktemp("log") / "log.txt"
     command = [sys.executable, "-m", "deepseek_vl.serve.app_deepseek", "--model_path", "tiny", "--root_path", "/chat/"]
     with log.open("wb") as file:
@@ -317,7 +317,7 @@ def below_a_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int
 
 
 def proxy(port: int, removes_path: bool) -> Starlette:
-    """A proxy that has a server below /chat: with the path, or without it."""
+    """A proxy that serves a server below /chat, and forwards requests with or without that prefix."""
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     async def forward(request: Request) -> StreamingResponse:
@@ -383,7 +383,7 @@ def test_auth_keeps_strangers_out(browser: sync_api.Browser, guarded: int) -> No
 
 
 def test_a_wrong_password_waits_and_a_right_one_does_not(guarded: int) -> None:
-    """Nor does it behind many wrong ones."""
+    """A right password does not wait, not even behind many wrong ones."""
 
     def log_in(password: str) -> tuple[int, float]:
         begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the doors' command lines share: the model, and how it samples."""
+"""Command-line arguments that all doors share: the model and the settings of sampling."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""The images that a typed message names."""
+"""Paths of images in messages that are typed in the terminal."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TAG = "<image_placeholder>"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory, with a space in its name, that has pictures."""
+    """A working directory with pictures and a space in its name."""
     directory = tmp_path / "my pictures"
     directory.mkdir()
     for name in ("a.png", "b.JPG", "red square.png", "it's (1).webp"):

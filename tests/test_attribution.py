@@ -1,4 +1,4 @@
-"""Where an answer looked."""
+"""Attribution: which regions of the pictures each token of an answer attends to."""
 
 import random
 from pathlib import Path
@@ -34,7 +34,7 @@ def pictures(count: int) -> list[Image.Image]:
 def test_it_is_the_attention_of_the_model(
     own_model: MultiModalityCausalLM, processor: VLChatProcessor, count: int
 ) -> None:
-    """As transformers computes it."""
+    """Maps equal the attention that transformers' eager implementation returns, averaged over layers and heads."""
     messages = answered("<image_placeholder>" * count + "What is this?", "A boat, and two more.", *pictures(count))
     tokens = attribute_answer(own_model, processor, messages)
     assert "".join(token.text for token in tokens) == "A boat, and two more."
@@ -106,8 +106,8 @@ def test_a_session_without_an_answer_says_so() -> None:
 
 
 def test_in_the_toy_world_it_looks_at_the_right_thing(one_thread: None) -> None:
-    """The peak of the whole answer's map, and that of the word that answers, are in the box of what was asked about."""
-    pytest.importorskip("matplotlib")  # the recipe's
+    """The maps of the whole answer and of the word that answers peak in the box of the shape that was asked about."""
+    pytest.importorskip("matplotlib")  # the recipe needs it
     from recipes.tiny.world import draw, sample_picture
     from recipes.tiny.world.questions import ask_colour, ask_shape
 
@@ -132,7 +132,7 @@ def test_in_the_toy_world_it_looks_at_the_right_thing(one_thread: None) -> None:
 
 
 def spelling(tokens: list[TokenAttribution], word: str) -> list[TokenAttribution]:
-    """The tokens that spell the last occurrence of a word; all of them if it does not occur."""
+    """The tokens that spell the last occurrence of a word; all tokens if it does not occur."""
     text = "".join(token.text for token in tokens)
     start = text.rfind(word)
     if start < 0:
@@ -152,5 +152,5 @@ def is_inside(map_: np.ndarray, picture: object, shape: object) -> bool:
     square = max(picture.width, picture.height)
     x = (column + 0.5) * square / side - (square - picture.width) / 2
     y = (row + 0.5) * square / side - (square - picture.height) / 2
-    reach = max(shape.radius, 0.5 * square / side)  # small shapes are within one region
+    reach = max(shape.radius, 0.5 * square / side)  # a shape may be smaller than a region
     return abs(x - shape.x) <= reach and abs(y - shape.y) <= reach

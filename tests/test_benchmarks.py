@@ -1,4 +1,4 @@
-"""The benchmarks at the size of a miniature: every table has its rows, and compares what it says."""
+"""The benchmarks with a miniature model: every table has its rows, with the right contenders."""
 
 import json
 import subprocess
@@ -19,15 +19,15 @@ ROWS = {
     "load": {"load": {PEER, OURS, "cli_chat.py to its prompt"}},
     "preprocess": {f"preprocess to {side} px": {"step by step", "ours"} for side in (384, 1024)},
 }
-"""By table: quantities, and whose numbers there are."""
+"""For each table, the quantities it measures and the contenders of each."""
 
 LIMITED = ("first-token", "encode", "preprocess")
-"""The tables that tell the machine's limit."""
+"""The tables whose rows have the machine's limit."""
 
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmarks can be imported."""
+    """Make the modules of `benchmarks/` importable."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 

@@ -1,4 +1,4 @@
-"""The model that comes with the package: found by its name, small, and right in its answers."""
+"""The bundled model: it is found by its name, it is small, and its answers are right."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_a_second_turn_depends_on_the_first(session: ChatSession) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(tiny: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """Its answers about pictures from a seed that it was not trained on."""
+    """The bundled model's answers about 250 pictures of a seed that it was not trained on."""
     directory = tmp_path_factory.mktemp("world")
     write_conversations(SyntheticWorld(250, seed=20_241, turns=1), directory)
     _, model, processor = tiny
@@ -92,7 +92,7 @@ def fresh(tiny: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 
 def test_it_is_right_about_fresh_pictures(fresh: Evaluation) -> None:
-    """A sample; the README's table is of 2,000."""
+    """A sample of 250 pictures; the README's table has 2,000."""
     assert fresh.total.percent >= 88, fresh.table()
 
 

@@ -1,4 +1,4 @@
-"""Captions of many pictures: each exactly once, whatever happens on the way."""
+"""Captions of many pictures: each picture has exactly one, even if runs are killed or fail."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def tiny(one_thread: None) -> Loaded:
 
 @pytest.fixture
 def engine(tiny: Loaded) -> Iterator[Engine]:
-    """With its own memory, and a batch that is soon full."""
+    """An engine of the bundled model with at most three rows in its batch."""
     engine = Engine(tiny[1], tiny[0], EngineLimits(max_rows=3))
     yield engine
     engine.close()
@@ -51,7 +51,7 @@ def engine(tiny: Loaded) -> Iterator[Engine]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of seven pictures at two depths, a broken one, and what is no picture."""
+    """A folder with seven pictures at two depths, a broken picture, a text file and a hidden file."""
     folder = tmp_path / "pictures"
     (folder / "deep" / "deeper").mkdir(parents=True)
     for number in range(4):
@@ -65,12 +65,12 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str | os.PathLike, **options: Any) -> list[str]:
-    """The command line, in a process of its own."""
+    """The command line that runs the command in another process."""
     return [sys.executable, "-m", "deepseek_vl.caption", *in_process(*arguments, **options)]
 
 
 def in_process(*arguments: str | os.PathLike, prompt: str = PROMPT, length: int = 8) -> list[str]:
-    """The arguments, with those that all have."""
+    """Arguments for `main`: these and the ones that all tests share."""
     model = ["--model_path", "tiny", "--device", "cpu", "--dtype", "float32", "--max_gen_len", str(length)]
     return [*map(os.fspath, arguments), *model, "--prompt", prompt]
 
@@ -108,7 +108,7 @@ def test_pictures_are_read_a_few_ahead_and_no_memory_is_kept_of_them(tiny: Loade
 
     def images() -> Iterator[Image.Image]:
         nonlocal taken
-        for number in itertools.count():  # without an end
+        for number in itertools.count():  # an endless stream of pictures
             taken += 1
             yield Image.new("RGB", (40, 40), (number * 37 % 256, number % 256, 90))
 
@@ -295,7 +295,7 @@ QUESTION = {"model": "tiny", "prompt": PROMPT}
 
 
 def row(number: int) -> dict[str, Any]:
-    """What a journal is given."""
+    """A row for a journal."""
     return {"path": f"{number}.png", "caption": f"caption\n{number} ü", "error": None}
 
 
@@ -338,7 +338,7 @@ def test_answers_to_another_question_are_not_mixed_in(tmp_path: Path, capsys: py
     make_picture(tmp_path / "a.png")
     with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "How?"}):
         pass
-    with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "Why?"}) as journal:  # which had no answer yet
+    with Journal(tmp_path / "out.jsonl", {**QUESTION, "prompt": "Why?"}) as journal:  # the journal had no rows yet
         journal.add(row(1))
     assert main(in_process(tmp_path / "a.png", "--output", tmp_path / "out.jsonl")) == 1
     error = capsys.readouterr().err
@@ -379,9 +379,9 @@ def test_a_hundred_thousand_rows_are_found_again(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_is_whole(pictures: Path, tmp_path: Path) -> None:
-    """The limit of a file's size is where the system takes a part of a line, and then no more."""
+    """A limit on the size of files stands for the full disk: the system writes a part of a line, then fails."""
     output = tmp_path / "out.jsonl"
-    long = tmp_path.joinpath(*["long" * 60] * 3)  # rows of 1,000 bytes: what PyTorch writes for itself stays smaller
+    long = tmp_path.joinpath(*["long" * 60] * 3)  # rows of 1,000 bytes: PyTorch's own files stay below the limit
     long.mkdir(parents=True)
     pictures = pictures.rename(long / "pictures")
     limited = subprocess.run(
@@ -481,7 +481,7 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_comes_later(tmp_path: Path) -> Non
     process = in_terminal(command(tmp_path, "--output", output, "--max_batch", "2", length=200)[1:], cwd=ROOT)
 
     def has_rows() -> bool:
-        process.expect(pexpect.TIMEOUT, timeout=0.05)  # a terminal that nobody reads is full after a while
+        process.expect(pexpect.TIMEOUT, timeout=0.05)  # the output must be read, or the terminal's buffer fills up
         return output.exists() and output.read_bytes().count(b"\n") > 2
 
     wait_until(has_rows, 120, "a row")
@@ -497,7 +497,7 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_comes_later(tmp_path: Path) -> Non
 
 
 def killed_runs(arguments: list[str], output: Path, seconds: float, while_writing: Collection[int], seed: int) -> None:
-    """Run a command, killed eight times at random moments within so many seconds, and at last to its end."""
+    """Run a command eight times, killing it at random moments within `seconds`, and then once to its end."""
     rng = random.Random(seed)
     for kill in range(8):
         before = output.stat().st_size if output.exists() else 0
@@ -505,7 +505,7 @@ def killed_runs(arguments: list[str], output: Path, seconds: float, while_writin
         if kill in while_writing:
             wait_until(lambda: output.exists() and output.stat().st_size > before, 240, "a row")  # noqa: B023
             time.sleep(rng.uniform(0, 0.3))
-        else:  # wherever it is
+        else:  # at any moment, also before the first row
             time.sleep(rng.uniform(0, seconds))
         assert process.poll() is None, "it has ended before it is killed"
         process.kill()

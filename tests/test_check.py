@@ -1,4 +1,4 @@
-"""`python -m deepseek_vl.check`: what is right is said to be, and what is wrong by its name."""
+"""`python -m deepseek_vl.check`: a good checkpoint passes every check, and each defect is named."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ NAMES = ("weights", "tokenizer", "images", "answer")
 
 
 def marks(report: str) -> dict[str, str]:
-    """What a report says of each check."""
+    """The mark of each check in a report, `ok` or `WRONG`, by the check's name."""
     words = [line.split() for line in report.splitlines() if line.startswith(("ok ", "WRONG "))]
     return {name: mark for mark, name, *_ in words}
 
@@ -74,7 +74,7 @@ def truncate(directory: Path) -> None:
 
 
 def lose_spaces(directory: Path) -> None:
-    """What LlamaTokenizerFast makes of the file on transformers 5."""
+    """Make a tokenizer's file drop spaces, as `LlamaTokenizerFast` of transformers 5 does."""
     file = directory / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": ""}
@@ -83,7 +83,7 @@ def lose_spaces(directory: Path) -> None:
 
 NORM = "language_model.model.norm.weight"
 BREAKS: dict[str, tuple[Callable[[Path], None], set[str], str]] = {
-    # what is done to a checkpoint, which checks notice, and what they say
+    # name of a defect: a function that makes it in a checkpoint, the checks that notice it, and their words
     "a weight is missing": (weights(lambda tensors: tensors.pop(NORM)), {"weights", "answer"}, f"1 missing: {NORM}"),
     "a weight too many": (
         *(weights(lambda tensors: tensors.update(extra=torch.ones(1))), {"weights", "answer"}),
@@ -141,7 +141,7 @@ def test_what_cannot_be_checked_is_one_line(
 def as_published(
     siglip_checkpoint: Path, published_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A miniature that passes for the 1.3B model, with the published tokenizer and image processor."""
+    """A miniature that `check` takes for the 1.3B model: its tokenizer and image processor are the published ones."""
     directory = shutil.copytree(siglip_checkpoint, tmp_path / "published")
     shutil.copytree(published_tokenizer_dir, directory, dirs_exist_ok=True)
     (published,) = (model for model in check.PUBLISHED.values() if model.name.endswith("1.3B"))

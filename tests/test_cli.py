@@ -30,7 +30,7 @@ def run_cli(*arguments: str | Path, input: str | bytes = "") -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def running_chat(parrot_checkpoint: Path) -> Iterator[Chat]:
-    """One chat with the parrot for all tests that do not end it."""
+    """A chat with the parrot, shared by the tests that do not end it."""
     chat = Chat(parrot_checkpoint)
     yield chat
     chat.close()
@@ -38,7 +38,7 @@ def running_chat(parrot_checkpoint: Path) -> Iterator[Chat]:
 
 @pytest.fixture
 def chat(running_chat: Chat) -> Chat:
-    """A chat with the parrot in which nothing was said yet."""
+    """A new conversation in the shared chat with the parrot."""
     assert running_chat.enter("new") == "New conversation."
     return running_chat
 
@@ -226,7 +226,7 @@ def test_a_picture_asked_for(chat: Chat, colours: dict[str, Path]) -> None:
 def test_images_stay_in_the_conversation_until_new(chat: Chat, colours: dict[str, Path], tmp_path: Path) -> None:
     chat.enter("<image_placeholder>Colour?", PATH)
     assert chat.ask(str(colours["red"])) == "It is red."
-    chat.ask("Greet me.")  # a second turn over the first one's image
+    chat.ask("Greet me.")  # a second turn about the first turn's image
     assert chat.enter(f"save {tmp_path / 'chat.json'}").startswith("Saved 2 turn(s)")
     first = json.loads((tmp_path / "chat.json").read_text())[0]["messages"][0]
     assert load_image(first["images"][0]).getpixel((0, 0)) == (255, 0, 0)
@@ -258,7 +258,7 @@ def test_a_path_in_the_message_brings_the_image(written: str, chat: Chat, colour
     path = colours["red"]
     forms = {"path": path, "escaped": str(path).replace(" ", r"\ "), "percent": str(path).replace(" ", "%20")}
     answer = chat.enter(written.format(**forms))
-    # The parrot knows the question without a line break between the image and the text; what it says is another test's.
+    # The parrot has learnt this question without a line break between image and text, so its answer is not checked.
     assert answer.startswith(f"[image 1: {path}, 50x40]\nAssistant: ")
     if written.startswith("<image_placeholder>"):
         assert answer.endswith("It is red.")
@@ -335,7 +335,7 @@ def test_line_editing(chat: Chat) -> None:
 
 def test_history_outlives_the_chat(parrot_checkpoint: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color"}
-    for keys in ("Greet me.", "\x1b[A\x1b[A"):  # the last line is `exit`
+    for keys in ("Greet me.", "\x1b[A\x1b[A"):  # the history ends with `exit`, hence two lines up
         chat = Chat(parrot_checkpoint, env=environment)
         assert chat.ask(keys) == GREETING
         chat.press("exit\r")
@@ -348,7 +348,7 @@ def test_tab_completes_the_paths_of_images(chat: Chat, colours: dict[str, Path])
     (directory / "blue notes.txt").write_text("no image")
     chat.press(f"<image_placeholder>Colour? {directory.parent}/my\t")
     chat.wait_for_prompt("/my pictures/")
-    chat.press("bl\t")  # one picture's name begins so
+    chat.press("bl\t")  # only one picture's name begins with these letters
     chat.wait_for_prompt("blue square.png")
     chat.press("\r")
     chat.wait_for("It is blue.")
@@ -406,14 +406,14 @@ def test_an_answer_that_begins_with_code_and_speaks_of_html(chat: Chat, tmp_path
     answer = "```python\nx = 1\n```\n\nUse List<int> and the <image> tag."
     messages = [{"role": "user", "content": "Hi.", "images": []}, {"role": "assistant", "content": answer}]
     (tmp_path / "my chat.jsonl").write_text(json.dumps({"messages": messages}))
-    shown = chat.enter(f"load {tmp_path / 'my chat.jsonl'}").split("\n")  # a space, and no quotes
+    shown = chat.enter(f"load {tmp_path / 'my chat.jsonl'}").split("\n")  # a path with a space and without quotes
     assert [line.strip() for line in shown[1:]] == ["Assistant:", "x = 1", "Use List<int> and the <image> tag."]
 
 
 def test_a_long_answer_is_whole_in_a_low_terminal(parrot_checkpoint: Path) -> None:
-    """The answer is taller than the screen while it comes; in the end all of it has been printed, once.
+    """An answer that is taller than the screen is printed completely and once.
 
-    What is typed meanwhile does not disturb it, and stands at the next prompt.
+    Text that is typed while it comes does not disturb it, and appears at the next prompt.
     """
     chat = Chat(parrot_checkpoint, "--max_gen_len", "300", size=(8, 60))
     chat.press("Sing.\r")

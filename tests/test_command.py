@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""`starting`: no garbage collection while a command starts."""
 
 import gc
 
@@ -19,7 +19,7 @@ def test_what_a_program_starts_with_is_not_searched_for_garbage() -> None:
         assert not gc.isenabled()
         kept = [[]]
     assert gc.isenabled()
-    assert not any(found is kept for found in gc.get_objects())  # it is out of the collector's sight
+    assert not any(found is kept for found in gc.get_objects())  # frozen: the collector does not see it
     later = [[]]
     assert any(found is later for found in gc.get_objects())
 

@@ -1,4 +1,4 @@
-"""The configs: what callers may pass, what they read, what is written to `config.json`."""
+"""The configs: their arguments, their attributes, and the `config.json` that they write."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def test_a_dict_given_as_a_sub_config_is_not_changed(published):
 
 
 def test_missing_language_keys_take_llama_s_defaults():
-    """Those of transformers 4.38, for which the checkpoints were published."""
+    """The defaults are those of transformers 4.38, for which the checkpoints were published."""
     language = MultiModalityConfig(language_config={"vocab_size": 102400}).language_config
     assert language.vocab_size == 102400
     assert language.hidden_size == 4096
@@ -126,7 +126,7 @@ def test_missing_language_keys_take_llama_s_defaults():
 
 
 def rope_theta(config: LlamaConfig) -> float:
-    """transformers 5 keeps it in `rope_parameters`."""
+    """A config's `rope_theta`, which transformers 5 keeps in `rope_parameters`."""
     return getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
 
 

@@ -20,7 +20,7 @@ IMAGE_TUPLE = ("a", "image", "crop")  # how clients attach an image to a text
 
 @pytest.fixture
 def registry():
-    """The registry of templates, as it was again after the test."""
+    """The registry of templates, restored after the test."""
     saved = dict(conv_templates)
     yield conv_templates
     conv_templates.clear()

@@ -1,8 +1,8 @@
-"""What the README, the pages of the documentation and the notebook show runs.
+"""The commands and snippets in the README, the documentation and the notebook run.
 
-The blocks of a page that are marked as `bash` or `python` are run as they stand, one after the other: commands from a
-folder that has the checkout's files, snippets in one session for each page. A block without a mark cannot be run so;
-`NOT_AS_THEY_STAND` says where the like of it is run, or the page says "not run here".
+Blocks that a page marks as `bash` or `python` are run unchanged, in order: commands in a folder that has the checkout's
+files, snippets in one session per page. A block without a mark cannot be run unchanged: `NOT_AS_THEY_STAND` names the
+file that runs something equivalent, or the page says "not run here".
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ SNIPPETS = {
     "docs/python.md": "The star is blue.",
     "docs/checkpoints.md": "parameters",
 }
-"""Pages whose snippets run one after the other, with the end of what they print."""
+"""Pages whose snippets are run, with the end of what they print."""
 
 COMMANDS = {
     "docs/terminal.md": 2,
@@ -32,20 +32,20 @@ COMMANDS = {
     "docs/tiny.md": 1,
     "docs/training.md": 7,
 }
-"""Pages whose commands run one after the other, with their number."""
+"""Pages whose commands are run, with the number of commands."""
 
 NEEDED = {
     "docs/engines.md": ("gguf",),
     "docs/tiny.md": ("matplotlib",),
     "docs/training.md": ("peft", "matplotlib"),
 }
-"""What has to be installed for a page."""
+"""Modules that a page's test needs."""
 
 OWN_TESTS = {"docs/captions.md", "docs/trl.md", "docs/api.md", "docs/engines.md"}
-"""Pages with a test of their own, here, in test_api_answers.py or in test_export.py."""
+"""Pages with a test of their own: here, in test_api_answers.py, test_api_fields.py or test_export.py."""
 
 NOT_AS_THEY_STAND = {
-    # the beginning of a command: the file that runs the like of it
+    # the beginning of a command: the file that runs something equivalent
     "python3 -m venv": ".ci/run",
     ".ci/run": ".ci/run",
     'pip install -e ".[docs]" && mkdocs serve': ".ci/run",
@@ -65,7 +65,7 @@ NOT_AS_THEY_STAND = {
 
 
 def blocks(page: Path | str, language: str) -> list[str]:
-    """The blocks of a page that are marked so."""
+    """The blocks of a page that are marked with a language."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
@@ -90,7 +90,7 @@ def run_in(directory: Path, command: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like the checkout and takes what is written."""
+    """A folder with links to the checkout's files, into which commands may write."""
     for name in ("examples", "images", "recipes", "tests", "cli_chat.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -103,7 +103,7 @@ def need(page: str) -> None:
 
 @pytest.mark.parametrize("page", SNIPPETS)
 def test_the_snippets_run(page: str, checkout: Path) -> None:
-    """In order and in one session, as in a notebook."""
+    """A page's snippets run in order and in one session, as in a notebook."""
     need(page)
     command = [sys.executable, "-c", "\n".join(blocks(page, "python"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=checkout, check=False)
@@ -172,7 +172,7 @@ def test_the_notebook_runs_from_top_to_bottom() -> None:
 
 
 def test_the_commands_for_many_pictures_run(checkout: Path) -> None:
-    """What `docs/captions.md` shows; with Ray where it is installed."""
+    """The commands and snippets of `docs/captions.md` run; those with Ray only where it is installed."""
     pytest.importorskip("pyarrow")
     page = "docs/captions.md"
     shown = commands(page)

@@ -1,4 +1,4 @@
-"""The engine's batch: answers that come and go together, each the same as alone."""
+"""The engine's batch: answers join and leave it, and each is the same as alone."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ from deepseek_vl.serve.inference import load_model, stream_answer
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> Loaded:
-    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    """(tokenizer, model, processor) with random weights, so that answers are long and all differ."""
     return load_model(str(checkpoint), device="cpu", dtype="float32")
 
 
@@ -55,7 +55,7 @@ def generation_of(
 
 
 def alone(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int) -> list[int]:
-    """What transformers' own greedy decoding gives."""
+    """The ids of an answer by transformers' own greedy decoding."""
     _, model, processor = loaded
     inputs = processor(conversations=messages, images=messages[0]["images"]).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -63,7 +63,7 @@ def alone(loaded: Loaded, messages: list[dict[str, Any]], max_new_tokens: int) -
 
 
 def questions(picture: Path, count: int) -> list[tuple[list[dict[str, Any]], int]]:
-    """Prompts of many lengths, some with images, and lengths of answers from 1 to beyond a cache's growth."""
+    """Prompts of many lengths, some with images, each with an answer's length: from 1 to more than a cache's `STEP`."""
     image = load_image(picture)
     found = []
     for i in range(count):
@@ -135,7 +135,7 @@ def test_who_joins_late_or_leaves_early_changes_nothing_for_the_others(loaded: L
 
 
 def check_that_it_failed_alone(loaded: Loaded, bad: Generation, good: Generation) -> None:
-    """Of two that were submitted, `good` asked "Hello."."""
+    """Assert that `bad` has failed, and that `good`, which asks "Hello.", has its answer nevertheless."""
     assert good.done.wait(60)
     assert bad.done.wait(60)
     assert good.token_ids == alone(loaded, messages_of("Hello."), good.max_tokens - good.prompt_tokens)
@@ -155,7 +155,7 @@ def test_a_prompt_that_fails_fails_alone(loaded: Loaded) -> None:
 
 
 class FailingStep(Step):
-    """Fails once for several rows, and as often as it is asked to for one: out of memory, halfway through."""
+    """A step that runs out of memory halfway: once with several rows, then `failures_alone` times with one row."""
 
     def __init__(self, failures_alone: int):
         self.left = [1, failures_alone]
@@ -211,7 +211,7 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
     monkeypatch.setattr(engine_module, "PIECE", 16)
     _, model, _ = loaded
     engine = Engine(model, loaded[0], EngineLimits(prefill_seconds=0))
-    runs: list[int] = []  # how long each piece was; 0 for a step
+    runs: list[int] = []  # the length of each piece of a prompt; 0 for a step
 
     def note_length(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         runs.append(kwargs["inputs_embeds"].shape[1] if "inputs_embeds" in kwargs else 0)
@@ -226,10 +226,10 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
     assert second.done.wait(60)
     hook.remove()
     assert max(runs) == 16
-    pieces = runs[runs.index(0) :]  # of the second, as the first has begun
+    pieces = runs[runs.index(0) :]  # the second prompt's, since the first answer has begun
     assert sum(pieces) > 100
     steps = [i for i, length in enumerate(pieces) if not length]
-    shared = pieces[: steps[len(first.token_ids) - 2] + 1]  # until the first has ended
+    shared = pieces[: steps[len(first.token_ids) - 2] + 1]  # until the first answer has ended
     assert len(shared) > 4
     assert all(0 in pair for pair in itertools.pairwise(shared))
     assert first.token_ids == alone(loaded, messages_of("Hello."), 300)
@@ -237,7 +237,7 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
 
 
 def test_stop_is_obeyed_within_a_piece_of_a_prompt(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has run by then is kept for the next prompt that begins so."""
+    """The part of the prompt that has run is kept for the next prompt with the same beginning."""
     monkeypatch.setattr(engine_module, "PIECE", 16)
     _, model, _ = loaded
     engine = Engine(model, loaded[0], EngineLimits(prefill_seconds=0))
@@ -295,7 +295,7 @@ def test_sampled_answers_follow_their_own_seeds_in_a_batch(loaded: Loaded) -> No
 
 
 def test_sampling_is_transformers_own(loaded: Loaded) -> None:
-    """The same draws as `generate` with the same settings and seed."""
+    """The engine draws the same tokens as `generate` with the same settings and seed."""
     _, model, processor = loaded
     messages = messages_of("Hello.")
     inputs = processor(conversations=messages, images=None)
@@ -361,7 +361,7 @@ def test_an_engine_works_again_after_it_was_idle_and_keeps_no_thread(loaded: Loa
 
 
 def test_a_thread_that_is_kept_as_on_gpus_ends_with_its_engine(loaded: Loaded) -> None:
-    """What CUDA's libraries make ready, plans of attention for one, they make ready per thread."""
+    """On GPUs the engine keeps its thread, because CUDA's libraries cache plans, as for attention, per thread."""
     engine, threads = engine_for(loaded), set()
     engine._keeps_thread = True
     for _ in range(20):
@@ -428,7 +428,7 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
     engine = engine_of(model, processor.tokenizer)
     engine.compile()
     graphs = counters["stats"]["unique_graphs"]
-    # None where a model of the same shapes was compiled before. Before 2.8 transformers' wrappers break it.
+    # No new graph if a model of the same shapes was compiled before. Before 2.8 transformers' wrappers break the graph.
     assert graphs <= before + 1 or Version(torch.__version__) < Version("2.8")
     exact_model = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")[1].language_model
     ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(0))

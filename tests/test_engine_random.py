@@ -1,4 +1,4 @@
-"""Random days of an engine: whoever comes, leaves or breaks down, and whatever fails, each answer is the one alone."""
+"""Random tests of the engine: each answer is the same as alone, whatever requests arrive, leave or fail."""
 
 import contextlib
 import gc
@@ -35,12 +35,12 @@ LONGEST = 60
 QUESTIONS = 10
 GONE = "The reader has gone."
 POSITION = 2 * 2 * 64 * 4
-"""Bytes of a position: keys and values x layers x width x bytes of a number."""
+"""Bytes per position: keys and values x layers x width x bytes of a float32."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What may be asked, and its longest answer when it is alone."""
+    """A prompt, and the ids of its answer of at most `LONGEST` tokens when it runs alone."""
 
     inputs: Batch
     alone: list[int]
@@ -48,15 +48,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Visit:
-    """One who asks.
+    """A request of a random test.
 
     Attributes:
-        question: its place among all questions.
-        length: of the answer, at most.
-        comes: in this call of the model, or when there is nothing else to do.
-        fate: `stays`; `leaves`, so many calls after it came (0: before); `hears enough` or `breaks down`, when it has
-            been told so much; `stops`, at a stop word that is in the answer alone from that character on.
-        when: see `fate`.
+        question: the index of its question.
+        length: the most tokens of its answer.
+        comes: the call of the model in which it is submitted; earlier if the engine has nothing else to do.
+        fate: `stays` to the end; `leaves` (cancels) `when` calls after it came, 0 for before it is submitted;
+            `hears enough` (cancels) or `breaks down` (raises) at item `when` of its answer, counted from 0; `stops` at
+            a stop word: the three characters of the answer from character `when` on.
+        when: the number that `fate` needs.
     """
 
     question: int
@@ -68,10 +69,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class Fault:
-    """The model fails: from one call of a kind on, so many times, before it has done anything, or within, or after.
+    """A failure of the model in calls of one kind.
 
-    The kinds: `encode` images, `prefill`, a `step` of one row, of a `batch`, of one row `again` after one failed, and a
-    step `ahead` of its time, which is then run anew.
+    Attributes:
+        kind: `encode` images, `prefill`, a `step` of one row, a step of a `batch`, a step of one row `again` after a
+            step that failed, or a step `ahead` of its time, which is repeated if it fails.
+        call, times: the first call of this kind that fails, counted from 1, and how many fail.
+        place: whether a call fails `before` it computes, `within`, or `after`.
+        error: the exception's type.
     """
 
     kind: str
@@ -83,13 +88,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens to one engine.
+    """Everything that happens to one engine.
 
     Attributes:
-        visits, faults: in no order.
-        forgets: the engine is told to forget in this call of the model; 0 for never.
+        visits, faults: the requests and the failures, in no order.
+        forgets: the call of the model in which the engine is told to forget; 0 for never.
         max_rows, keeps, prefill_seconds: the engine's limits.
-        at_once: the budget is for so many answers like the largest, and `spare` positions; None for the default.
+        at_once, spare: the memory budget, in answers like the largest and in positions; `at_once` None for the default.
         piece, room: the engine's `PIECE` and `STEP`.
         runs_ahead: whether steps begin before the last ones are read, as on GPUs.
     """
@@ -140,7 +145,7 @@ SCENARIOS = st.builds(
 
 
 class Visitor:
-    """Asks, and notes what it is told as (kind, text): an error that was kept would keep what failed with it."""
+    """Submit a request and record what it is told, as (kind, text): a stored exception would keep tensors alive."""
 
     def __init__(self, engine: Engine, question: Question, visit: Visit):
         self.visit, self.question, self.came = visit, question, 0
@@ -159,12 +164,12 @@ class Visitor:
             self.generation.cancelled.set()
 
     def tick(self, calls: int) -> None:
-        """The model is called for that time."""
+        """Cancel the request if its time has come; runs in each call of the model, with the number of calls."""
         if self.visit.fate == "leaves" and calls >= self.came + self.visit.when:
             self.generation.cancelled.set()
 
     def check(self, engine: Engine) -> list[str]:
-        """Compare the answer with that alone; returns the model's failure that ended it, if one did."""
+        """Compare the answer with the one alone; returns the model's failure that ended it, if there was one."""
         tokens, reason = self.generation.token_ids, self.generation.finish_reason
         assert tokens == self.question.alone[: self.visit.length][: len(tokens)]
         texts, errors = ([text for kind, text in self.told if kind == wanted] for wanted in ("text", "error"))
@@ -185,11 +190,11 @@ class Visitor:
 
 
 class Day:
-    """Sends visitors to an engine while its model works, and lets the model fail.
+    """Run a scenario: submit requests while the model works, and let the model fail.
 
     Attributes:
-        fatal: what was raised where it must end one answer.
-        used, running: the most that the engine used, and ran, in any call.
+        fatal: the messages of failures that must each end one answer.
+        used, running: the most memory that the engine used, and the most answers that it ran, in any call.
     """
 
     def __init__(self, engine: Engine, visitors: list[Visitor], scenario: Scenario):
@@ -201,16 +206,16 @@ class Day:
         self._has_begun = threading.Event()
         self._calls: Counter[str] = Counter()
         self._due: Fault | None = None
-        self._again = 0  # rows that have yet to run alone, after a step that failed
+        self._again = 0  # rows that still have to run alone, after a failed step
         self._is_ahead = False
 
     def run(self) -> None:
-        """Until everybody has come and has been answered."""
+        """Submit all requests, and wait until they have ended."""
         with self._hooks():
             self._bring(0)
             self._has_begun.set()
             while True:
-                for visitor in self._here:  # grows meanwhile
+                for visitor in self._here:  # the list grows meanwhile
                     if not visitor.generation.done.wait(120):
                         stacks = ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
                         pytest.fail("\n".join(["An answer does not end.", *stacks]))
@@ -293,13 +298,13 @@ class Day:
 
 @pytest.fixture(scope="module")
 def loaded(siglip_checkpoint: Path) -> Loaded:
-    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    """(tokenizer, model, processor) with random weights, so that answers are long and all differ."""
     return load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def questions(loaded: Loaded, picture_files: list[Path]) -> list[Question]:
-    """Long ones and short ones, some with pictures, and some that begin as others do."""
+    """Long and short questions, some with pictures, some with the same beginning as others."""
     tokenizer, model, processor = loaded
     first, second, third = map(load_image, picture_files)
 
@@ -329,8 +334,8 @@ def questions(loaded: Loaded, picture_files: list[Path]) -> list[Question]:
 
 @contextlib.contextmanager
 def nothing_stays() -> Iterator[None]:
-    """Fail if an answer or keys and values that were made meanwhile are alive in the end."""
-    gc.freeze()  # what is older is not looked at
+    """Fail if generations or caches that were made within the `with` block are alive at its end."""
+    gc.freeze()  # older objects are not searched
     try:
         yield
         gc.collect()
@@ -340,7 +345,7 @@ def nothing_stays() -> Iterator[None]:
 
 
 def spend_day(engine: Engine, questions: list[Question], scenario: Scenario) -> None:
-    """Let everything happen to an engine, and look at all answers."""
+    """Run a scenario on an engine, and check all answers, the failures and the memory."""
     visitors = [Visitor(engine, questions[visit.question], visit) for visit in scenario.visits]
     day = Day(engine, visitors, scenario)
     day.run()
@@ -379,7 +384,7 @@ def test_whatever_happens_each_answer_is_the_one_alone(
             for module in (engine_module, kv_cache, prefix_cache):
                 patch.setattr(module, "STEP", scenario.room)
             patch.setattr(engine_module, "PIECE", scenario.piece)
-            for module in (engine_module, generation_module):  # pytest would keep what is logged, and that what failed
+            for module in (engine_module, generation_module):  # pytest keeps log records, and these keep tensors
                 patch.setattr(module.logger, "disabled", True)
             with nothing_stays():
                 live(scenario)

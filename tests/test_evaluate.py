@@ -1,4 +1,4 @@
-"""`python -m deepseek_vl.train.evaluate`: the parrot is asked what it has learnt, and some of what it has not."""
+"""`python -m deepseek_vl.train.evaluate`: the parrot answers questions that it has learnt, and some that it has not."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def records(directory: Path) -> list[dict[str, Any]]:
 
 
 def answer(expected: str, said: str, type: str | None = "answer") -> EvaluatedAnswer:
-    """An answer as if a model had given it."""
+    """An `EvaluatedAnswer`, as if a model had said it."""
     return EvaluatedAnswer("file.jsonl:1", "What?", expected, said, type, expected == said)
 
 
@@ -356,7 +356,7 @@ def test_confusion_without_words_taken_for_others() -> None:
 
 
 def test_plots(tmp_path: Path) -> None:
-    """Whatever is said can be drawn; with nothing wrong there is the bar chart only."""
+    """Answers with any characters can be drawn; without wrong answers there is only the bar chart."""
     odd = ["$x^$", "\\frac", "世界", "🙂", "w" * 300, "\x07", "100%", "{}"]
     cases = {
         "right": [answer("a", "a", name) for name in ("x", "$\\odd$ " * 9)],

@@ -1,4 +1,4 @@
-"""The model as a graph: torch.export, torch.compile without breaks, and ONNX of what encodes images."""
+"""The model as a graph: torch.export, torch.compile without graph breaks, and ONNX of tower and projector."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ TEXTS = [f"{IMAGE_TAG}What is this? {IMAGE_TAG}", f"{IMAGE_TAG}And this?"]
 
 
 def prepared(name: str, checkpoint: Path, pictures: list[Image.Image]) -> tuple[torch.nn.Module, dict[str, Any], dict]:
-    """A model, a batch of two and one pictures, and another of the same shape."""
+    """A model, a batch of two rows with two and one pictures, and another batch of the same shape."""
     if name == "DeepseekVL":
         model = DeepseekVLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
         processor = DeepseekVLProcessor.from_pretrained(checkpoint)
@@ -55,7 +55,7 @@ def prepared(name: str, checkpoint: Path, pictures: list[Image.Image]) -> tuple[
 
 @pytest.mark.parametrize("name", ["masks", "mm_token_type_ids", "DeepseekVL"])
 def test_the_whole_model_is_exported(checkpoint, pictures, name):
-    """For a number of pictures that is fixed; rows may differ in theirs."""
+    """The exported program takes a fixed number of pictures, which may be divided unequally among rows."""
     model, batch, other = prepared(name, checkpoint, pictures)
     with torch.no_grad():
         program = torch.export.export(model, (), batch, strict=False)
@@ -77,7 +77,7 @@ def test_the_forward_pass_compiles_into_one_graph(checkpoint, pictures, name):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "hybrid"])
 def test_what_load_pretrained_model_gives_compiles_too(request, kind, pictures):
-    """With the kernels for this processor, by the default backend, and with gradients."""
+    """The model with the kernels for this processor compiles with the default backend, and has gradients."""
     checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
     _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
     batch = dict(processor(text=TEXTS, images=pictures[:3]), use_cache=False)
@@ -93,7 +93,7 @@ def test_what_load_pretrained_model_gives_compiles_too(request, kind, pictures):
 
 
 def test_onnx_of_tower_and_projector(checkpoint, pictures, tmp_path, monkeypatch):
-    """As `docs/engines.md` shows it."""
+    """The snippet of `docs/engines.md` runs, and ONNX Runtime computes the same features."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
     chapter = (ROOT / "docs/engines.md").read_text(encoding="utf-8").split("\n## Graphs")[1]

@@ -1,4 +1,4 @@
-"""Pictures as vectors."""
+"""`embed_images`: pictures as vectors."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_attention_is_what_siglip_itself_pools_to(
 ) -> None:
     vectors = embed_images(own_model, processor, picture_files, "attention")
     siglip = getattr(own_model.vision_model, "vision_tower_low", own_model.vision_model).vision_tower
-    siglip.ignore_head = False  # the network then ends in its own head
+    siglip.ignore_head = False  # the tower then returns the pooled output of its head
     images = processor.image_processor([load_image(file) for file in picture_files], return_tensors="pt")
     with torch.no_grad():
         pooled = own_model.vision_model(images["pixel_values"])

@@ -37,11 +37,11 @@ from deepseek_vl.utils.io import load_pretrained_model
 
 ID = "some-owner/some-model"
 QUICK = HUB_SECONDS + 5
-"""Seconds within which it is said that there is no Hub; huggingface_hub and transformers alone need 24 to 40."""
+"""Seconds within which an unreachable Hub is reported; huggingface_hub and transformers alone need 24 to 40."""
 
 
 class Hub(ThreadingHTTPServer):
-    """What of the Hub's interface downloads use, for models whose revisions are directories here."""
+    """A server with the part of the Hub's interface that downloads use; a model's revisions are local directories."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -111,13 +111,13 @@ def etag_of(path: Path) -> str:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Downloads are allowed, to an empty cache."""
+    """Allow downloads, into an empty cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the environment variable HF_ENDPOINT does before huggingface_hub is imported."""
+    """Direct downloads to an address, as HF_ENDPOINT does if it is set before huggingface_hub is imported."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -125,7 +125,7 @@ def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(online: None, monkeypatch: pytest.MonkeyPatch, siglip_checkpoint: Path) -> Iterator[Hub]:
-    """A Hub that has the miniature model."""
+    """A Hub with the miniature model as its only one."""
     with Hub() as server:
         server.revisions["main"] = siglip_checkpoint
         point_to(server.url, monkeypatch)
@@ -136,7 +136,7 @@ def hub(online: None, monkeypatch: pytest.MonkeyPatch, siglip_checkpoint: Path) 
 
 @pytest.fixture(params=["nobody listens", "nobody answers"])
 def no_hub(request: pytest.FixtureRequest, online: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An address where no connection is accepted, or where nothing follows."""
+    """A Hub's address that refuses connections, or accepts them and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         point_to(f"http://127.0.0.1:{listener.getsockname()[1]}", monkeypatch)
         if request.param == "nobody listens":
@@ -204,7 +204,7 @@ def test_what_is_in_the_download_cache_needs_no_hub(
 
 
 def test_a_cache_that_another_program_has_filled_is_taken(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that left out what it did not need."""
+    """A cache without the weights is used for a processor; a model from it is an error that names the file."""
     import huggingface_hub
 
     huggingface_hub.snapshot_download(ID, allow_patterns=["config.json", "*tokenizer*", "*processor*"])

@@ -71,14 +71,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=600)
     before, peak = map(int, result.stdout.split())
-    assert peak - before < 2 * 102400 * 2048 * 2 < 1e9  # two of the largest, far less than a file
+    assert peak - before < 2 * 102400 * 2048 * 2 < 1e9  # two of the largest tensors, far less than a shard
 
 
 @pytest.mark.parametrize(("size", "kind"), [("1.3b", "siglip"), pytest.param("7b", "hybrid", marks=pytest.mark.long)])
 def test_transformers_own_class_agrees_at_full_width(
     size: str, kind: str, published_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """Whole towers and projectors, and two layers of the language model."""
+    """transformers' own class computes the same, with whole towers and two layers of the language model."""
     reference, exported = tmp_path / "reference", tmp_path / "exported"
     write_random_checkpoint(size, str(published_tokenizer_dir), str(reference), language_layers=2)
     convert(reference, exported, "transformers")

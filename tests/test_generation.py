@@ -1,4 +1,4 @@
-"""`MultiModalityCausalLM.generate` and the language model's, with real checkpoints on disk."""
+"""`generate` of `MultiModalityCausalLM` and of its language model, with real checkpoints on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,14 @@ def test_generate_takes_ids_by_position_and_embeddings(model):
 
 @torch.no_grad()
 def test_generation_stops_at_the_tokenizer_s_end_token(own_model, processor, make_batch):
-    """The language config's own eos is Llama's 2. Row 0 ends at once, row 1 goes on."""
+    """The end token is the tokenizer's, not the language config's (Llama's 2): row 0 ends at once, row 1 goes on."""
     batch = make_batch(1, 0)
     eos, other = processor.tokenizer.eos_token_id, 77
     assert own_model.config.language_config.eos_token_id != eos
     last = own_model(**batch_with_positions(batch), output_hidden_states=True).hidden_states[-1][:, -1]
     last = F.normalize(last, dim=-1)
     own_model.language_model.lm_head.weight.zero_()
-    own_model.language_model.lm_head.weight[eos] = last[0]  # each row's own direction wins
+    own_model.language_model.lm_head.weight[eos] = last[0]  # each row chooses its own token
     own_model.language_model.lm_head.weight[other] = last[1]
     for answers in (
         own_model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch.input_ids.shape[1] :],
@@ -114,7 +114,7 @@ def test_negative_ids_with_a_repetition_penalty(siglip_checkpoint):
 
 
 def test_an_answer_may_go_on_behind_the_last_position(siglip_checkpoint: Path) -> None:
-    """Only the prompt has to fit: that is transformers' own rule."""
+    """Only the prompt has to fit into the context, as in transformers."""
     model = MultiModalityCausalLM.from_pretrained(str(siglip_checkpoint), dtype=torch.float32)
     model.config.language_config.max_position_embeddings = 12
     ids = torch.arange(10)[None]

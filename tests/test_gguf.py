@@ -1,4 +1,4 @@
-"""Checkpoints as llama.cpp's files, read back by llama.cpp's own library for them."""
+"""Checkpoints converted to GGUF, read back by llama.cpp's own `gguf` package."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TINY = ROOT / "deepseek_vl" / "bundled" / "tiny"
 
 
 def export(source: Path, destination: Path, *arguments: str) -> dict[str, Any]:
-    """The files' readers, by the files' names."""
+    """Convert a checkpoint to GGUF; returns readers of the files by name."""
     assert main([str(source), str(destination), "--to", "gguf", *arguments]) == 0
     return {file.name: gguf.GGUFReader(file) for file in sorted(destination.iterdir())}
 
@@ -36,7 +36,7 @@ def numbers(reader: Any) -> dict[str, np.ndarray]:
 
 
 def said(reader: Any) -> dict[str, Any]:
-    """What a file says of its model."""
+    """The metadata of a file."""
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
@@ -62,7 +62,7 @@ def test_every_number_is_where_llama_cpp_looks_for_it(files: dict[str, Any]) -> 
     for letter in "qk":
         ours = weights[f"language_model.model.layers.1.self_attn.{letter}_proj.weight"]
         theirs = language[f"blk.1.attn_{letter}.weight"]
-        for head in range(heads):  # transformers turns a pair of halves, llama.cpp one of neighbours
+        for head in range(heads):  # rotary embedding: transformers pairs i with i + 32, llama.cpp pairs neighbours
             first = head * head_dim
             np.testing.assert_array_equal(theirs[first : first + head_dim : 2], ours[first : first + 32])
             np.testing.assert_array_equal(theirs[first + 1 : first + head_dim : 2], ours[first + 32 : first + 64])
@@ -116,7 +116,7 @@ def test_only_another_tokenizer_than_the_published_one_is_warned_of(
 
 
 def test_the_chat_template_gives_our_prompt(files: dict[str, Any]) -> None:
-    """Also with pictures as llama.cpp's server names them: parts of another type, whose text is a marker."""
+    """The template takes pictures as llama.cpp's server gives them: `media_marker` parts, whose text is a marker."""
     template = said(files["model-f16.gguf"])["tokenizer.chat_template"]
     processor = VLChatProcessor.from_pretrained("tiny")
     parts = [{"type": "media_marker", "text": "<__media__>"}, {"type": "text", "text": "What is this?"}]
@@ -169,7 +169,7 @@ def test_the_hybrid_has_its_language_model_only(
 
 
 def changed(source: Path, directory: Path, change: Any) -> Path:
-    """A copy of a checkpoint, changed by a function of its config and weights."""
+    """A copy of a checkpoint, after `change(config, weights)`."""
     shutil.copytree(source, directory)
     config, weights = directory / "config.json", directory / "model.safetensors"
     settings, tensors = json.loads(config.read_text()), load_file(weights)
@@ -233,7 +233,7 @@ def test_linear_scaling_is_said(tmp_path: Path) -> None:
 
 
 def test_what_a_config_leaves_out_is_llamas_default(tmp_path: Path) -> None:
-    """The published 7B's config names neither heads nor widths."""
+    """Missing keys, as the numbers of heads in the published 7B's config, have Llama's defaults."""
 
     def shorten(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         language = config["language_config"]

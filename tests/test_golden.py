@@ -83,7 +83,7 @@ def process(processor: VLChatProcessor, prompt: dict[str, Any]) -> Any:
 
 
 def runs(mask: torch.Tensor) -> list[list[int]]:
-    """[start, length] of each run of True values, those of adjacent images told apart by the caller."""
+    """[start, length] of each run of True values; adjacent images are one run."""
     edges = torch.diff(mask.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten().tolist()
     return [[start, end - start] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -140,7 +140,7 @@ def test_model(
     assert top.indices.tolist() == expected["top20_ids"]
     np.testing.assert_allclose(top.values, expected["top20_logits"], atol=2e-3, rtol=0)
 
-    # The reference's way, with the tokens its callers pass ...
+    # As callers of the reference do, with the token ids they pass.
     tokenizer = processor.tokenizer
     answer = model.language_model.generate(
         inputs_embeds=embeds,
@@ -153,7 +153,7 @@ def test_model(
         use_cache=True,
     )
     assert answer.tolist() == expected["greedy"]
-    # ... and straight from the processor's output.
+    # Directly from the processor's output.
     whole = model.generate(**batch, max_new_tokens=16, do_sample=False)
     assert whole[:, batch.input_ids.shape[1] :].tolist() == expected["greedy"]
 

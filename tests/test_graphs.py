@@ -1,4 +1,4 @@
-"""Steps on GPUs: attention over rows by Triton, which its interpreter runs here, and CUDA graphs, which need a GPU."""
+"""Decoding steps on GPUs: attention over rows in Triton, also in its interpreter, and CUDA graphs (GPU only)."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def check_attention(device: str, heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> None:
-    """Rows of many lengths, the last of which share their memory, against PyTorch's attention in float64."""
+    """Compare `attend_rows` with PyTorch's attention in float64; the last rows share their keys and values."""
     torch.manual_seed(0)
     rows, shared = len(lengths), 3
     keys, values = (
@@ -70,12 +70,12 @@ def test_rows_attend_to_what_they_hold_on_a_gpu(case: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def on_gpu(checkpoint: Path) -> Loaded:
-    """Each kind of model with random weights."""
+    """(tokenizer, model, processor) of each kind on the GPU, with random weights in float32."""
     return load_model(str(checkpoint), device="cuda", dtype="float32")
 
 
 def answers(loaded: Loaded, step: Step | None, runs_ahead: bool, tmp_path: Path) -> list[list[int]]:
-    """Those of a day: alone and together, to text and pictures, and to a second question each."""
+    """The ids of an engine's answers: one alone, nine together, some with pictures, and a second turn of each."""
     tokenizer, model, processor = loaded
     engine = Engine(model, tokenizer, EngineLimits(max_rows=5))
     engine.runs_ahead = runs_ahead
@@ -137,7 +137,7 @@ def test_changed_weights_are_not_answered_from_old_graphs(checkpoint: Path, tmp_
 
 @needs_gpu
 def test_what_no_graph_can_hold_runs_without(on_gpu: Loaded, tmp_path: Path) -> None:
-    """A hook that waits for the GPU cannot be captured."""
+    """A model that a graph cannot capture (a hook synchronises with the GPU) runs without graphs."""
     expected = answers(on_gpu, Step(), False, tmp_path)
     step = GraphedStep(on_gpu[1].language_model)
     layer = on_gpu[1].language_model.model.layers[0].mlp

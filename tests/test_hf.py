@@ -1,4 +1,4 @@
-"""transformers' interface: the seed's example, both layouts, the stock classes as judges, and transformers' habits."""
+"""transformers' interface: its documented example, both layouts, its own classes' outputs, and its conventions."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def prepared(processor: DeepseekVLProcessor, conversation: Any, **kwargs: Any) -
 
 
 def test_the_seeds_example(tiny_exported: Path) -> None:
-    """As documented for transformers, but for the import line, the model's path and the picture."""
+    """transformers' documented example runs with another import line, model path and picture."""
     model_id = str(tiny_exported)
     messages = [
         {
@@ -102,7 +102,7 @@ def test_the_bundled_model_by_name_and_in_the_other_layout(name: str, request: p
 
 
 def test_it_computes_what_the_reference_does(directory: Path, reference: Path, picture: Path) -> None:
-    """From the same pictures to the same logits and tokens, whichever face and whichever layout."""
+    """Both interfaces give the same logits and tokens for the same pictures, from either layout."""
     pictures = [Image.open(picture), Image.open(make_picture(picture.with_name("b.png"), (31, 77), 1))]
     ours = DeepseekVLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     processor = DeepseekVLProcessor.from_pretrained(directory)
@@ -139,7 +139,7 @@ def test_saved_it_is_in_transformers_layout_and_the_same(directory: Path, kind: 
     again = DeepseekVLForConditionalGeneration.from_pretrained(tmp_path)
     for name, weight in model.state_dict().items():
         if "layer_norm" in name and name.count(".") == 3 and kind == "hybrid":
-            continue  # no forward pass uses the hybrid tower's own norms, and this layout has no place for them
+            continue  # the hybrid tower's norms are unused, and this layout has no place for them
         assert torch.equal(again.state_dict()[name], weight), name
     _, info = STOCK[kind].from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -207,7 +207,7 @@ def test_beams_and_samples_keep_every_rows_own_images(exported: Path, reference:
     rows = [asking("Hello."), asking("What?", pictures[0]), asking("And of these?", *pictures)]
     batch = prepared(processor, rows)
     prompt = batch["input_ids"].shape[1]
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}  # short, before rounding parts equal beams
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}  # few: rounding can part equal beams
     for more in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}):
         together = model.generate(**batch, **options, **more)[:, prompt:]
         each = [prepared(processor, row) for row in rows]
@@ -216,7 +216,7 @@ def test_beams_and_samples_keep_every_rows_own_images(exported: Path, reference:
 
 
 def test_the_loss_of_a_part_of_a_batch_is_its_share_of_the_whole(exported: Path, picture: Path) -> None:
-    """As Trainer needs it for gradient accumulation."""
+    """`num_items_in_batch` scales the loss, as `Trainer` needs for gradient accumulation."""
     inputs = prepared(DeepseekVLProcessor.from_pretrained(exported), asking("What?", Image.open(picture)))
     model = DeepseekVLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_the_loss_of_a_part_of_a_batch_is_its_share_of_the_whole(exported: Path,
 
 
 def test_weights_that_the_layout_has_no_place_for_are_not_lost(exported: Path, tmp_path: Path) -> None:
-    """peft puts the adapter in: transformers 5.24's own `add_adapter` asks for a version of peft yet to come."""
+    """Saving refuses adapter weights (injected by peft: transformers 5.24's `add_adapter` needs an unreleased peft)."""
     peft = pytest.importorskip("peft")
 
     model = DeepseekVLForConditionalGeneration.from_pretrained(exported)
@@ -258,7 +258,7 @@ def test_a_cache_has_two_names(exported: Path, name: str, recwarn: pytest.Warnin
 
 
 def test_pixels_are_on_the_device_that_is_asked_for(exported: Path, picture: Path) -> None:
-    """`meta` stands for a device that a CPU-only machine does not have."""
+    """`meta` stands for a GPU."""
     processor = DeepseekVLImageProcessorFast.from_pretrained(exported)
     tensor = torch.tensor(np.asarray(Image.open(picture).convert("RGB")))
     assert all(pixels.device.type == "cpu" for pixels in processor(tensor).values())
@@ -269,7 +269,7 @@ def test_everything_learns_until_it_is_frozen(exported: Path) -> None:
     loaded = DeepseekVLForConditionalGeneration.from_pretrained(exported)
     for model in (loaded, DeepseekVLForConditionalGeneration(loaded.config)):
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        unused = ("attn_pool.", "high_layer_norm.", "low_layer_norm.")  # by any forward pass
+        unused = ("attn_pool.", "high_layer_norm.", "low_layer_norm.")  # no forward pass uses these
         assert frozen and all(any(part in name for part in unused) for name in frozen)
         assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
 
@@ -349,7 +349,7 @@ def test_arrays_and_tensors_are_images_too(processor_class: type, exported: Path
 
 @pytest.mark.parametrize("first", ["import deepseek_vl.models", "from deepseek_vl import load_pil_images"])
 def test_auto_classes_and_the_pipeline_open_the_published_layout(first: str) -> None:
-    """After `deepseek_vl.models` is imported, or any name that the package exports."""
+    """Importing `deepseek_vl.models`, or any name that the package exports, registers the Auto classes."""
     code = f"""
 import transformers
 {first}
@@ -397,7 +397,7 @@ def test_errors(exported: Path, kind: str, picture: Path) -> None:
 
 
 def test_a_config_from_nothing_is_a_model_that_learns() -> None:
-    """As transformers' own tests make theirs: from sizes alone."""
+    """A config can be made from sizes alone, as in transformers' own tests."""
     config = DeepseekVLConfig(
         text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
                      "vocab_size": 99},
@@ -414,7 +414,7 @@ def test_a_config_from_nothing_is_a_model_that_learns() -> None:
 
 
 def test_trainer_goes_on_from_its_checkpoints_and_ends_with_the_best(exported: Path, tmp_path: Path) -> None:
-    """`Trainer` itself loads what `save_pretrained` wrote, under the file's names."""
+    """`Trainer` loads the files of `save_pretrained` itself, by the names of weights in the file."""
     texts = [{"input_ids": torch.tensor([5, 6, 7, row]), "labels": torch.tensor([5, 6, 7, row])} for row in range(4)]
 
     def trainer(steps: int) -> Trainer:
@@ -428,7 +428,7 @@ def test_trainer_goes_on_from_its_checkpoints_and_ends_with_the_best(exported: P
             eval_strategy="steps",
             eval_steps=1,
             load_best_model_at_end=True,
-            greater_is_better=True,  # so that the best is the first
+            greater_is_better=True,  # the first checkpoint, with the highest loss, is the best
             report_to="none",
             use_cpu=True,
         )

@@ -66,7 +66,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def plain_square(image: Image.Image, image_size: int, min_size: int, background: tuple[int, int, int]) -> np.ndarray:
-    """What `resize` has to give, written down step by step: uint8 [3, S, S]."""
+    """The expected output of `resize`, computed step by step: uint8 [3, S, S]."""
     width, height = image.size
     longer = max(width, height)
     new_width = max(int(width / longer * image_size), min_size)
@@ -79,7 +79,7 @@ def plain_square(image: Image.Image, image_size: int, min_size: int, background:
 
 
 def white_box(processor: VLMImageProcessor, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of where a white image of (width, height) ends up on the square."""
+    """(left, top, right, bottom) of a white image of (width, height) on the square."""
     white = (processor.resize(Image.new("RGB", size, WHITE)) == 255).all(0)
     rows, columns = white.any(1).nonzero()[0], white.any(0).nonzero()[0]
     assert white.sum() == len(rows) * len(columns)  # one full rectangle
@@ -308,7 +308,7 @@ def test_pixels_are_rescaled_and_normalised_only_if_asked(name):
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([8, 14, 33]), st.sampled_from(sorted(PUBLISHED)))
 def test_pixels_are_bit_for_bit_the_plain_computation(width, height, image_size, name):
-    """Also on the background, where the two sides of it differ by a pixel, and where `min_size` exceeds the square."""
+    """Includes the background, borders that differ by a pixel, and squares smaller than `min_size`."""
     file = PUBLISHED[name]
     processor = VLMImageProcessor(**{**file, "image_size": image_size})
     image = noise((width, height))

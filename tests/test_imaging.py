@@ -1,4 +1,4 @@
-"""Pictures of strangers: checked by their header, decoded in a process of their own, shrunk with the same pixels."""
+"""Untrusted pictures: headers are checked, decoding runs in another process, and resizing gives the same pixels."""
 
 import base64
 import contextlib
@@ -92,7 +92,7 @@ def test_a_picture_that_takes_too_long_is_given_up() -> None:
     with pytest.raises(ImageLoadError, match="more than 1 seconds"):
         decoder.decode(slow_jpeg(), SQUARE)
     assert time.monotonic() - begun < 8
-    assert decoder.decode(FILES["bmp"], SQUARE).size == (384, 384)  # another process does the next
+    assert decoder.decode(FILES["bmp"], SQUARE).size == (384, 384)  # a new process decodes the next picture
     decoder.close()
     assert no_child_is_busy()
 
@@ -134,7 +134,7 @@ def test_who_waits_for_a_place_can_leave() -> None:
 
 
 def memory_of_decoders() -> int:
-    """Of those that have started: before that a process shares its parent's memory."""
+    """The resident memory of all decoders in bytes, except of forks that still share their parent's memory."""
     total = 0
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -144,7 +144,7 @@ def memory_of_decoders() -> int:
 
 
 def test_memory_is_bounded_and_comes_back() -> None:
-    """Six pictures of 40 million pixels, in 2 KB each: a few at a time, and no process that keeps what it took."""
+    """Six pictures of 40 million pixels in 2 KB each: few are decoded at a time, and their memory is freed."""
     data = saved(Image.new("RGB", (6320, 6320)), "WEBP", lossless=True)
     assert len(data) < 3000
     decoder = PictureDecoder(replace(PICTURES, seconds=60))
@@ -163,7 +163,7 @@ def test_memory_is_bounded_and_comes_back() -> None:
 
 
 def test_ordinary_pictures_take_one_process() -> None:
-    """However much memory the process that started it has: the tests' own has more than a decoder may keep."""
+    """The decoder's limit does not count its parent's memory, of which this test has more than a decoder may keep."""
     ballast = np.ones(300 << 20, dtype=np.uint8)
     decoder = PictureDecoder(PICTURES)
     before = set(psutil.Process().children())
@@ -215,7 +215,7 @@ def test_libraries_noise_stays_away(decoder: PictureDecoder, capfd: pytest.Captu
 
 
 def no_child_is_busy() -> bool:
-    """Whether the processes below this one use no processor."""
+    """Whether this process's children use no CPU time."""
     children = psutil.Process().children()
     used = [sum(child.cpu_times()[:2]) for child in children]
     time.sleep(0.5)

@@ -44,18 +44,18 @@ def parrot(parrot_checkpoint: Path) -> Loaded:
 
 
 def ask(parrot: Loaded, question: str, *images: Image.Image, **settings: Any) -> AnswerStream:
-    """A stream of the parrot's answer."""
+    """The stream of the parrot's answer to a question."""
     _, model, processor = parrot
     return stream_answer(model, processor, messages_of(question, *images), GenerationSettings(**settings))
 
 
 def generating_threads() -> list[threading.Thread]:
-    """The engine's threads that still run."""
+    """The threads of engines that are running."""
     return [thread for thread in threading.enumerate() if thread.name == "deepseek_vl-generate"]
 
 
 def wait_until_idle(seconds: float = 5.0) -> None:
-    """Fail unless no generation runs any more within some seconds."""
+    """Wait until no generation is running; fail after some seconds."""
     wait_until(lambda: not generating_threads(), seconds)
 
 
@@ -219,7 +219,7 @@ def test_sampling_follows_the_seed(checkpoint: Path) -> None:
 
     assert sample(1, temperature=1.0) == sample(1, temperature=1.0)
     assert sample(1, temperature=1.0) != sample(2, temperature=1.0)
-    # So small a nucleus, and greedy decoding, leave no choice.
+    # A nucleus of one token is the same as greedy decoding.
     assert sample(1, temperature=1.0, top_p=0.0, repetition_penalty=1.0) == sample(2, temperature=0.0)
 
 
@@ -455,7 +455,7 @@ def test_images_without_a_tag_are_put_in_front() -> None:
 
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(siglip_checkpoint: Path, picture: Path) -> None:
-    """A context of 1024 positions: turns of about 170 tokens and an image each."""
+    """The context has 1024 positions; each turn takes about 170 and an image."""
     tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
     session = ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=4))
     answered = 0
@@ -520,7 +520,7 @@ def test_old_turns_are_left_out_beyond_the_history_wanted(session: ChatSession, 
     session.max_history_tokens = session.count_tokens([{"role": "User", "content": "Greet me."}])
     assert "".join(session.ask("Greet me.")).strip() == PARROT_ANSWERS["Greet me."]
     assert session.dropped_turns == 2
-    assert len(session.messages) == 6  # they are left out, not lost
+    assert len(session.messages) == 6  # they are left out of the prompt, but kept
 
 
 def test_a_saved_session_is_training_data_and_goes_on(
@@ -598,7 +598,7 @@ def test_other_data_are_not_overwritten(session: ChatSession, tmp_path: Path) ->
 
 
 def test_a_session_can_be_stopped_from_another_thread(session: ChatSession) -> None:
-    session.stop()  # nothing runs: nothing happens
+    session.stop()  # does nothing while no answer runs
     pieces = session.ask("Sing.")
     next(pieces)
     threading.Thread(target=session.stop).start()

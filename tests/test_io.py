@@ -1,4 +1,4 @@
-"""Images, JSON files and checkpoints in, and what is said when they cannot be read."""
+"""Loading of images, JSON files and checkpoints, and the errors when they cannot be read."""
 
 import io
 import json
@@ -128,7 +128,7 @@ def test_exif_orientation_is_applied_to_every_kind_of_file(tmp_path, kind):
 
 
 def test_exif_orientation_is_not_applied_to_a_pil_image(tmp_path):
-    """Whoever opened it may have turned it already."""
+    """A PIL image is taken as it is: the caller may have turned it already."""
     with Image.open(make_turned_picture(tmp_path / "turned.png", 6)) as opened:
         loaded = load_one(opened)
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(opened))
@@ -139,7 +139,7 @@ def test_exif_orientation_is_not_applied_to_a_pil_image(tmp_path):
 
 
 def write_broken(kind: str, directory: Path) -> Path:
-    """A path at which there is no good image."""
+    """Write something that cannot be read as an image; returns its path."""
     path = directory / f"broken {kind}.{'jpg' if 'JPEG' in kind else 'png'}"
     if kind == "directory":
         path.mkdir()
@@ -341,7 +341,7 @@ def test_a_checkpoint_gives_tokenizer_processor_and_model(checkpoint, as_type, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_loaded_model_does_not_change_with_its_files(siglip_checkpoint, tmp_path, dtype):
-    """Weights are read through a memory map, of which none may be left in the model."""
+    """Weights are read through a memory map, and none of the model's may still be in it."""
     shutil.copytree(siglip_checkpoint, tmp_path, dirs_exist_ok=True)
     _, _, model = load_pretrained_model(tmp_path, device="cpu", dtype=dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -365,7 +365,7 @@ def test_the_home_directory_is_expanded_in_a_checkpoints_path(siglip_checkpoint,
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No attempt to reach the Hub, which would be repeated for half a minute."""
+    """Disable access to the Hub, whose retries would take half a minute."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -408,7 +408,7 @@ def test_a_config_that_is_no_json_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises((OSError, ValueError), match="JSON") as caught:
         load_pretrained_model(tmp_path, device="cpu")
     assert str(tmp_path / "config.json") in str(caught.value)
-    assert "not a directory" not in str(caught.value)  # it is one
+    assert "not a directory" not in str(caught.value)  # the directory exists
 
 
 @pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer.json", "model.safetensors"])

@@ -1,4 +1,4 @@
-"""Which kernels compute on the CPU, and that they give what the plain ones do."""
+"""The CPU's kernels: which one is chosen, and that they agree with PyTorch's own."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 def widen(model: MultiModalityCausalLM) -> None:
-    """Have a model multiply and attend in float32, whatever the processor."""
+    """Make a model multiply and attend in float32 (`widening`), whatever the processor."""
     replace_layers(model, "widening")
     model.language_model.set_attn_implementation(ATTENTION["widening", "widening"])
 
@@ -78,7 +78,7 @@ def test_a_widening_model_is_nearer_to_float32_than_a_plain_one(
     model = tiny_in(dtype)
     plain = error(logits_of(model, tiny_prompt), tiny_logits)
     widen(model)
-    assert error(logits_of(model, tiny_prompt), tiny_logits) <= 1.5 * plain  # how roundings add up in one model is luck
+    assert error(logits_of(model, tiny_prompt), tiny_logits) <= 1.5 * plain  # errors add up by chance in one model
 
 
 @NARROW
@@ -158,7 +158,7 @@ def test_a_model_of_onednns_products_answers_as_a_plain_one(
 
 @NARROW
 def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
-    """Each in memory of its own, which serves in inference mode as well as without gradients."""
+    """Each thread has its own buffer, which works in inference mode and in `no_grad`."""
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(64 * size, 3000, bias=False) for size in range(1, 5)).to(dtype)
     replace_layers(layers, "widening")
@@ -180,7 +180,7 @@ def test_threads_widen_weights_at_the_same_time(dtype: torch.dtype) -> None:
 
 Fake = Callable[[str], None]
 KINDS = {
-    # kind: machine, vendor, what PyTorch says of it; float32, bfloat16 and float16 products, few queries, int8's inputs
+    # name: machine, vendor, its features; kernels of float32, bfloat16 and float16 products, of few queries, of int8
     "Xeon, AVX2": ("x86_64", "GenuineIntel", "avx2", "plain widening widening plain fbgemm-7-bit"),
     "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "avx2 vnni", "plain widening widening plain onednn"),
     "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx2 avx512 vnni bf16", "plain widening widening plain onednn"),
@@ -211,7 +211,7 @@ KINDS = {
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    """Makes this processor one of the `KINDS`, for as long as the test runs."""
+    """A function that makes this processor look like one of the `KINDS` during the test."""
 
     def become(kind: str, has_onednn: bool = True) -> None:
         machine, vendor, told, _ = KINDS[kind]
@@ -283,7 +283,7 @@ def test_without_vnni_inputs_have_seven_bits(kind: str, sum_of_inputs: float, fa
     fake(kind)
     linear = nn.Linear(16, 8, bias=False)
     linear.weight.fill_(1.0)
-    inputs = torch.tensor([[1.0, 1 / 127] + [0.0] * 14])  # the second is not half of one of 63 steps
+    inputs = torch.tensor([[1.0, 1 / 127] + [0.0] * 14])  # the second is less than half of one of 63 steps
     torch.testing.assert_close(Int8Linear(linear)(inputs), torch.full((1, 8), sum_of_inputs))
 
 
@@ -360,7 +360,7 @@ def test_attention_is_in_float32_where_that_is_asked_for(dtype: torch.dtype, few
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @torch.inference_mode()
 def test_attention_in_float32_is_as_exact_as_the_plain_one(dtype: torch.dtype, masks: int, queries: int) -> None:
-    """With fewer heads of keys than of queries, and so many keys that not all heads are widened at once."""
+    """There are fewer key heads than query heads, and so many keys that heads are widened in several parts."""
     torch.manual_seed(0)
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = 2, True

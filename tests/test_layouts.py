@@ -1,4 +1,4 @@
-"""Both layouts of a checkpoint, with transformers' own `deepseek_vl` classes as the judge of theirs."""
+"""Both layouts of a checkpoint; transformers' own `deepseek_vl` classes must read and agree with theirs."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", 
 
 
 def batches(processor: VLChatProcessor, tmp_path: Path) -> dict[str, Any]:
-    """One row, and three of different lengths with none, one and two images."""
+    """A batch of one row, and one of three rows of different lengths with none, one and two images."""
     first, second = (
         Image.open(make_picture(tmp_path / f"{seed}.png", size, seed)) for seed, size in enumerate([(90, 60), (31, 77)])
     )
@@ -40,7 +40,7 @@ def batches(processor: VLChatProcessor, tmp_path: Path) -> dict[str, Any]:
 
 
 def agree(ours: MultiModalityCausalLM, stock: Any, processor: VLChatProcessor, tmp_path: Path) -> None:
-    """The same logits, and the same 32 greedy tokens, alone and in a batch."""
+    """Assert that two models give the same logits and the same 32 greedy tokens, for one row and for a batch."""
     for batch in batches(processor, tmp_path).values():
         theirs = stock_inputs(ours, batch)
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_what_we_export_is_the_same_model_in_transformers(
 
 
 def test_what_transformers_saves_is_the_same_model_here(kind: str, exported: Path, tmp_path: Path) -> None:
-    """Its own config, weights and processor files, from random weights of its own."""
+    """A checkpoint that transformers saves (config, weights, processor) loads here, and computes the same."""
     torch.manual_seed(1)
     config = transformers.AutoConfig.from_pretrained(exported)
     stock = STOCK[kind](config).eval()
@@ -106,7 +106,7 @@ model.generate(**inputs, max_new_tokens=3)
 
 
 def test_the_newer_names_of_transformers_are_read_too(exported: Path, reference: Path, tmp_path: Path) -> None:
-    """Its newer versions write the SigLIP tower one level higher; all versions read what we write."""
+    """Newer versions of transformers write SigLIP's names with one level less; all versions read the names we write."""
     copy(exported, tmp_path / "newer")
     weights = load_file(exported / "model.safetensors")
     assert any("vision_model.vision_model." in name for name in weights)
@@ -207,7 +207,7 @@ def test_files_of_several_dtypes_are_read_as_they_were(reference: Path, tmp_path
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_torch_files_are_converted_as_they_are_loaded(reference: Path, tmp_path: Path, shards: int) -> None:
-    """Alone, or several and their index; to the files that safetensors give."""
+    """One `.bin` file, or several with an index, convert to the same files as safetensors do."""
     source = tmp_path / "source"
     copy(reference, source)
     (source / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Our GGUF files in llama.cpp itself, an oracle that we did not write.
+"""Our GGUF files in llama.cpp itself, compared with our own model.
 
 Needs the package llama-cpp-python, which takes a quarter of an hour to build: `pip install llama-cpp-python==0.3.36`,
 then `python -m pytest -m "long or not long" tests/test_llama_cpp.py`.
@@ -34,7 +34,7 @@ pytest.importorskip("gguf")
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[ModuleType]:
-    """The benchmarks' own way to llama.cpp."""
+    """The module `benchmarks/llama_cpp_peer.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield importlib.import_module("llama_cpp_peer")
@@ -42,7 +42,7 @@ def llama() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def peer(llama: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Opens our files: a function of a checkpoint and a type of weights."""
+    """A function that converts a checkpoint to GGUF with a type of weights, and opens it in llama.cpp."""
     opened = []
 
     def open_files(source: str | Path, kind: str) -> Any:
@@ -62,12 +62,12 @@ def tiny() -> Loaded:
 
 
 def squares(processor: Any, images: list[Image.Image]) -> list[np.ndarray]:
-    """Pictures as they go into the towers, uint8 [S, S, 3], so that llama.cpp has nothing to resize."""
+    """Pictures at the towers' size, uint8 [S, S, 3], so that llama.cpp does not resize them."""
     return [processor.image_processor.resize(image).transpose(1, 2, 0) for image in images]
 
 
 def our_features(model: Any, inputs: BatchedVLChatProcessorOutput) -> np.ndarray:
-    """float32 [n, N, width]."""
+    """The image features of our model: float32 [n, N, width]."""
     with torch.inference_mode():
         return model.aligner(model.vision_model(inputs.pixel_values[0])).numpy()
 
@@ -88,7 +88,7 @@ def test_image_features_are_ours(tiny: Loaded, peer: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "others"), [("f16", 2), ("q8_0", 5)])
 def test_answers_about_pictures_are_ours(kind: str, others: int, tiny: Loaded, peer: Any, llama: ModuleType) -> None:
-    """Of 145 questions about pictures by another hand all but so many have our answer, token for token."""
+    """All answers to the 145 questions of `tests/pictures` equal ours, token for token, except for at most `others`."""
     tokenizer, model, processor = tiny
     theirs = peer("tiny", kind)
     rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", processor)
@@ -109,7 +109,7 @@ def test_answers_about_pictures_are_ours(kind: str, others: int, tiny: Loaded, p
 
 
 def texts(count: int) -> list[str]:
-    """English, Chinese, code, numbers, emoji, white space, and special tokens as text, mixed."""
+    """Random mixtures of English, Chinese, code, numbers, emoji, white space, and special tokens as text."""
     sources = [
         text
         for text in (file.read_text(encoding="utf-8") for file in sorted((ROOT / "deepseek_vl").rglob("*.py")))
@@ -154,7 +154,7 @@ def test_the_published_tokenizers_ids_are_ours(
 
 @pytest.mark.long
 def test_a_random_model_of_the_published_size(published_tokenizer_dir: Path, peer: Any, tmp_path: Path) -> None:
-    """1.3B: image features, and over 200 positions the next token wherever our two best are not within rounding."""
+    """The 1.3B: image features agree, and so does the next token at 200 positions where it is no near-tie."""
     directory = tmp_path / "random"
     command = [
         sys.executable, ROOT / "benchmarks" / "random_checkpoint.py", "--size", "1.3b",

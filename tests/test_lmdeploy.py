@@ -1,7 +1,7 @@
 """The names and calls by which lmdeploy (0.18, its `vl/model/deepseek.py`) uses a package called `deepseek_vl`.
 
-It takes the processor from the package, the model from transformers' Auto class without weights, has accelerate
-load the checkpoint, and runs vision tower and projector itself. lmdeploy is not installed here; these are its calls.
+It takes the processor from the package and the model, without weights, from transformers' Auto class, loads the
+checkpoint with accelerate, and runs vision tower and projector itself. The tests repeat its calls without lmdeploy.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 
 TOGETHER = "vision_model.vision_tower_high.vision_tower."
-"""Before the names of what lmdeploy keeps on one device."""
+"""The prefix of the names of modules that lmdeploy keeps on one device."""
 
 
 def test_the_processor_has_what_is_asked_of_it(checkpoint: Path, picture: Path) -> None:

@@ -90,7 +90,7 @@ def editable(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def half_checkpoint(editable: Path) -> Path:
-    """Weights and config as published: float16, said in the language config only."""
+    """A checkpoint in float16 whose dtype is in the language config only, as published."""
     weights = {name: value.half() for name, value in weights_of(editable).items()}
     save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
     edit_config(editable, language_dtype="float16")
@@ -194,7 +194,7 @@ def test_float16_bin_files_load_as_bfloat16(editable, shards):
 
 @pytest.mark.parametrize("kind", ["siglip", "hybrid"])
 def test_an_offloaded_vision_tower_encodes(kind, request, picture, tmp_path):
-    """accelerate keeps such parameters on the meta device and brings their values when they are needed."""
+    """A tower on disk runs: accelerate keeps its parameters on the meta device and loads their values when needed."""
     directory = request.getfixturevalue(f"{kind}_checkpoint")
     processor = VLChatProcessor.from_pretrained(directory)
     pixels = processor.image_processor(Image.open(picture))["pixel_values"]
@@ -226,7 +226,7 @@ HYBRID_KEYS = [
 
 @pytest.fixture
 def edit_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """A copy of a checkpoint with its weights edited, as one safetensors or one `.bin` file."""
+    """A function that copies a checkpoint with edited weights, as one safetensors or one `.bin` file."""
 
     def edit(kind: str, file_format: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
         directory = Path(
@@ -337,7 +337,7 @@ def threads_of_a_new_thread() -> int:
 
 
 def test_loads_at_the_same_time_change_no_thread_counts_and_no_default_dtype(siglip_checkpoint):
-    """Later threads had one OpenMP thread each, when two loads had noted and set the process's number in turn."""
+    """Two loads that each save and restore the thread count would leave later threads with one OpenMP thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -358,8 +358,8 @@ def test_loads_at_the_same_time_change_no_thread_counts_and_no_default_dtype(sig
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_loading_leaves_no_threads_behind(siglip_checkpoint, tmp_path):
-    """Threads of OpenMP that are left would slow down whatever computes next in another thread."""
-    config = small_config("siglip", 40_000)  # large enough for PyTorch to divide a copy
+    """OpenMP threads that remain would slow down computation in other threads."""
+    config = small_config("siglip", 40_000)  # large enough that PyTorch copies with several threads
     model = MultiModalityCausalLM(config).half()
     shutil.copytree(siglip_checkpoint, tmp_path, dirs_exist_ok=True)
     model.save_pretrained(tmp_path)
@@ -448,5 +448,5 @@ def test_a_half_precision_clip_checkpoint_makes_a_float32_model(tmp_path):
     model = MultiModalityCausalLM(config)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).shape == (1, 4, 64)
-    model.vision_model.bfloat16()  # parts may also be given dtypes of their own
+    model.vision_model.bfloat16()  # parts may have different dtypes
     assert model.get_image_features(torch.rand(1, 3, 16, 16)).dtype == torch.float32

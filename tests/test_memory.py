@@ -1,4 +1,4 @@
-"""What the engine keeps: later turns run only what is new, images are encoded once, and answers are as from nothing."""
+"""The engine's caches: later turns run only new tokens, images are encoded once, and answers do not change."""
 
 import contextlib
 import gc
@@ -36,11 +36,11 @@ TAG = "<image_placeholder>"
 
 
 class Work:
-    """Counts what a model computes.
+    """Count what a model computes.
 
     Attributes:
-        prompts: how many positions of each prompt ran through the language model.
-        images: how many images went into the vision tower.
+        prompts: for each prompt, the number of positions that ran through the language model.
+        images: the number of images that the vision tower encoded.
     """
 
     def __init__(self, model: MultiModalityCausalLM):
@@ -75,7 +75,7 @@ class Work:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> Loaded:
-    """(tokenizer, model, processor) with random weights, so that every answer is long and another."""
+    """(tokenizer, model, processor) with random weights, so that answers are long and all differ."""
     return load_model(str(checkpoint), device="cpu", dtype="float32")
 
 
@@ -107,7 +107,7 @@ def begin(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length
 
 
 def ask(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: int = 20, **settings: Any) -> list[int]:
-    """An answer's ids; what it leaves is kept by now."""
+    """The ids of an answer, once the engine is idle and has kept the conversation."""
     generation = begin(engine, loaded, messages, length, **settings)
     assert generation.done.wait(120)
     wait_until(lambda: not engine.running, 10)
@@ -115,7 +115,7 @@ def ask(engine: Engine, loaded: Loaded, messages: list[dict[str, Any]], length: 
 
 
 def from_nothing(loaded: Loaded, messages: list[dict[str, Any]], length: int = 20) -> list[int]:
-    """What transformers' own greedy decoding gives."""
+    """The ids of an answer by transformers' own greedy decoding, without any cache from before."""
     _, model, processor = loaded
     inputs = processor(conversations=messages, images=message_images(messages))
     ids = model.generate(**inputs, max_new_tokens=length, do_sample=False)
@@ -129,7 +129,7 @@ def inputs_of(loaded: Loaded, messages: list[dict[str, Any]]) -> BatchedVLChatPr
 def next_turn(
     loaded: Loaded, messages: list[dict[str, Any]], answer: list[int], question: str, *images: Image.Image
 ) -> list[dict[str, Any]]:
-    """The conversation with an answer and one more question."""
+    """The messages with an answer, followed by another question."""
     text = loaded[0].decode(answer, skip_special_tokens=True).replace(TAG, "")
     return [*messages[:-1], {**messages[-1], "content": text}, *messages_of(question, *images)]
 
@@ -214,7 +214,7 @@ def test_undo_retry_edits_and_dropped_turns_fall_back_to_the_common_beginning(ti
     session, work = ChatSession(engine_for(tiny), processor, GenerationSettings(max_new_tokens=30)), Work(model)
 
     def checked(pieces: Iterator[str]) -> int:
-        """Compare an answer with that from nothing; returns how many positions its prompt ran."""
+        """Compare an answer with the one from an empty cache; returns how many positions of its prompt ran."""
         work.of()
         answer = "".join(pieces)
         (positions,), _ = work.of()
@@ -255,7 +255,7 @@ def test_many_continue_one_conversation_at_once(loaded: Loaded, picture: Path, s
         assert generation.done.wait(120)
         assert generation.token_ids == ids
     assert max(work.of()[0]) < 70
-    # Each left its row of the batch, where it was padded, and goes on from there.
+    # Each branch goes on from the cache of its row in the batch, which was padded.
     branches = [next_turn(loaded, *pair, "And then?") for pair in zip(branches, expected, strict=True)]
     for branch in branches:
         again = from_nothing(loaded, branch)
@@ -369,7 +369,7 @@ def test_weights_that_change_during_an_answer_leave_nothing_of_it(siglip_checkpo
 
 
 def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, picture: Path) -> None:
-    """torch does not count the changes of its weights."""
+    """PyTorch counts no changes of inference tensors, so changed weights could not be noticed."""
     with torch.inference_mode():
         loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
     engine, messages = engine_for(loaded), messages_of(f"{TAG}What is it?", load_image(picture))
@@ -384,11 +384,11 @@ def test_a_model_made_in_inference_mode_keeps_nothing(siglip_checkpoint: Path, p
 
 
 POSITION = 2 * 2 * 64 * 4
-"""Bytes of a position: keys and values x layers x width x bytes of a number."""
+"""Bytes per position: keys and values x layers x width x bytes of a float32."""
 
 
 def needed(loaded: Loaded, messages: list[dict[str, Any]], length: int) -> int:
-    """Bytes that are set aside for an answer."""
+    """Bytes that the engine reserves for an answer."""
     inputs = inputs_of(loaded, messages)
     return (inputs.input_ids.shape[1] + length + STEP) * POSITION + inputs.pixel_values.nbytes
 
@@ -410,7 +410,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first(loaded: Loaded, work: Work)
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that it has read do not count as used."""
+    """Free memory in a container is its limit less what is in use, without the cache of files."""
     for name, text in (("max", "5000000"), ("current", "4500000"), ("stat", "anon 1500000\ninactive_file 3000000")):
         (tmp_path / f"memory.{name}").write_text(f"{text}\n")
     of_the_machine = free_memory(torch.device("cpu"))
@@ -451,7 +451,7 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
     engine = engine_for(loaded, memory_bytes=int(2.5 * needed(loaded, messages, 300)))
     used, running = [], []
 
-    def look(*_: Any) -> None:  # in the engine's thread, where the numbers fit together
+    def look(*_: Any) -> None:  # runs in the engine's thread, where both numbers are consistent
         used.append(engine.memory_used)
         running.append(engine.running)
 
@@ -460,7 +460,7 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
     ended: list[int] = []
     while len(ended) < len(generations):
         ended += [i for i, generation in enumerate(generations) if generation.done.is_set() and i not in ended]
-        time.sleep(0.01)  # a loop without a pause would take the engine's turn
+        time.sleep(0.01)  # a loop without a pause would keep the GIL from the engine's thread
     hook.remove()
     assert max(used) <= engine.memory_bytes
     assert max(running) == 2
@@ -469,12 +469,12 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
 
 
 def bytes_of_all_tensors() -> int:
-    """Memory of every tensor that Python knows of."""
+    """The bytes of all tensors on the CPU that the garbage collector knows."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
-            with contextlib.suppress(RuntimeError):  # it has been given away, and is none any more
+            with contextlib.suppress(RuntimeError):  # the storage has been released
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
@@ -590,12 +590,12 @@ def test_everything_goes_with_the_model_and_when_the_engine_closes(siglip_checkp
     kept = weakref.ref(engine._caches)
     model = weakref.ref(loaded[1])
     del loaded, engine
-    wait_until(lambda: gc.collect() is not None and model() is None, 10)  # the engine's thread may not be done yet
+    wait_until(lambda: gc.collect() is not None and model() is None, 10)  # the engine's thread may still be ending
     assert kept() is None
 
 
 def test_a_prompts_end_is_the_prompts_end(loaded: Loaded, tmp_path: Path) -> None:
-    """Wherever a prompt is cut, also within an image, what follows has the embeddings that it has in the whole."""
+    """The rest of a prompt has the same embeddings as in the whole, wherever it is cut, also within an image."""
     _, model, processor = loaded
     first, second = (load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in (1, 2))
     short = processor(conversations=messages_of("x"), images=[], force_batchify=False)

@@ -17,7 +17,7 @@ from deepseek_vl.models.projector import MlpProjector
 
 
 class encoded_images:
-    """Counts the images that the vision model is given, call by call, within a `with` block."""
+    """Within a `with` block, count the images in each call of the vision model."""
 
     def __init__(self, model: MultiModalityCausalLM):
         self.model = model
@@ -49,7 +49,7 @@ def test_parameters_have_the_published_names_and_shapes(name, tower):
 
 
 def test_a_model_of_the_published_vocabulary_without_files_has_its_config_s_tokens() -> None:
-    """They are read from a checkpoint's tokenizer, and not guessed from the vocabulary's size."""
+    """A model without files takes its special tokens from the config; the vocabulary's size does not matter."""
     sections = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))["1.3b"]
     sections["language_config"] |= {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9}
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def test_image_features_overwrite_the_embeddings_of_image_positions_in_order(mod
 
 @torch.no_grad()
 def test_only_features_marked_real_are_used(model, make_batch):
-    """A processor that was given fewer features than the tower makes keeps the first of them."""
+    """With fewer feature positions than the tower's features, the first features are used."""
     batch = copy.deepcopy(make_batch(1))
     batch.images_emb_mask[0, 0, 10:] = False
     positions = batch.images_seq_mask[0].nonzero().flatten()
@@ -267,7 +267,7 @@ def test_the_answer_depends_on_the_picture(model, batch):
 
 @torch.no_grad()
 def test_padding_does_not_change_a_row(model, make_batch):
-    """As `generate` runs it: positions counted from each row's first token."""
+    """With positions counted from each row's first token, as in `generate`, padding changes no logits."""
     together, alone = make_batch(1, 2), make_batch(1)
     own = together.attention_mask[0].bool()
     assert not own[0]
@@ -341,7 +341,7 @@ def test_continuing_from_past_key_values_equals_the_whole(model, batch, tokens_a
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
 def test_a_cache_has_two_names(siglip_checkpoint: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
-    """Before transformers 5.24 it was `past_key_values`; the other one is its name from then on."""
+    """transformers 5.24 renamed `past_key_values` to `cache`; both names are accepted, but not together."""
     model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint, dtype=torch.float32).eval()
     ids = torch.arange(5, 15)[None]
     past = model(input_ids=ids[:, :6], use_cache=True)["past_key_values"]
@@ -383,7 +383,7 @@ def test_base_model_is_the_body_without_the_head(model, batch) -> None:
 def test_the_base_model_of_what_the_auto_classes_open(siglip_checkpoint: Path) -> None:
     for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
         auto = getattr(transformers, name, None)
-        if auto is not None:  # the last is not in all versions
+        if auto is not None:  # AutoModelForMultimodalLM is not in all versions
             model = auto.from_pretrained(siglip_checkpoint)
             assert type(model) is MultiModalityCausalLM
             body = model.base_model.requires_grad_(False)
@@ -392,7 +392,7 @@ def test_the_base_model_of_what_the_auto_classes_open(siglip_checkpoint: Path) -
 
 
 def test_tied_weights_can_be_asked_of_the_class(siglip_checkpoint: Path) -> None:
-    """Programs that patch remote code look there first. What a model itself has is not the class's."""
+    """The class has an empty `all_tied_weights_keys`, for programs that patch remote code; each model has its own."""
     assert MultiModalityCausalLM.all_tied_weights_keys == {}
     config = MultiModalityCausalLM.from_pretrained(siglip_checkpoint).config
     config.language_config.tie_word_embeddings = True
@@ -453,7 +453,7 @@ def gradients(model: MultiModalityCausalLM, batch: Batch) -> dict[str, torch.Ten
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# Its name before transformers 5.24, by which programs and libraries still call it.
+# `gradient_checkpointing_enable` is the name before transformers 5.24, which programs and libraries still use.
 OLD_NAME = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 
 
@@ -468,7 +468,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(own_model, batch, optio
     runs = []
     own_model.language_model.model.layers[0].self_attn.register_forward_hook(lambda *arguments: runs.append(1))
     actual = gradients(own_model, batch)
-    assert len(runs) == 2  # once more in the backward pass
+    assert len(runs) == 2  # the second run is in the backward pass
     assert actual.keys() == expected.keys()
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)

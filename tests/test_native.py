@@ -1,4 +1,4 @@
-"""What is said to the C libraries below PyTorch."""
+"""Calls to the C libraries below PyTorch: OpenMP's threads, mapped files, freed memory."""
 
 import ctypes
 import platform
@@ -60,7 +60,7 @@ def test_pages_of_a_mapped_file_are_forgotten_and_read_again(tmp_path: Path) -> 
     assert torch.equal(first[:512], numbers[:512])
     if sys.platform == "linux":
         forgotten = (1536 + 2048) * 2048 * 4
-        assert 0.8 * forgotten < with_both - mapped_memory()  # the system maps more around what is read
+        assert 0.8 * forgotten < with_both - mapped_memory()  # the system also maps pages around those that are read
     assert torch.equal(first, numbers)
     assert torch.equal(second, -numbers)
 
@@ -102,6 +102,6 @@ def test_freed_memory_is_kept_and_given_back_at_the_end() -> None:
 
 
 def mapped_memory() -> int:
-    """The bytes of files that are in this process's memory."""
+    """The bytes of mapped files that are in this process's memory; 0 where this is not Linux."""
     status = Path("/proc/self/status").read_text(encoding="utf-8") if sys.platform == "linux" else "RssFile: 0 kB"
     return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) * 1024

@@ -1,4 +1,4 @@
-"""What importing and installing the package does, and does not do."""
+"""Effects of importing and installing the package, on itself and on the program that imports it."""
 
 import importlib
 import subprocess
@@ -11,7 +11,7 @@ import deepseek_vl
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own."""
+    """Run Python code in another process."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True, cwd=ROOT
     )
@@ -160,12 +160,12 @@ if seen != {str(before["threads of a new thread"])}:
 
 
 def test_neither_importing_nor_loading_nor_answering_changes_anything_of_the_program() -> None:
-    """What it sees of itself stays: threads, signals, memory, warnings, logs, random numbers, flags of PyTorch."""
+    """Threads, signals, memory, warnings, logs, random numbers and PyTorch's flags of the program stay the same."""
     assert run_python(EFFECTS).stdout == ""
 
 
 PRIVATE = {
-    # name: what would replace it
+    # name: its replacement
     "torch.cpu._is_vnni_supported": "torch.cpu.get_capabilities(), once PyTorch 2.6 to 2.9 are not supported any more",
     "torch.cpu._is_avx2_supported": "as above",
     "torch.cpu._is_avx512_supported": "as above",
@@ -195,12 +195,12 @@ PRIVATE = {
     "transformers.Trainer._load_from_checkpoint": "a public way to load a checkpoint's weights without training",
     "transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING_NAMES": "nothing, once vLLM needs transformers 5.24",
 }
-"""Names of PyTorch and transformers that the package uses without a promise that they stay."""
+"""Private names of PyTorch and transformers that the package uses, with their replacements."""
 
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_a_private_name_is_still_there(name: str) -> None:
-    """If not: see what has replaced it (the names beside it here), and change the one place that uses it."""
+    """If this fails, change the one place that uses the name to the replacement given in `PRIVATE`."""
     path = name.split(".")
     found = importlib.import_module(path[0])
     for part in path[1:]:
@@ -209,7 +209,7 @@ def test_a_private_name_is_still_there(name: str) -> None:
 
 
 def test_importing_the_package_leaves_the_network_for_later() -> None:
-    """It costs little on top of torch and transformers."""
+    """Importing the package loads neither torch nor transformers; its models are imported when they are used."""
     result = run_python(
         """
 import sys

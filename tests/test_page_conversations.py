@@ -1,4 +1,4 @@
-"""The web page keeps conversations in the browser, and gives and takes them as files."""
+"""The web page keeps conversations in the browser, and saves and loads them as files."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def upload(tab: Tab, path: Path) -> None:
 
 
 def download(tab: Tab, title: str, path: Path) -> Path:
-    """Download the newest conversation of this name."""
+    """Download the newest conversation with this title; returns the file's path."""
     tab.open_side("Conversations")
     with tab.page.expect_download() as event:
         tab.page.get_by_role("button", name=f"Download {title}", exact=True).first.click()
@@ -186,7 +186,7 @@ def test_the_last_20_are_kept(tab: Tab, tmp_path: Path) -> None:
 
 
 def test_downloads_are_what_the_terminal_saves(tab: Tab, tiny: Served, tmp_path: Path) -> None:
-    """And it loads what the page has, and the page what it saves."""
+    """The terminal loads the page's downloads, and the page loads what the terminal saves."""
     tab.send(SHAPES, IMAGES / "shapes.png")
     tab.sees(re.compile("blue"))
     tab.is_idle()

@@ -18,7 +18,7 @@ from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput, VLCh
 from deepseek_vl.utils.conversation import Rendered
 
 SYSTEM = VLChatProcessor.system_prompt
-TRICKY = "Hello  world\n\n User: 请"  # what a SentencePiece-style pre-tokenizer would lose
+TRICKY = "Hello  world\n\n User: 请"  # white space that a SentencePiece-style pre-tokenizer would lose
 PER_IMAGE = 4  # features per image of the processors below
 
 # Fields of the outputs, with the dtypes of those that are tensors.
@@ -53,12 +53,12 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def conversation(content: str, answer: str = "") -> list[dict]:
-    """One turn."""
+    """The messages of one turn."""
     return [{"role": "User", "content": content}, {"role": "Assistant", "content": answer}]
 
 
 def assert_equal(actual, expected):
-    """Same type, same fields, same values."""
+    """Assert that two outputs have the same type, fields and values."""
     assert type(actual) is type(expected)
     assert list(actual.keys()) == list(expected.keys())
     for key, value in expected.items():
@@ -250,7 +250,7 @@ def test_placeholders_and_images_must_be_as_many(processor, tags, given, batched
 
 
 def hand_made(processor: VLChatProcessor, tokens: list[int], counts: list[int], images: int | None):
-    """An item as clients make it themselves; `images` of them, or no pixels at all."""
+    """An output as clients build it themselves, with pixels of `images` images; None for no pixels."""
     return VLChatProcessorOutput(
         sft_format="by hand",
         input_ids=torch.tensor(tokens),
@@ -366,7 +366,7 @@ def test_with_add_special_token_the_tag_stays_in_front_and_only_the_copies_are_i
 
 @pytest.fixture(params=["one", "batch"])
 def output_and_fields(request, processor):
-    """An output of each kind, and its fields in order."""
+    """A single and a batched output, each with the names of its fields in order."""
     batched = request.param == "batch"
     output = processor(prompt=f"{IMAGE_TAG} ok", images=pictures(1), force_batchify=batched)
     return output, BATCH_FIELDS if batched else ONE_FIELDS
@@ -529,7 +529,7 @@ def test_model_input_names_are_those_of_both_parts(processor):
 
 
 def test_a_processor_survives_pickling(processor):
-    """Clients send it to the workers of a DataLoader."""
+    """A DataLoader pickles the processor for its workers."""
     processor.system_prompt = "S"
     copy = pickle.loads(pickle.dumps(processor))
     assert type(copy) is VLChatProcessor
@@ -690,7 +690,7 @@ def test_auto_classes_open_a_checkpoint_with_weights(checkpoint):
 
 @pytest.fixture(params=["small", "published"])
 def any_processor(request: pytest.FixtureRequest) -> VLChatProcessor:
-    """With our small tokenizer, and with the published one."""
+    """A processor with the small tokenizer, and one with the published tokenizer."""
     return make_processor(request.getfixturevalue(f"{request.param}_tokenizer_dir"))
 
 

@@ -54,7 +54,7 @@ def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_parameter_names_and_shapes_follow_type_and_depth(projector_type, params, expected):
-    """As checkpoints have them. `depth` counts the linear layers in a row, and is 1 if absent."""
+    """Names and shapes are those of checkpoints. `depth` is the number of consecutive linear layers, 1 by default."""
     assert shapes(projector(projector_type, **params)) == expected
 
 

@@ -1,4 +1,4 @@
-"""int8 and int4 weights on the CPU: almost the same answers as the plain way, and what such models cannot do."""
+"""int8 and int4 weights on the CPU: almost the same answers as without quantisation, and their limitations."""
 
 import copy
 import weakref
@@ -134,7 +134,7 @@ def test_kernels_that_quantise_alike_give_the_same(rows: int) -> None:
 
 
 def group_errors(linear: nn.Linear) -> torch.Tensor:
-    """Half a step of each weight's group, and what rounding the scale and the zero point to bfloat16 adds: [N, K]."""
+    """The largest error of each weight, [N, K]: half a step of its group, and the rounding of scale and zero point."""
     groups = linear.weight.detach().float().unflatten(1, (-1, int4.GROUP))
     steps = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
     rounding = 2**-8 * (8 * steps + groups.abs().amax(-1, keepdim=True))
@@ -149,7 +149,7 @@ def group_errors(linear: nn.Linear) -> torch.Tensor:
 def test_an_int4_layer_multiplies_with_the_nearest_of_sixteen_levels(
     dtype: torch.dtype, bias: bool, outputs: int, rows: int
 ) -> None:
-    """An input of one 1 and zeros else shows one column of the weight."""
+    """A one-hot input gives one column of the weight, whose errors are at most those of the nearest levels."""
     torch.manual_seed(0)
     linear = nn.Linear(256, outputs, bias=bias).to(dtype)
     layer = Int4Linear(linear)
@@ -204,7 +204,7 @@ def test_a_kernel_that_keeps_weights_in_another_way_is_not_used(monkeypatch: pyt
 
 
 class Siblings(nn.Module):
-    """Layers that get the same input, or not."""
+    """Three layers, each with its own input, which may be the same tensor."""
 
     def __init__(self) -> None:
         super().__init__()

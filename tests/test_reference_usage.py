@@ -1,4 +1,4 @@
-"""Code written for the original runs as it is: the usage that notebooks and downstream tools repeat, word for word."""
+"""Code written for the original runs unchanged: the lines that notebooks and downstream tools copy."""
 
 import copy
 from pathlib import Path
@@ -28,14 +28,14 @@ def conversation_about(*pictures: Path, question: str = "Describe each stage of 
 
 
 def load(path: Path) -> tuple[VLChatProcessor, MultiModalityCausalLM]:
-    """The model card's loading lines, on the CPU in float32 so that results can be compared."""
+    """Load as the model card does, but on the CPU in float32, so that results can be compared."""
     vl_chat_processor: VLChatProcessor = VLChatProcessor.from_pretrained(str(path))
     vl_gpt: MultiModalityCausalLM = AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=True)
     return vl_chat_processor, vl_gpt.to(torch.float32).eval()
 
 
 def answer_ids(vl_gpt: MultiModalityCausalLM, prepare_inputs: Any, tokenizer: Any, **kwargs: Any) -> torch.Tensor:
-    """The model card's two calls."""
+    """Generate an answer with the model card's two calls; returns its ids."""
     inputs_embeds = vl_gpt.prepare_inputs_embeds(**prepare_inputs)
     return vl_gpt.language_model.generate(
         inputs_embeds=inputs_embeds,
@@ -108,7 +108,7 @@ def test_an_output_built_by_hand_is_batched(siglip_checkpoint: Path, picture: Pa
 
 
 def test_only_the_processor_is_loaded(siglip_checkpoint: Path, tmp_path: Path) -> None:
-    """A data pipeline needs no weights."""
+    """The processor loads without weights, for data pipelines."""
     directory = tmp_path / "processor_only"
     directory.mkdir()
     for file in siglip_checkpoint.iterdir():
@@ -228,7 +228,7 @@ def test_tokens_are_added_and_embeddings_resized(siglip_checkpoint: Path, pictur
 
 
 def test_continuing_from_a_cache_gives_the_same_answer(checkpoint: Path, picture: Path) -> None:
-    """A second turn on the first one's cache, with an image in each turn."""
+    """A second turn continues from the first turn's cache; each has an image."""
     processor, model = load(checkpoint)
     first = conversation_about(picture)
     inputs = processor(conversations=first, images=load_pil_images(first))

@@ -1,4 +1,4 @@
-"""The one renderer: what is trained is what is asked, for every template and at every door."""
+"""The renderer: training and inference give the same prompt, for every template and at every door."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ NAMES = ["deepseek", "llama-2", "llava_llama2", "plain", "alignment", *(template
 
 @pytest.fixture(scope="module", autouse=True)
 def templates() -> Iterator[None]:
-    """Templates of people's own, as long as these tests run."""
+    """Register users' templates for these tests."""
     for template in OTHERS:
         register_conv_template(template)
     yield
@@ -68,7 +68,7 @@ def make_processor(directory: Path, **options: Any) -> VLChatProcessor:
 
 @pytest.fixture(scope="module", params=["small", "published"])
 def processor(request: pytest.FixtureRequest) -> VLChatProcessor:
-    """With our small tokenizer, and with the published one."""
+    """A processor with the small tokenizer, and one with the published tokenizer."""
     return make_processor(request.getfixturevalue(f"{request.param}_tokenizer_dir"))
 
 
@@ -133,7 +133,7 @@ def test_a_token_that_becomes_special_later_stays_text(small_tokenizer_dir: Path
     processor.tokenizer.add_tokens([AddedToken("<|ref|>", normalized=False, special=True)], special_tokens=True)
     assert processor.encode(prompt)[0] == before
     assert processor.encode(processor.render(messages, untrusted=True))[0] == before
-    assert len(processor.encode(processor.render(messages))[0]) < len(before)  # trusted, it is special
+    assert len(processor.encode(processor.render(messages))[0]) < len(before)  # in trusted text it is a special token
 
 
 def test_a_token_that_is_half_the_templates_is_text(small_tokenizer_dir: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_token_that_is_half_the_templates_is_text(small_tokenizer_dir: Path) -
 def test_the_templates_own_tokens_stay_special(processor: VLChatProcessor, name: str, text: str) -> None:
     rendered = render(turns(text, text, text, ""), name, "S", untrusted=True)
     ids, offsets = processor.encode(rendered)
-    assert ids.count(processor.tokenizer.eos_token_id) == 1  # behind the answer
+    assert ids.count(processor.tokenizer.eos_token_id) == 1  # only the one after the answer
     assert ids.count(processor.tokenizer.bos_token_id) == 1
     assert processor.tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == rendered.text
     place = ids.index(processor.tokenizer.eos_token_id)
@@ -189,7 +189,7 @@ def test_a_strangers_system_text_is_literal_and_the_servers_own_is_not(processor
 
 
 def test_an_answer_may_come_first() -> None:
-    """And ends as answers do, though templates go by even and odd messages."""
+    """A first message of the assistant ends as answers do, although templates count even and odd messages."""
     messages = turns("q", "Hi.", "A", "")[1:]
     system = [{"role": "system", "content": "S"}]
     assert render(messages, "deepseek").text == f"Assistant: Hi.{EOS}User: A\n\nAssistant:"
@@ -231,7 +231,7 @@ def test_apply_chat_template_is_the_renderer(name: str, bare_processor: VLChatPr
 
 @pytest.fixture(scope="module")
 def bare_processor(small_tokenizer_dir: Path) -> VLChatProcessor:
-    """For one module's tests, which change its format."""
+    """A processor with an unusual image tag, for tests that change its format."""
     return make_processor(small_tokenizer_dir, image_tag='<my "image">')
 
 

@@ -1,4 +1,4 @@
-"""Answers of a given form: JSON of a schema, a regular expression, a choice; beside answers of any form."""
+"""Structured output: answers by a JSON schema, a regular expression or a choice, batched with free answers."""
 
 import json
 import queue
@@ -29,7 +29,7 @@ Loaded = tuple[Any, Any, Any]
 
 @pytest.fixture(scope="module")
 def random_model(siglip_checkpoint: Path) -> Loaded:
-    """A model that says anything: what it may not say shows."""
+    """A random model, whose answers would break any form that is not enforced."""
     return load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
 
 
@@ -42,7 +42,7 @@ def tiny() -> Loaded:
 
 WORDS = ["red", "a b", "é", 'say "x"', "tab\t", "", "<a>", "世界", "back\\slash", "🙂"]
 PATTERNS = ["^[a-c]{1,4}$", "^\\d{3}-\\d{2}$", "^(ab|cd)e?$", "^[A-Z][a-z]{0,5}$", "^x{2,3}\\.y$"]
-FORMATS_CHECKED = jsonschema.FormatChecker(["date", "ipv4", "uuid"])  # of times it knows old forms only
+FORMATS_CHECKED = jsonschema.FormatChecker(["date", "ipv4", "uuid"])  # of times it knows outdated formats only
 FORMATS = ["date", "time", "date-time", "ipv4", "uuid"]
 
 
@@ -50,7 +50,7 @@ DEPTH = 3
 
 
 def generated_schema(rng: random.Random, depth: int = DEPTH) -> dict[str, Any]:
-    """A schema of what is not too long, with most of the keywords that are supported."""
+    """A random schema of short values, with most of the keywords that are supported."""
     plain = ["boolean", "null", "integer", "number", "string", "pattern", "format", "enum", "const", "types", "allOf"]
     nested = ["array", "tuple", "object", "object", "map", "anyOf", "ref"]
     kind = rng.choice(nested if depth == DEPTH else plain if depth == 0 else [*plain, *nested])
@@ -110,7 +110,7 @@ def generated_schema(rng: random.Random, depth: int = DEPTH) -> dict[str, Any]:
 
 
 def lift_definitions(schema: Any, found: dict[str, Any]) -> Any:
-    """Have all definitions at the root, where they are looked for."""
+    """Move all `$defs` of a schema into `found`, to be put at the root, where references look for them."""
     if isinstance(schema, list):
         return [lift_definitions(item, found) for item in schema]
     if not isinstance(schema, dict):
@@ -131,7 +131,7 @@ def schemas(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 class Reader:
-    """An answer's text."""
+    """Submit a generation; `text` waits for its whole text."""
 
     def __init__(self, engine: Engine, inputs: Any, settings: GenerationSettings):
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -154,7 +154,7 @@ def question(loaded: Loaded, text: str) -> Any:
 
 
 def test_answers_to_500_generated_schemas_are_valid(random_model: Loaded) -> None:
-    """Every one that ends by itself; and each answer beside them is what it is alone."""
+    """Every answer that ends by itself fits its schema, and free answers in the same batch are the same as alone."""
     tokenizer, model, _ = random_model
     engine = Engine(model, tokenizer)
     plain = GenerationSettings(max_new_tokens=30)
@@ -225,7 +225,7 @@ def test_json_is_an_object(random_model: Loaded) -> None:
 
 
 def test_a_models_answer_in_json_is_its_answer(tiny: Loaded) -> None:
-    """What it would say, it says in the form: the space in front, which it has learnt, is not taken from it."""
+    """A form does not change an answer that fits it: the leading space, which the model has learnt, stays allowed."""
     _, model, processor = tiny
     colours = ["green", "yellow", "red", "blue"]
     form = StructuredOutput(regex="The star is (red|green|yellow|blue)\\.")
@@ -244,7 +244,7 @@ def test_a_models_answer_in_json_is_its_answer(tiny: Loaded) -> None:
 
 
 def test_template_stop_words_do_not_cut_a_form(random_model: Loaded) -> None:
-    """And the caller's do."""
+    """The caller's stop words end an answer within a form, the template's do not."""
     form = StructuredOutput(choice=["User: and more"])
     settings = GenerationSettings(max_new_tokens=50, structured=form).with_stop_words(["User:"])
     assert settings.stop == ()
@@ -321,7 +321,7 @@ def test_a_form_is_refused_before_anything_is_generated(random_model: Loaded) ->
 
 
 def test_the_library_is_imported_when_it_is_needed() -> None:
-    """And without it everything else works."""
+    """Without llguidance everything except structured output works."""
     code = (
         "import sys\n"
         "sys.modules['llguidance'] = None\n"

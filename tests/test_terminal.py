@@ -1,4 +1,4 @@
-"""The terminal chat in terminals of several widths, with what people paste into it, and under a shell."""
+"""The terminal chat in terminals of several widths, with pasted text and control sequences, and under a shell."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ GREETING = "Grüße, 世界! 🙂🎉 All good."
 
 @pytest.fixture(scope="module", params=[40, 80, 120])
 def chat(request: pytest.FixtureRequest, parrot_checkpoint: Path) -> Iterator[Chat]:
-    """A chat with the parrot in a terminal of some width."""
+    """A chat with the parrot in terminals of 40, 80 and 120 columns."""
     chat = Chat(parrot_checkpoint, "--max_gen_len", "60", size=(50, request.param))
     yield chat
     chat.close()
 
 
 def unbroken(text: str) -> str:
-    """Without spaces and line breaks: a narrow terminal breaks lines anywhere."""
+    """A text without spaces and line breaks, to compare it wherever a narrow terminal breaks lines."""
     return "".join(text.split())
 
 
@@ -82,7 +82,7 @@ KEYS = {**SEQUENCES, "an old mouse": "\x1b[M !!"}
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_a_control_sequence_as_keys_does_no_harm(kind: str, chat: Chat) -> None:
-    """As it comes from a terminal that does not say what is pasted."""
+    """Control sequences do no harm from a terminal without bracketed paste."""
     chat.enter("new")
     chat.press(KEYS[kind])
     chat.press("\x03")

@@ -1,4 +1,4 @@
-"""Both processors as trainers of other libraries call them: texts, chat templates, masks; models given the result."""
+"""Both processors as other libraries' trainers call them: texts, chat templates, masks; and models with the result."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from deepseek_vl.data.rows import TrainingRow
 from deepseek_vl.train.collator import NOT_LEARNT, encode_row
 
 FEATURES = 16
-"""Positions of an image, in every model of the tests."""
+"""Positions per image in all of the tests' models."""
 
 
 @pytest.fixture(scope="module", params=[VLChatProcessor, DeepseekVLProcessor], ids=["VLChat", "DeepseekVL"])
@@ -146,7 +146,7 @@ CONVERSATION = [
 
 
 def messages_of(pictures: list[Image.Image]) -> tuple[list[dict[str, Any]], TrainingRow]:
-    """A conversation in transformers' form, and as the trainer has it."""
+    """A conversation in transformers' form, and as a row of the trainer."""
     remaining = iter(pictures)
     theirs, ours = [], []
     for question, answer in CONVERSATION:
@@ -167,7 +167,7 @@ def messages_of(pictures: list[Image.Image]) -> tuple[list[dict[str, Any]], Trai
 @pytest.mark.skipif(Version(transformers_version) < Version("5.18"), reason="masks of older versions are misplaced")
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_the_assistants_tokens_are_those_that_the_trainer_learns(processor, siglip_checkpoint, pictures, padding_side):
-    """Token for token, also where images stand in front, and for an answer that is not to be learnt."""
+    """The masks select the tokens that the trainer learns, also after images, and without answers of weight 0."""
     theirs, row = messages_of(pictures)
     chat = VLChatProcessor.from_pretrained(siglip_checkpoint)
     short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
@@ -262,7 +262,7 @@ def test_ids_longer_than_the_masks_are_a_completion_without_images(loaded, pictu
 
 
 def test_the_other_processors_batch_is_taken_where_pixels_are_the_same(siglip_checkpoint, pictures):
-    """Trainers open the reference model by its path, and give it what the trained one gets."""
+    """Trainers open a reference model by its path, and give it the batches of the trained model's processor."""
     model = MultiModalityCausalLM.from_pretrained(siglip_checkpoint, dtype=torch.float32).eval()
     theirs = DeepseekVLProcessor.from_pretrained(siglip_checkpoint)(text=TEXTS, images=pictures, padding_side="left")
     ours = VLChatProcessor.from_pretrained(siglip_checkpoint)(text=TEXTS, images=pictures)

@@ -1,4 +1,4 @@
-"""The vision towers: SigLIP, SAM, CLIP and the hybrid of two, on small sizes through the configs' own overrides."""
+"""The vision towers SigLIP, SAM, CLIP and the hybrid of two, at small sizes."""
 
 import logging
 from pathlib import Path
@@ -38,7 +38,7 @@ HIGH = {"model_name": "sam_b_downsample", "output_dim": 48, **{k: v for k, v in 
 
 
 def randomized(tower: nn.Module, scale: float = 0.2) -> nn.Module:
-    """The tower in eval mode, no parameter zero or one: SAM's relative positions and second neck start as zeros."""
+    """A tower in eval mode with noise on all parameters: SAM's relative positions and second neck start as zeros."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in tower.parameters():
@@ -73,14 +73,14 @@ def test_siglip_variants_have_the_published_sizes(model_name, patch, width, laye
     with torch.device("meta"):
         tower = create_siglip_vit(model_name)
     assert tower.patch_embed.proj.weight.shape == (width, 3, patch, patch)
-    assert tower.pos_embed.shape == (1, (384 // patch) ** 2, width)  # 384 px by default, whatever the name says
+    assert tower.pos_embed.shape == (1, (384 // patch) ** 2, width)  # 384 px by default, whatever size the name has
     assert len(tower.blocks) == layers
     block = tower.blocks[0]
     assert block.attn.num_heads == heads
     assert block.attn.qkv.weight.shape == (3 * width, width)
     assert block.mlp.fc1.weight.shape == (hidden, width)
     assert {m.eps for m in tower.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-    assert tower.attn_pool.latent.shape == (1, 1, width)  # the head is kept, so that checkpoints load strictly
+    assert tower.attn_pool.latent.shape == (1, 1, width)  # the unused head is kept, so that checkpoints load strictly
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_sam_variants_have_the_published_sizes(model_name, width, layers, heads,
     assert state["patch_embed.proj.weight"] == (width, 3, 16, 16)
     assert state["pos_embed"] == (1, 64, 64, width)
     assert len(tower.blocks) == layers
-    for i in range(layers):  # windows of 14, or the whole 64 x 64 grid
+    for i in range(layers):  # windows of 14 x 14, or the whole grid of 64 x 64
         side = 64 if i in global_blocks else 14
         assert state[f"blocks.{i}.attn.rel_pos_h"] == (2 * side - 1, width // heads)
         assert state[f"blocks.{i}.attn.rel_pos_w"] == (2 * side - 1, width // heads)
@@ -241,7 +241,7 @@ def test_siglip_with_its_head_gives_the_pooled_vector():
 
 
 def plain_attention(attention: nn.Module, x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[b, h, w, c] -> the same: attention with the relative positions as an explicit [query, key] bias."""
+    """Attention with the relative positions as an explicit [query, key] bias; [b, h, w, c] -> [b, h, w, c]."""
     b, h, w, c = x.shape
     q, k, v = (part.reshape(b, h * w, heads, c // heads).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1))
     bias = torch.zeros(b, heads, h * w, h * w)
@@ -255,7 +255,7 @@ def plain_attention(attention: nn.Module, x: torch.Tensor, heads: int) -> torch.
 
 
 def plain_block(block: nn.Module, x: torch.Tensor, heads: int, window: int) -> torch.Tensor:
-    """One block; `window` 0 is global. Windows are cut from a map padded with zeros after the norm."""
+    """One block of SAM; `window` 0 is global attention. Windows are cut from the map after norm and zero padding."""
     b, h, w, c = x.shape
     normed = F.layer_norm(x, (c,), block.norm1.weight, block.norm1.bias, eps=1e-6)
     size = window or h
@@ -334,7 +334,7 @@ def test_sam_adds_the_second_neck_of_the_first_global_block(global_blocks):
     for alpha in (0.0, 0.5, -2.0):
         tower.hd_alpha_downsamples.fill_(alpha)
         torch.testing.assert_close(tower(x), main + alpha * branch, rtol=1e-4, atol=1e-4)
-    assert branch.norm() > 0.1 * main.norm()  # the comparison above would notice its absence
+    assert branch.norm() > 0.1 * main.norm()  # large enough for the comparison above
 
 
 @torch.no_grad()
@@ -386,7 +386,7 @@ def test_sam_resizes_the_neck_bilinearly_to_neck_size_before_downsampling(neck_s
 
 
 class ResizeDtypes(TorchDispatchMode):
-    """Records in which dtype bilinear resizes run."""
+    """Record the dtypes of bilinear resizes."""
 
     def __init__(self):
         super().__init__()
@@ -583,7 +583,7 @@ def test_hybrid_layer_norms_are_output_dim_or_1024_wide_and_unused(output_dim, w
 @pytest.mark.parametrize("freeze_high", [False, True])
 @pytest.mark.parametrize("freeze_low", [False, True])
 def test_hybrid_freezes_towers_and_always_the_high_tower_s_trunk(freeze_high, freeze_low):
-    """And what it does not use: the norms, and SigLIP's pooling."""
+    """Parameters that the forward pass does not use, the norms and SigLIP's pooling, are always frozen as well."""
     tower = small_hybrid(freeze_high=freeze_high, freeze_low=freeze_low)
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     expected: set[str] = set()
@@ -676,7 +676,7 @@ def test_ckpt_path_in_a_tower_s_config_fills_its_network(config, tmp_path):
 
 
 def test_sam_ckpt_path_takes_segment_anything_s_own_files(tmp_path, caplog):
-    """They have an `image_encoder.` prefix, a decoder beside it, and no second neck."""
+    """Segment Anything's files have an `image_encoder.` prefix, a mask decoder, and no second neck."""
     expected = small_sam().state_dict()
     published = {f"image_encoder.{k}": v for k, v in expected.items() if "hd" not in k and "downsamples" not in k}
     torch.save({**published, "mask_decoder.iou_token.weight": torch.zeros(1)}, tmp_path / "sam.pth")
@@ -740,12 +740,12 @@ def test_gradients_reach_the_pixels_that_an_output_depends_on(kind):
     output[0].pow(3).sum().backward()
     assert x.grad[0].isfinite().all()
     assert (x.grad[0] != 0).float().mean() > 0.99
-    assert (x.grad[1] == 0).all()  # the images of a batch do not mix
+    assert (x.grad[1] == 0).all()  # no gradient flows between images of a batch
 
 
 @pytest.mark.parametrize(("grid", "batch"), [((6, 6), 2), ((3, 5), 1)])
 def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, batch, monkeypatch):
-    """As a bias, of all heads and images at once or of some, and as widened queries and keys."""
+    """A bias, for all heads and images at once or in parts, and widened queries and keys give the same attention."""
     height, width = grid
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, 4, height * width, 8).unbind()
@@ -759,7 +759,7 @@ def test_both_ways_of_adding_relative_positions_are_the_same_attention(grid, bat
 
 
 class LargestBias(TorchDispatchMode):
-    """Records how many elements the largest mask of an attention has."""
+    """Record the number of elements of the largest attention mask."""
 
     elements = 0
 
@@ -773,7 +773,7 @@ class LargestBias(TorchDispatchMode):
 @pytest.mark.parametrize("count", [1, 9])
 @torch.no_grad()
 def test_many_images_have_no_more_bias_than_one(count, monkeypatch):
-    monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", 64**2)  # of one head
+    monkeypatch.setattr(positions, "MAX_BIAS_ELEMENTS", 64**2)  # one head's bias
     tower = small_sam()
     with LargestBias() as bias:
         features = tower(images(64, count))

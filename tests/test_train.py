@@ -39,7 +39,7 @@ CORNERS = {"top left": (4, 4), "top right": (36, 4), "bottom left": (4, 36), "bo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """16 pictures of a square, and what they show; other data with answers of different lengths; bad data."""
+    """Training data: squares.jsonl (16 pictures with descriptions), mixed.jsonl, few.jsonl, and bad.jsonl."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for colour, rgb in COLOURS.items():
@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(hybrid_checkpoint, tmp_path_factory) -> Path:
-    """The small hybrid model, stored in bfloat16 as the published ones are (mostly)."""
+    """The miniature hybrid model, stored in bfloat16."""
     directory = tmp_path_factory.mktemp("base") / "hybrid"
     shutil.copytree(hybrid_checkpoint, directory)
     load_pretrained_model(hybrid_checkpoint, device="cpu", dtype="bfloat16")[2].save_pretrained(directory)
@@ -67,7 +67,7 @@ def base(hybrid_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(siglip_checkpoint, folder, tmp_path) -> Callable[..., int]:
-    """A short training of the small SigLIP model, in float32; further arguments replace these."""
+    """A function that trains the miniature SigLIP model for two steps in float32; arguments add to or replace these."""
 
     def run(*arguments: Any) -> int:
         return train(
@@ -84,7 +84,7 @@ def start(siglip_checkpoint, folder, tmp_path) -> Callable[..., int]:
 
 @pytest.fixture(scope="module")
 def trained(base, folder, tmp_path_factory) -> Path:
-    """What supervised fine-tuning on the 16 squares gives."""
+    """The output of supervised fine-tuning on the 16 squares."""
     output = tmp_path_factory.mktemp("trained") / "out"
     code = train(
         "--model_path", base, "--data", folder / "squares.jsonl", "--output", output, "--stage", "sft",
@@ -128,7 +128,7 @@ def test_the_result_is_a_checkpoint_as_published(trained, base):
     for name in ("processor_config.json", "preprocessor_config.json"):
         assert json.loads((trained / name).read_text()) == json.loads((base / name).read_text())
     configs = [json.loads((directory / "config.json").read_text()) for directory in (base, trained)]
-    for token in ("bos", "eos", "pad"):  # the trainer of transformers notes these, in either place
+    for token in ("bos", "eos", "pad"):  # transformers' trainer writes these in both places
         for config in (configs[1], configs[1]["language_config"]):
             config.pop(f"{token}_token_id", None)
     assert configs[1].pop("use_cache", True) is True
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_as_an_unbroken_one(base, fold
         assert process.wait() == -signal.SIGKILL
     assert not (killed / "model.safetensors").exists()
     last = last_checkpoint(killed)
-    for number, damage in ((998, state_cut), (999, without_state)):  # as if the kill had come while it was written
+    for number, damage in ((998, state_cut), (999, without_state)):  # as if killed while the checkpoint was written
         shutil.copytree(last, killed / f"checkpoint-{number}")
         damage(killed / f"checkpoint-{number}")
 
@@ -227,7 +227,7 @@ def test_the_same_command_after_the_end_changes_nothing(start, tmp_path, more):
     before = weights(tmp_path / "out")
     assert start(*more) == 0
     assert all(torch.equal(weight, before[name]) for name, weight in weights(tmp_path / "out").items())
-    (tmp_path / "out/log.jsonl").unlink()  # as if killed in front of the last files
+    (tmp_path / "out/log.jsonl").unlink()  # as if killed before the last files were written
     assert start(*more) == 0
     assert (tmp_path / "out/log.jsonl").exists()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(tmp_path / "out").items())
@@ -244,7 +244,7 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(start, tmp_path, 
 
 
 def test_only_what_the_trainer_left_half_written_is_deleted(start, tmp_path):
-    """Nor what it has finished, but for all but the last two."""
+    """The last two finished checkpoints stay, and so do directories that the trainer has not written."""
     assert start("--max_steps", 1) == 0
     kept = [tmp_path / "out/checkpoint-best", tmp_path / "out/checkpoint-merged-7"]
     for directory in kept:
@@ -257,7 +257,7 @@ def test_only_what_the_trainer_left_half_written_is_deleted(start, tmp_path):
 
 
 def test_a_batch_without_images_teaches_the_projector_nothing(start, folder, tmp_path, request):
-    """Nor does it fail, as it would if no gradient reached what learns."""
+    """It does not fail either, as it would if the projector had no gradient."""
     rows = [[{"role": "User", "content": "Hi."}, {"role": "Assistant", "content": "Hello."}]] * 4
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -417,7 +417,7 @@ def test_only_the_chosen_parts_learn(hybrid_checkpoint, folder, tmp_path, option
 
 
 def test_a_parts_rate_scales_its_steps(start, siglip_checkpoint, tmp_path):
-    """The first step of Adam is the rate, for every weight that has a gradient."""
+    """Adam's first step changes every weight that has a gradient by the learning rate."""
     assert start("--max_steps", 1, "--train", "projector", "language", "--part_rate", "projector=1e-4") == 0
     before, after = weights(siglip_checkpoint), weights(tmp_path / "out")
     for name, rate in (("aligner.layers.0.weight", 1e-4), ("language_model.model.layers.0.mlp.up_proj.weight", 1e-3)):

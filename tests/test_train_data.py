@@ -1,4 +1,4 @@
-"""Files of conversations: the forms they may have, and what is said about rows that cannot be trained on."""
+"""Files of conversations: their forms, and the errors for rows that cannot be trained on."""
 
 import base64
 import bz2
@@ -35,7 +35,7 @@ def one_processor(siglip_checkpoint) -> VLChatProcessor:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A directory with images/a.png, images/b.png, a truncated and a text file called PNG."""
+    """A directory with images/a.png, images/b.png, a truncated PNG and a text file named like one."""
     images = tmp_path / "my data" / "images"
     images.mkdir(parents=True)
     make_picture(images / "a.png", seed=1)
@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
 
 
 def write(path: Path, *rows: Any) -> Path:
-    """A JSON Lines file; text and bytes are written as they are."""
+    """Write rows to a JSON Lines file; text and bytes are written unchanged."""
     lines = (row if isinstance(row, str | bytes) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
     return path
@@ -95,7 +95,7 @@ def text(content: str) -> dict[str, Any]:
 
 
 def openai(*images: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation in OpenAI's form, with these three image parts."""
+    """The test conversation in OpenAI's form, with three image parts."""
     a, b, c = images
     return [
         {"role": "user", "content": [a, text("A, "), b, text("or B?")]},
@@ -306,7 +306,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "special token": ([user("Hi"), answer(f"Yes.{EOS}")],
                       f"message 2 holds the special token {EOS}; the template adds it, so remove it"),
     "too long": ([user("Hi"), answer("yes " * 200)], "too long: "),
-    # What would be passed over in silence
+    # Fields that would be ignored without an error
     "weight in parts": ([user("Hi"), {**answer(), "weight": 0.5}],
                         '"weight" of message 2 is 0.5; an answer is learnt (1 or true) or it is not (0 or false)'),
     "weight as text": ([user("Hi"), {**answer(), "loss": "false"}], "\"loss\" of message 2 is 'false'; an answer is"),
@@ -568,7 +568,7 @@ def test_a_row_made_in_python_is_checked_the_same_way(folder, processor):
 
 
 def test_truncation_needs_an_answer_that_begins(processor: VLChatProcessor, tmp_path: Path) -> None:
-    """A longer row is good then, unless there would be nothing to learn."""
+    """With `truncate`, a longer row is accepted if something of an answer that is learnt remains."""
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps([user("Hi"), answer("yes " * 200)]) + "\n", encoding="utf-8")
     rows, _ = load_data(path, processor)

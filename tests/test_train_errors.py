@@ -1,4 +1,4 @@
-"""Training: a full disk, a longer run, and what an adapter says of itself."""
+"""Training: a full disk, extending a finished run, and an adapter's model card."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def options(siglip_checkpoint, data) -> list[Any]:
 
 
 def on_small_disk(directory: Path, *script: str) -> subprocess.CompletedProcess:
-    """Run shell commands where `directory` is a disk of its own, of the size that the first command gives it."""
+    """Run shell commands that mount a small disk at `directory`, in a namespace of their own; skips if they cannot."""
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", "\n".join(script)]
     try:
         probe = subprocess.run([*command[:-1], f"mount -t tmpfs none {directory}"], capture_output=True, check=False)
@@ -68,7 +68,7 @@ THE_OTHERS = [
     ("size", "more"), [*A_FEW, *(pytest.param(*other, marks=pytest.mark.long) for other in THE_OTHERS)], ids=str
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(options, tmp_path, size, more):
-    """Wherever the room ends: in a checkpoint's weights, in the optimizer's state, in the result, in a line of JSON."""
+    """The disk may be full within a checkpoint's weights, the optimizer's state, the result or a line of JSON."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     arguments = [*options, "--max_steps", 4, "--save_steps", 2, "--device", "cpu", *more]
@@ -87,11 +87,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(options, tmp
     assert result.stdout.split()[-1] == "0", second[-2000:]
     if "first 1" in result.stdout:
         assert "Traceback" not in first, first[-3000:]
-        # A progress bar may stand before it, or end behind it.
+        # A progress bar may precede or follow it on its line.
         (error,) = re.findall(rf"{re.escape(ERROR)}(.*)", first)
         assert error.startswith("nothing more can be written (")
         assert error.endswith("make room, then give the same command again")
-    else:  # it was enough, as for adapters
+    else:  # the disk was large enough, as for adapters
         assert more or size == "5m"
     assert train(*arguments, "--output", tmp_path / "whole") == 0
     file = "adapter_model.safetensors" if more else "model.safetensors"
@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(options, tmp
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"])
 def test_a_finished_run_that_is_extended_keeps_to_the_longer_schedule(options, tmp_path, schedule, caplog):
-    """Its first step too: the rate in the checkpoint is the end of the old schedule."""
+    """The first step too has the longer schedule's rate; the checkpoint's is that of the old schedule's end."""
     options = [*options, "--schedule", schedule, "--learning_rate", 1e-3]
     assert train(*options, "--output", tmp_path / "out", "--max_steps", 20) == 0
     if schedule in ("cosine", "linear"):
@@ -116,10 +116,10 @@ def test_a_finished_run_that_is_extended_keeps_to_the_longer_schedule(options, t
     assert train(*options, "--output", tmp_path / "whole", "--max_steps", 40) == 0
     extended, whole = (log(tmp_path / name, "learning_rate") for name in ("out", "whole"))
     assert extended[20:] == whole[20:] and len(extended) == 40
-    if schedule == "cosine":  # four steps of warm-up, then the half wave; the log has the rate of the step
+    if schedule == "cosine":  # four steps of warm-up, then half a cosine; the log has each step's rate
         expected = [5e-4 * (1 + math.cos(math.pi * (step - 4) / 36)) for step in range(20, 40)]
         assert extended[20:] == pytest.approx(expected, rel=1e-6)
-    # The first step is as large as the schedule says: Adam's steps are no larger than a few rates.
+    # The steps are not much smaller than the rates in the log.
     moved = max(float((weight - before[name]).abs().max()) for name, weight in weights(tmp_path / "out").items())
     assert moved > sum(extended[20:]) / 10
 
@@ -167,11 +167,11 @@ def test_an_adapter_says_what_it_is_and_no_absolute_path(siglip_checkpoint, opti
     assert '\nbase_model: "../../models/small"\n' in card
     assert "adapters of rank 4 for 16 linear layers (projector, language)" in card
     assert "trained on 8 conversations for 2 steps" in card
-    assert train(*options, "--output", "runs/adapter") == 0  # there is nothing to do
+    assert train(*options, "--output", "runs/adapter") == 0  # the run is finished, nothing is trained
     assert (adapter / "README.md").read_text() == card
 
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from wherever one is
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the base's relative path does not depend on the working directory
     for source in ("adapter", "adapter/checkpoint-1"):
         target = source.replace("/", "-")
         assert merge_command(["--adapter", f"../runs/{source}", "--output", target]) == 0

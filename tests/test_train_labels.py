@@ -1,4 +1,4 @@
-"""What is learnt of a conversation, token for token, and batches that give the same loss however they are made."""
+"""Labels of conversations, token for token, and batches that give the same loss however they are padded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from deepseek_vl.train.trainer import VLTrainer
 from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
 
 FEATURES = 16
-"""Positions of an image, in every model of the tests."""
+"""Positions per image in all of the tests' models."""
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,21 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module", params=["small", "published"])
 def processor(request) -> VLChatProcessor:
-    """A processor with a tokenizer of bytes and short words, and one with the published tokenizer."""
+    """A processor with the small tokenizer, and one with the published tokenizer."""
     tokenizer = load_tokenizer(str(request.getfixturevalue(f"{request.param}_tokenizer_dir")))
     return VLChatProcessor(VLMImageProcessor(32), tokenizer, num_image_tokens=FEATURES)
 
 
 @pytest.fixture(scope="module")
 def opened(checkpoint) -> tuple[VLChatProcessor, MultiModalityCausalLM]:
-    """The processor and the float32 model of each kind, all of whose parts learn."""
+    """The processor and the float32 model of each kind, with all parts trainable."""
     _, processor, model = load_pretrained_model(checkpoint, device="cpu", dtype="float32")
     set_trainable(model, parts_of(model))
     return processor, model.train()
 
 
 def conversation(pictures: list[Path], *turns: tuple[str, str], system: str | None = None) -> TrainingRow:
-    """A row of (question, answer); the pictures are given to the tags one after the other."""
+    """A training row of (question, answer) turns; the image tags get the pictures in order."""
     remaining = iter(pictures * 3)
     messages: list[dict[str, Any]] = []
     for question, answer in turns:
@@ -73,7 +73,7 @@ CONVERSATIONS: dict[str, list[tuple[str, str]]] = {
 
 
 def pieces(row: TrainingRow, processor: VLChatProcessor) -> list[tuple[str, bool]]:
-    """(text, whether it is learnt), as the paper's template has them."""
+    """The parts of a row's prompt by the paper's template, as (text, whether it is learnt)."""
     system = processor.system_prompt if row.system is None else row.system
     result = [(BOS, False)]
     between = f"{system}\n\n" if system else ""
@@ -85,7 +85,7 @@ def pieces(row: TrainingRow, processor: VLChatProcessor) -> list[tuple[str, bool
 
 
 def expected_tokens(row: TrainingRow, processor: VLChatProcessor) -> tuple[list[int], list[bool]]:
-    """The ids, made piece by piece, and which are learnt."""
+    """The ids of a row, tokenised piece by piece, and for each whether it is learnt."""
     ids: list[int] = []
     learnt: list[bool] = []
     for text, is_learnt in pieces(row, processor):
@@ -128,7 +128,7 @@ def test_the_tokens_and_pixels_are_those_of_the_chat(processor, pictures, name):
 def test_an_answer_without_weight_is_not_learnt_and_all_else_is_as_it_was(
     processor, pictures, withheld, mask_prompt, monkeypatch
 ):
-    """Token for token, from a row as people write it."""
+    """Answers of weight 0 are not learnt, and all other tokens have the same labels; rows are in OpenAI's form."""
     monkeypatch.setattr(processor, "mask_prompt", mask_prompt)
     turns = [("Look.", "At what?"), (f"This {IMAGE_TAG}?", "Yes. 🙂"), ("So?", " Fine.\n")]
     messages = []
@@ -166,7 +166,7 @@ def test_the_loss_is_that_of_the_answers_that_are_learnt(opened, pictures):
         )
         loss = model(**TrainingCollator(processor)([partial])).loss
     is_learnt = whole["labels"][0, 1:] != NOT_LEARNT
-    answer = (is_learnt & ~torch.nn.functional.pad(is_learnt, (1, 0))[:-1]).cumsum(0) - 1  # number of each token's
+    answer = (is_learnt & ~torch.nn.functional.pad(is_learnt, (1, 0))[:-1]).cumsum(0) - 1  # its answer's index
     kept = is_learnt & torch.isin(answer, torch.tensor([i for i, weight in enumerate(weights) if weight]))
     torch.testing.assert_close(loss, per_token[kept].mean(), rtol=1e-5, atol=0)
 
@@ -267,12 +267,12 @@ BATCHES: dict[str, list[str]] = {
 
 
 def loss_and_tokens(model: MultiModalityCausalLM, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """The mean loss, and over how many tokens."""
+    """The mean loss of a batch, and its number of learnt tokens."""
     return model(**batch, use_cache=False).loss, int((batch["labels"][:, 1:] != NOT_LEARNT).sum())
 
 
 def left_padded(encoded: list[EncodedRow], processor: VLChatProcessor) -> dict[str, Any]:
-    """A batch as the collator's, but padded in front."""
+    """A batch like the collator's, but padded on the left."""
     batch = dict(processor.batchify([row.item for row in encoded], padding_side="left"))
     batch["labels"] = torch.full_like(batch["input_ids"], NOT_LEARNT)
     for labels, row in zip(batch["labels"], encoded, strict=True):

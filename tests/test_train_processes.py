@@ -1,4 +1,4 @@
-"""Training in several processes, and what a run says of itself when it starts."""
+"""Training in several processes, and the messages at a run's start."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def launch(*command: Any) -> str:
-    """Run `accelerate launch`; returns what it said."""
+    """Run `accelerate launch`; returns its standard error."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *command]
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
@@ -47,7 +47,7 @@ TWO_PROCESSES = ["--num_processes", 2, "--multi_gpu"]
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("siglip", marks=pytest.mark.long), "hybrid"])
 def test_two_processes_learn_what_one_does(request, data, tmp_path, kind):
-    """On CPUs; some batches have no images."""
+    """Two processes on CPUs learn the same as one, with some batches without images."""
     options = ["--model_path", request.getfixturevalue(f"{kind}_checkpoint"), "--data", data, *OPTIONS]
     assert train(*options, "--output", tmp_path / "one", "--batch_size", 2, "--workers", 0) == 0
     launch(*TWO_PROCESSES, *COMMAND, *options, "--output", tmp_path / "two", "--batch_size", 1)
@@ -65,7 +65,7 @@ def test_two_processes_learn_what_one_does(request, data, tmp_path, kind):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num_processes", 2, "--cpu"], "in float32, 1 process."),  # accelerate starts one, without a word
+        (["--num_processes", 2, "--cpu"], "in float32, 1 process."),  # accelerate silently starts one process
         (TWO_PROCESSES, "in float32, 2 processes, each with all weights."),
     ],
     ids=["one process", "two processes"],
@@ -133,7 +133,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("model_class", ["MultiModalityCausalLM", "DeepseekVLForConditionalGeneration"])
 @pytest.mark.parametrize("kind", ["siglip", "hybrid"])
 def test_data_parallel_training_written_by_hand(request, kind, model_class, tmp_path):
-    """Over all parameters, without a search for those that are not used."""
+    """Plain DistributedDataParallel trains all parameters, without `find_unused_parameters`."""
     checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
     picture = Image.open(make_picture(tmp_path / "a.png"))
     if model_class == "MultiModalityCausalLM":

@@ -1,4 +1,4 @@
-"""What learns in each stage and at which rate, and adapters: where they sit, and what merging them gives."""
+"""The trainable parts and learning rates of each stage, and adapters: their layers, and merging them."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ LEARNS = {
     "pretrain": dict.fromkeys(SIGLIP, ("aligner.", "language_model.")),
     "sft": {kind: (prefix, "aligner.", "language_model.") for kind, prefix in SIGLIP.items()},
 }
-"""What the parameters' names begin with that learn in each stage (paper, section 3.3)."""
+"""For each stage and kind of model, the prefixes of the names of trainable parameters (paper, section 3.3)."""
 CHOICES = [("siglip", "projector"), ("siglip", "siglip"), ("siglip", "language"), ("hybrid", "projector"),
            ("hybrid", "siglip"), ("hybrid", "language"), ("hybrid", "sam")]  # fmt: skip
 """Every part of every kind of model."""
@@ -69,7 +69,7 @@ def batch(directory, tmp_path) -> dict[str, torch.Tensor]:
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """What one backward pass gives each parameter."""
+    """The gradient of each parameter after one backward pass; None without one."""
     model(**batch, use_cache=False).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -164,7 +164,7 @@ LAYERS = {
     ("siglip", "siglip"): 2 * 4, ("siglip", "projector"): 2, ("siglip", "language"): 2 * 7,
     ("hybrid", "siglip"): 2 * 4, ("hybrid", "projector"): 3, ("hybrid", "language"): 2 * 7, ("hybrid", "sam"): 3 * 4,
 }  # fmt: skip
-"""How many linear layers each part of the small models has."""
+"""The number of linear layers in each part of the miniature models."""
 
 
 @pytest.mark.parametrize(("kind", "part"), CHOICES)
@@ -176,7 +176,7 @@ def test_adapters_are_on_every_linear_layer_of_the_chosen_part_and_they_alone_le
     for name, gradient in gradients(adapted, batch).items():
         if name in learning:
             assert "lora_" in name and part_of(name) == part
-            assert gradient is not None and (gradient.any() or "lora_A" in name), name  # B begins as zeros
+            assert gradient is not None and (gradient.any() or "lora_A" in name), name  # B starts as zeros
         else:
             assert gradient is None, name
     assert {part_of(name) for name in learning} == {part}
@@ -200,7 +200,7 @@ def test_no_adapters_on_parts_that_are_not_there(siglip_checkpoint):
 
 
 def train_adapter(base: Path, output: Path) -> torch.nn.Module:
-    """An adapter of all parts with weights as after training, saved as the trainer does; returns its model."""
+    """Save an adapter of all parts with random weights, as the trainer does after training; returns its model."""
     _, processor, model = load_pretrained_model(base, device="cpu", dtype="float32")
     adapted = add_lora(model, parts_of(model), rank=4, alpha=8).eval()
     torch.manual_seed(1)
@@ -215,7 +215,7 @@ def train_adapter(base: Path, output: Path) -> torch.nn.Module:
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def base(request, directory, tmp_path) -> Path:
-    """A checkpoint of each kind, stored in each dtype."""
+    """A checkpoint of each kind, stored in float32 and in bfloat16."""
     copy = tmp_path / "base"
     shutil.copytree(directory, copy)
     model = load_pretrained_model(directory, device="cpu", dtype=request.param)[2]

@@ -1,4 +1,4 @@
-"""TRL's trainers and PEFT, on the classes that the Auto classes return for the published layout, and on our own."""
+"""TRL's trainers and PEFT, with the classes that the Auto classes return for the published layout, and our own."""
 
 import copy
 from pathlib import Path
@@ -76,7 +76,7 @@ def preferences(pictures) -> Any:
 
 @pytest.fixture(params=["path", "DeepseekVL", "DeepseekVL, transformers' layout"])
 def model(request, checkpoint) -> dict[str, Any]:
-    """What a trainer is given: the path of the published layout, or a model and its processor."""
+    """Arguments for a trainer: the path of a checkpoint in the published layout, or a model and its processor."""
     if request.param == "path":
         return {"model": str(checkpoint)}
     directory = checkpoint
@@ -103,7 +103,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def our_batch(checkpoint: Path, pictures: list[Image.Image], masked: bool = True) -> dict[str, Any]:
-    """The same conversations as this package's own trainer has them."""
+    """The batch of the same conversations that this package's own trainer makes."""
     rows = []
     for turns, image in zip(TURNS, pictures, strict=True):
         messages = [{**message, "role": message["role"].capitalize()} for message in turns_of(turns)]
@@ -124,7 +124,7 @@ def test_supervised_fine_tuning(model, checkpoint, conversations, pictures, tmp_
     ours = our_batch(checkpoint, pictures, masked=assistant_only)
     assert torch.equal(batch["input_ids"], ours["input_ids"])
     assert (batch["input_ids"] == trainer.processing_class.tokenizer.bos_token_id).sum(1).tolist() == [1, 1]
-    if assistant_only:  # token for token what this package learns
+    if assistant_only:  # the same tokens are learnt as in this package's trainer
         assert torch.equal(batch["labels"], ours["labels"])
         end = trainer.processing_class.tokenizer.eos_token_id
         assert (batch["labels"] == end).sum(1).tolist() == [len(turns) for turns in TURNS]
@@ -152,7 +152,7 @@ def test_too_long_conversations_are_cut_and_never_inside_an_image(siglip_checkpo
 
 
 def test_prompts_and_completions(model, completions, tmp_path):
-    """Prompts of different lengths: TRL shifts the shorter one's tokens, and its images' places with them."""
+    """Prompts have different lengths: TRL pads the shorter one, and must move its image positions with the tokens."""
     arguments = trl.SFTConfig(**settings(tmp_path))
     trainer = trl.SFTTrainer(args=arguments, train_dataset=completions, **model)
     batch = trainer.data_collator([copy.copy(completions[i]) for i in range(2)])
@@ -196,7 +196,7 @@ def test_preferences_without_a_reference_model(model, checkpoint, preferences, t
     trainer = trl.DPOTrainer(args=arguments, train_dataset=preferences, **model)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # both are the same before the first step
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference are still equal
     assert log[1]["loss"] < log[0]["loss"]
 
 
@@ -238,12 +238,12 @@ def test_adapters(model, rows, request, tmp_path):
 
 @pytest.mark.parametrize("model_class", [MultiModalityCausalLM, DeepseekVLForConditionalGeneration])
 def test_the_preparation_of_qlora(model_class, checkpoint, pictures, tmp_path):
-    """As for a model in 4 bit: everything frozen, norms in float32, gradients through checkpointed layers."""
+    """QLoRA's preparation freezes all weights, and gradients flow through checkpointed layers to the adapters."""
     model = model_class.from_pretrained(checkpoint, dtype=torch.bfloat16)
     model.is_loaded_in_4bit = True
     model = peft.prepare_model_for_kbit_training(model)
     assert not [name for name, weight in model.named_parameters() if weight.requires_grad]
-    model.is_loaded_in_4bit = False  # the weights are not, so that adapters are ordinary ones
+    model.is_loaded_in_4bit = False  # the weights are not in 4 bits: peft is to add ordinary adapters
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).train()
     if model_class is MultiModalityCausalLM:
         batch = VLChatProcessor.from_pretrained(checkpoint)(text=f"{IMAGE_TAG}What?", images=pictures[:1])

@@ -39,7 +39,7 @@ PICTURES = sorted((ROOT / "images").glob("*.png"))
 
 Messages = Sequence[dict[str, Any]]
 Answer = tuple[list[int], list[int]]
-"""The ids of a prompt, with an image's tag repeated for each of its features, and of what was generated."""
+"""The ids of a prompt, with an image's tag repeated for each of its features, and the ids of its answer."""
 
 
 class Server:
@@ -82,7 +82,7 @@ class Server:
 
 
 def as_openai(messages: Messages) -> list[dict[str, Any]]:
-    """Our messages as OpenAI's, each image where its tag is."""
+    """Messages in OpenAI's form, with each image in the place of its tag."""
     result = []
     for message in messages:
         images = iter(message.get("images") or ())
@@ -114,7 +114,7 @@ def user(text: str, *images: Image.Image) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers, one at a time, because each takes the memory of a process with PyTorch and more."""
+    """A function that starts a server and stops the one before, because each needs much memory."""
     servers: list[Server] = []
 
     def start(model_path: Path, *arguments: str) -> Server:
@@ -135,7 +135,7 @@ def tiny() -> tuple[MultiModalityCausalLM, VLChatProcessor]:
 
 @pytest.fixture(scope="module")
 def questions(tiny: tuple[MultiModalityCausalLM, VLChatProcessor]) -> list[Messages]:
-    """All of `tests/pictures`, the pictures opened: about one, two and none, and follow-ups."""
+    """All questions of `tests/pictures` with opened pictures: about one, two and none, and follow-ups."""
     rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", tiny[1])
     asked = []
     for row in rows:
@@ -152,7 +152,7 @@ def answers(tiny: tuple[MultiModalityCausalLM, VLChatProcessor], questions: list
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA weights of the language model, by our trainer, that answer otherwise."""
+    """A LoRA adapter of the language model, trained by this package to give other answers."""
     pytest.importorskip("peft")
     from deepseek_vl.train.__main__ import main as train
 
@@ -183,7 +183,7 @@ def test_answers_about_pictures_are_ours(server: Server, questions: list[Message
 
 
 def test_many_at_once_get_the_same_answers(server: Server, questions: list[Messages], answers: list[Answer]) -> None:
-    """Most of it from the prefix cache by now, which must tell pictures apart by more than their tokens."""
+    """Prompts come from the prefix cache, which must distinguish pictures although their tokens are the same."""
     before = server.metric("vllm:prefix_cache_hits_total")
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(server.ask, questions)) == answers
@@ -211,7 +211,7 @@ def test_lora_adapters_of_our_trainer(
 def test_pictures_of_all_kinds_are_opened_as_ours(
     kind: str, server: Server, tiny: tuple[MultiModalityCausalLM, VLChatProcessor]
 ) -> None:
-    """By the logarithms of the first token's probabilities, which change with any pixel."""
+    """Log probabilities of the first token, which change with any pixel, are ours for pictures of all kinds."""
     image = Image.open(PICTURES[0]).convert("RGB")
     if kind == "transparent":
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -259,7 +259,7 @@ def test_transformers_layout(
     tiny: tuple[MultiModalityCausalLM, VLChatProcessor],
     tmp_path: Path,
 ) -> None:
-    """With a template of the checkpoint's own, as the published ones have it, which lacks the begin token."""
+    """A checkpoint in transformers' layout has a chat template of its own, and gives the same answers."""
     assert convert(["tiny", str(tmp_path / "tiny"), "--to", "transformers"]) == 0
     server = serve(tmp_path / "tiny")
     for messages, expected in [*zip(questions, answers, strict=True)][::12]:
@@ -301,7 +301,7 @@ def test_llm_chat_with_pil_pictures(tiny: tuple[MultiModalityCausalLM, VLChatPro
 
 
 def check_random_model(checkpoint: Path, serve: Callable[..., Server], *arguments: str) -> None:
-    """The first 32 tokens of five answers; such a model knows no end."""
+    """Assert that vLLM and we give the same first 32 tokens for five prompts."""
     wide, tall = (load_image(ROOT / "images" / "shapes.png").resize(shape) for shape in ((700, 333), (200, 1001)))
     prompts = [
         [user("Tell me a story about\n\n  a boat, and count: 1234567.")],
@@ -315,23 +315,23 @@ def check_random_model(checkpoint: Path, serve: Callable[..., Server], *argument
     del model
     server = serve(checkpoint, "--max-num-seqs", "2", *arguments)
     assert [server.ask(messages, tokens=32) for messages in prompts] == expected
-    # Published files leave the end token to the tokenizer; Llama's, the config's default, is an ordinary one here.
+    # The end token is the tokenizer's. The config's default, Llama's 2, is an ordinary token here.
     assert server.ask(prompts[0], tokens=4, logit_bias={"2": 100})[1] == [2] * 4
 
 
 @pytest.mark.parametrize("layout", ["reference", "transformers"])
 def test_a_random_hybrid(layout: str, serve: Callable[..., Server], small_tokenizer_dir: Path, tmp_path: Path) -> None:
-    """A miniature of the 7B, whose tokenizer's files name the class that would break it, as the published ones do."""
+    """A miniature 7B, whose tokenizer's files name `LlamaTokenizerFast`, which would break it, as the published do."""
     checkpoint = write_checkpoint("hybrid", small_tokenizer_dir, tmp_path / "reference", num_attention_heads=2)
     (checkpoint / "generation_config.json").unlink()
-    if layout == "reference":  # the other layout has no place for this
+    if layout == "reference":  # the other layout cannot store this setting
         settings = checkpoint / "processor_config.json"
         text = settings.read_text(encoding="utf-8")
         settings.write_text(text.replace('"add_special_token": false', '"add_special_token": true'), encoding="utf-8")
         assert VLChatProcessor.from_pretrained(checkpoint).positions_per_image == 17
     else:
         assert convert([str(checkpoint), str(tmp_path / layout), "--to", layout]) == 0
-    # Two processes divide one of the language models between them; the towers are whole in both.
+    # Two processes share the language model of one layout; each has whole towers.
     check_random_model(tmp_path / layout, serve, *(["--tensor-parallel-size", "2"] if layout == "transformers" else []))
 
 
@@ -340,7 +340,7 @@ def test_a_random_hybrid(layout: str, serve: Callable[..., Server], small_tokeni
 def test_random_models_of_the_published_widths(
     size: str, serve: Callable[..., Server], published_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """Both architectures with two layers of the language model, and the published tokenizer's files as they are."""
+    """Both published architectures with two layers of the language model, and the published tokenizer's files."""
     command = [
         sys.executable, ROOT / "benchmarks" / "random_checkpoint.py", "--size", size, "--language_layers", "2",
         "--tokenizer", published_tokenizer_dir, "--output", tmp_path / size,

@@ -1,4 +1,4 @@
-"""Narrow weights by torchao, which needs no GPU for int8."""
+"""Weight-only quantisation by torchao, which needs no GPU for int8."""
 
 import copy
 import sys
@@ -49,7 +49,7 @@ def test_int8_weights_answer_almost_the_same(tiny: Loaded, is_compiled: bool) ->
     assert 0 < (logits - plain).norm() / plain.norm() < 0.05
     layers = [module for module in model.language_model.modules() if isinstance(module, torch.nn.Linear)]
     assert {type(layer.weight).__name__ for layer in layers} == {"Int8Tensor"}
-    for layer in layers:  # a byte for each weight, and for each output its scale
+    for layer in layers:  # one byte per weight, and one scale per output
         assert 4 <= stored_bytes(layer.weight) / layer.out_features - layer.in_features <= 8
 
     if is_compiled:

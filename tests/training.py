@@ -1,4 +1,4 @@
-"""What the tests of training share: the command, its data, and what it wrote."""
+"""Helpers for tests of training: run the command, write its data, read its output."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ ERROR = "python -m deepseek_vl.train: error: "
 
 
 def train(*arguments: Any) -> int:
-    """Run the command here, on the CPU; returns its exit code."""
+    """Run the command in this process on the CPU; returns its exit code."""
     try:
         return main([str(argument) for argument in (*arguments, "--device", "cpu")])
     except SystemExit as error:
@@ -24,13 +24,13 @@ def train(*arguments: Any) -> int:
 
 
 def write(path: Path, *rows: Any) -> Path:
-    """A JSON Lines file."""
+    """Write rows to a JSON Lines file; returns its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def write_mixed(folder: Path) -> Path:
-    """`MIXED`, there and back, in a file beside its two pictures."""
+    """Write `MIXED`, forwards and then backwards, and its two pictures; returns the data file."""
     for i in range(2):
         make_picture(folder / f"{i}.png", seed=i)
     return write(folder / "mixed.jsonl", *MIXED, *MIXED[::-1])
@@ -50,19 +50,19 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def changed(directory: Path, base: Path) -> set[str]:
-    """The names of the weights that are not the base's, bit for bit."""
+    """The names of the weights that differ from the base's in any bit."""
     before = weights(base)
     return {name for name, weight in weights(directory).items() if not torch.equal(weight, before[name])}
 
 
 def log(directory: Path, key: str) -> list[float]:
-    """A number's course, as the log has it."""
+    """All values of a key in a run's log, in order."""
     entries = map(json.loads, (directory / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return [entry[key] for entry in entries if key in entry]
 
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
-    """The text of the one line with which the command ends."""
+    """Run the command, which must fail; returns the error line that ends its output."""
     capsys.readouterr()
     assert train(*arguments) == 1
     last = capsys.readouterr().err.splitlines()[-1]
@@ -76,4 +76,4 @@ MIXED = [
     row("Yes?", "No."),
     row(f"{TAG}{TAG}Same?", "They are not the same at all.", "0.png", "1.png"),
 ]
-"""Answers of different lengths, about the pictures 0.png and 1.png."""
+"""Conversations with answers of different lengths, and with none, one and two of the pictures 0.png and 1.png."""

@@ -15,7 +15,7 @@ from deepseek_vl.utils.io import load_pil_images
 
 PICTURE = Path(__file__).resolve().parents[1] / "images" / "shapes.png"
 TEXT = "One two three, what is left of the star, and which colours has the picture? " * 20
-"""More than enough positions with text, which the model has not seen as often as its own questions."""
+"""A long text, unlike the questions that the model was trained on."""
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def logits(model_path: str, positions: int, **loading: str) -> torch.Tensor:
-    """The last positions' logits: float32 [positions, vocabulary]."""
+    """The logits of the prompt's last positions: float32 [positions, vocabulary]."""
     _, model, processor = load_model(model_path, device="cpu", **loading)
     messages = [
         {"role": "User", "content": f"<image_placeholder>{TEXT}", "images": [str(PICTURE)]},

@@ -35,7 +35,7 @@ RESUMED_ROWS = 100_000
 
 
 def write_pictures(directory: Path, count: int) -> list[Path]:
-    """Pictures of the small model's world."""
+    """Write pictures of the bundled model's toy world; returns their paths."""
     paths = [directory / f"{number:05}.png" for number in range(count)]
     for number, path in enumerate(paths):
         draw(sample_picture(random.Random(number), "shapes")).save(path)
@@ -43,7 +43,7 @@ def write_pictures(directory: Path, count: int) -> list[Path]:
 
 
 def by_the_engine(engine: Engine, processor: VLChatProcessor, paths: Sequence[Path], tokens: int) -> int:
-    """Hand over all pictures, and wait; returns how many tokens the answers have."""
+    """Submit all pictures to the engine, and wait; returns the number of tokens of all answers."""
     question = Question(engine, processor, PROMPT, GenerationSettings(max_new_tokens=tokens))
     generations = []
     for path in paths:
@@ -63,7 +63,7 @@ def ignore(item: object) -> None:
 def by_caption_many(
     engine: Engine, processor: VLChatProcessor, paths: Sequence[Path], tokens: int, output: Path
 ) -> Iterator[Caption]:
-    """The answers as they come, each written to a journal."""
+    """The answers of `caption_many` in the order they end, each also written to a journal."""
     settings = GenerationSettings(max_new_tokens=tokens)
     with Journal(output, {}) as journal:
         for index, answer in caption_many(engine.model, processor, paths, PROMPT, settings, engine):
@@ -78,7 +78,7 @@ def compare_rates(
     for repeat in range(repeats + 1):
         counts = set()
         for name, measured in rates.items():
-            engine = Engine(model, processor.tokenizer)  # which knows none of the pictures
+            engine = Engine(model, processor.tokenizer)  # a new one, with an empty cache
             begun = time.perf_counter()
             if name == "engine":
                 counts.add(by_the_engine(engine, processor, paths, tokens))
@@ -86,7 +86,7 @@ def compare_rates(
                 output = paths[0].parent / f"{repeat}.jsonl"
                 answers = by_caption_many(engine, processor, paths, tokens, output)
                 counts.add(sum(answer.completion_tokens for answer in answers))
-            if repeat:  # the first is to warm up
+            if repeat:  # the first one is a warm-up
                 measured.append(len(paths) / (time.perf_counter() - begun))
             engine.close()
         if len(counts) > 1:

@@ -1,7 +1,7 @@
-"""What `speed.py` compares, each in a process of its own: `python benchmarks/contenders.py JOB`.
+"""The measurements of `speed.py`, each run in another process: `python benchmarks/contenders.py JOB`.
 
-A job is a JSON object: `run`, the name of a function below, and its arguments. The function's result goes to standard
-output as a line of JSON. Heavy modules are imported by the functions, so that loading is measured from the start.
+A job is a JSON object with `run`, the name of a function below, and the function's arguments. Its result is printed as
+a line of JSON. Functions import heavy modules themselves, so that loading is measured from the start.
 """
 
 import itertools
@@ -21,22 +21,22 @@ Conversation = list[dict[str, Any]]
 
 
 class Contender(Protocol):
-    """A loaded model behind one interface."""
+    """The interface of loaded models that are compared."""
 
     model: Any
 
     def answer(self, messages: Conversation, tokens: int) -> dict[str, Any]:
-        """Answer a conversation with so many tokens: what `TokenClock.read` gives, and the `answer`."""
+        """Answer a conversation with at most `tokens` tokens; returns `TokenClock.read` and the `answer`."""
 
     def encode(self, image: "Image.Image") -> Callable[[], Any]:
-        """What encodes an image, which is preprocessed already, for the language model."""
+        """Preprocess an image; returns a function that encodes it for the language model."""
 
 
 class TokenClock:
-    """Inside the `with`, notes when each token is there.
+    """Record the time of each token within a `with` block.
 
     Args:
-        model: whose device is waited for.
+        model: the model that generates; times are read when its device has finished.
     """
 
     def __init__(self, model: Any):
@@ -53,7 +53,7 @@ class TokenClock:
         pass
 
     def read(self, tokens: int) -> dict[str, float | None]:
-        """Seconds until the first of the answer's tokens, and for each of the others."""
+        """Seconds until the `first` of the last `tokens` tokens, and on average for `each` of the others."""
         ticks = self._ticks[-tokens:]
         return {
             "first": ticks[0] - self._begun,
@@ -62,7 +62,7 @@ class TokenClock:
 
 
 class LogitsClock(TokenClock):
-    """Notes when a model has computed the logits of a token."""
+    """A clock that records when a model has computed the logits of a token."""
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -77,7 +77,7 @@ class LogitsClock(TokenClock):
 
 
 class EngineClock(TokenClock):
-    """Notes when this package's engine knows a token: graphs and compiled code call no hooks."""
+    """A clock that records when this package's engine has a token: graphs and compiled code call no hooks."""
 
     def __enter__(self) -> TokenClock:
         from deepseek_vl.engine.generation import Generation
@@ -101,7 +101,7 @@ class Ours:
     """This package, as its doors use it.
 
     Args:
-        remembers: whether a prompt may go on from an earlier conversation.
+        remembers: whether the engine keeps conversations, so that a prompt may continue an earlier one.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Ours:
         return {**clock.read(stream.completion_tokens), "answer": answer}
 
     def stream(self, messages: Conversation, tokens: int) -> "AnswerStream":
-        """The answer to a conversation, of so many tokens at most."""
+        """The answer to a conversation, of at most `tokens` tokens."""
         from deepseek_vl.engine.generation import AnswerStream
         from deepseek_vl.engine.settings import GenerationSettings
         from deepseek_vl.serve.inference import message_images
@@ -144,7 +144,7 @@ class Ours:
 
 
 class Transformers:
-    """transformers' own class, with the weights of a checkpoint in the reference's layout, renamed as they are read."""
+    """transformers' own class, with a checkpoint in the reference's layout; weights are renamed as they are read."""
 
     def __init__(self, model_path: str, device: str, dtype: str):
         import torch
@@ -202,7 +202,7 @@ CONTENDERS: dict[str, type[Contender]] = {"ours": Ours, "transformers": Transfor
 
 
 def open_contender(name: str, **arguments: Any) -> Contender:
-    """Load a model; says so on standard output, for whoever waits for it."""
+    """Load a model; prints `ready`, so that the parent process can time it."""
     import torch
 
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def open_contender(name: str, **arguments: Any) -> Contender:
 
 
 def picture(seed: int, size: tuple[int, int] = (1920, 1080)) -> "Image.Image":
-    """A picture that no one has encoded before."""
+    """A picture of coarse noise, different for each seed."""
     import numpy as np
     from PIL import Image
 
@@ -221,7 +221,7 @@ def picture(seed: int, size: tuple[int, int] = (1920, 1080)) -> "Image.Image":
 
 
 def question(processor: Any, tokens: int, images: Sequence["Image.Image"] = ()) -> Conversation:
-    """A conversation of one question about some images, whose prompt has so many tokens at least."""
+    """A conversation of one question about some images, whose prompt has at least `tokens` tokens."""
     words = ["Describe"]
     while True:
         content = processor.image_tag * len(images) + " ".join(words)
@@ -233,19 +233,19 @@ def question(processor: Any, tokens: int, images: Sequence["Image.Image"] = ()) 
 
 
 def chat_processor(model_path: str) -> Any:
-    """The processor whose prompts all contenders get."""
+    """The processor that counts the tokens of prompts, so that all contenders get the same question."""
     from deepseek_vl.models import VLChatProcessor
 
     return VLChatProcessor.from_pretrained(model_path)
 
 
 def warm_up(loaded: Contender, processor: Any) -> None:
-    """Answer something."""
+    """Answer a short question with two tokens."""
     loaded.answer(question(processor, 1), 2)
 
 
 def first_token(contender: dict[str, Any], prompt: int, answer: int) -> dict[str, Any]:
-    """A prompt with an image. The first run warms up."""
+    """Measure a prompt with an image and its answer, after a warm-up: times, memory, and bytes read per token."""
     from measuring import PeakMemory
 
     loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
@@ -259,9 +259,9 @@ def first_token(contender: dict[str, Any], prompt: int, answer: int) -> dict[str
 def llama_cpp_first_token(
     model: str, mmproj: str | None, model_path: str, prompt: int, answer: int
 ) -> dict[str, dict[str, Any]]:
-    """`first_token` of llama.cpp, with the picture if there is a file for its tower, and without.
+    """Measure the same as `first_token` in llama.cpp, without the picture and, if `mmproj` is given, with it.
 
-    The picture has the model's size already: llama.cpp's own resizing is not measured, and would be another picture.
+    The picture has the model's size already, because llama.cpp resizes differently; resizing is not measured.
     """
     import numpy as np
     from llama_cpp_peer import LlamaCpp, positions_of
@@ -285,7 +285,7 @@ def llama_cpp_first_token(
         each = (ticks[-1] - ticks[0]) / (answer - 1) if answer > 1 else None
         return {"first": ticks[0] - begun, "each": each, "read": Path(model).stat().st_size}
 
-    measure([])  # to warm up
+    measure([])  # a warm-up
     results = {"without the picture": measure([])}
     if mmproj is not None:
         results["with the picture"] = measure([picture(1)])
@@ -293,10 +293,10 @@ def llama_cpp_first_token(
 
 
 def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_answer: str | None) -> dict[str, Any]:
-    """The next question about an image.
+    """Measure the second question about an image.
 
     Args:
-        first_answer: what the model has said to the first one; None to have it say something.
+        first_answer: the answer to the first question; None to generate it in a `ChatSession` (this package only).
     """
     is_ours = {"remembers": True} if contender["name"] == "ours" else {}
     loaded, processor = open_contender(**contender, **is_ours), chat_processor(contender["model_path"])
@@ -322,10 +322,10 @@ def second_turn(contender: dict[str, Any], prompt: int, follow_up: int, first_an
 
 
 def text_only(contender: dict[str, Any], prompt: int, blank: bool) -> dict[str, Any]:
-    """A prompt without images.
+    """Measure the time to the first token of a prompt without images.
 
     Args:
-        blank: encode a blank image first, as the reference does.
+        blank: whether to encode a blank image first, as the reference does, and add its time.
     """
     from measuring import now
     from PIL import Image
@@ -343,7 +343,7 @@ def text_only(contender: dict[str, Any], prompt: int, blank: bool) -> dict[str, 
 
 
 def encode(contender: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """The vision towers and the projector."""
+    """Measure the vision towers and the projector on one image."""
     from measuring import PeakMemory, fastest
 
     loaded = open_contender(**contender)
@@ -354,7 +354,7 @@ def encode(contender: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 
 def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption: int) -> dict[str, Any]:
-    """Tokens per second of captions for so many images at once, by their number."""
+    """Measure captions of several images at once: tokens per second for each number of images."""
     from concurrent.futures import ThreadPoolExecutor
 
     loaded, processor = open_contender(**contender), chat_processor(contender["model_path"])
@@ -377,13 +377,13 @@ def batch(contender: dict[str, Any], sizes: Sequence[int], prompt: int, caption:
     rates = {}
     for size in sizes:
         if contender.get("compiled"):
-            rate(size)  # graphs are captured for each number of rows
+            rate(size)  # captures the graphs for this number of rows
         rates[size] = rate(size)
     return {"rates": rates}
 
 
 def load(contender: dict[str, Any]) -> dict[str, Any]:
-    """Until a model in its own layout, and its processor, can be used."""
+    """Load a model and its processor, each contender from its own layout, and print `ready`."""
     if contender["name"] == "ours":
         open_contender(**contender)
         return {}
@@ -398,7 +398,7 @@ def load(contender: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess(image_size: int, do_normalize: bool, repeats: int) -> dict[str, Any]:
-    """A 1080p picture to pixel values on one core, in seconds: here, step by step, and Pillow's resize alone."""
+    """Measure a 1080p picture to pixel values on one core, in seconds: ours, step by step, Pillow's resize alone."""
     import numpy as np
     import torch
     from measuring import fastest
@@ -429,7 +429,7 @@ def preprocess(image_size: int, do_normalize: bool, repeats: int) -> dict[str, A
 
 
 def limits(model_path: str, device: str, prompt: int, matrix: int, memory: int) -> dict[str, Any]:
-    """What the machine can do, and how many operations a prompt with an image takes."""
+    """Measure the machine's rates, and count the operations of a prompt with an image."""
     from measuring import multiplication_rates, read_rate
 
     from deepseek_vl.kernels.device import pick_device
@@ -445,7 +445,7 @@ def limits(model_path: str, device: str, prompt: int, matrix: int, memory: int) 
 
 
 def operations(model_path: str, prompt: int) -> tuple[int, int]:
-    """The operations of an image's encoding, and of a prompt in the language model, counted without being done."""
+    """The operations to encode an image, and to run a prompt in the language model, counted without computing."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.func import functional_call
@@ -467,13 +467,13 @@ def operations(model_path: str, prompt: int) -> tuple[int, int]:
 
     language = config.language_config
     weights = sum(weight.numel() for weight in model.get_decoder().layers.parameters() if weight.ndim == 2)
-    attention = 2 * prompt**2 * language.hidden_size * language.num_hidden_layers  # each token's half of the others
+    attention = 2 * prompt**2 * language.hidden_size * language.num_hidden_layers  # half of all pairs: it is causal
     head = 2 * model.get_output_embeddings().weight.numel()  # for one token
     return counter.get_total_flops(), 2 * prompt * weights + attention + head
 
 
 def bytes_per_token(model: Any) -> int:
-    """The weights that are read for each token: the language model's, but for the table of its embeddings."""
+    """Bytes of weights that are read for each token: the language model's without its table of embeddings."""
     from deepseek_vl.kernels.quantized import QuantizedLinear
     from deepseek_vl.kernels.weight_only import stored_bytes
 

@@ -1,6 +1,6 @@
-"""llama.cpp, for who compares with it: our GGUF files through the package `llama-cpp-python`.
+"""llama.cpp with our GGUF files, through the package `llama-cpp-python`, for comparisons.
 
-Prompts are given as token ids and image features, so that both sides run the same positions.
+Prompts are given as token ids and image features, so that llama.cpp and this package run the same positions.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import numpy as np
 from llama_cpp import mtmd_cpp
 
 Part = Sequence[int] | np.ndarray
-"""Of a prompt: token ids, or float32 [n, width] in place of n embeddings."""
+"""A part of a prompt: token ids, or the embeddings of n positions as float32 [n, width]."""
 
 
 @llama_cpp.llama_log_callback
@@ -23,15 +23,15 @@ def _say_nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
 
 
 class LlamaCpp:
-    """A language model and, with a second file, its vision tower.
+    """A language model in llama.cpp and, if `mmproj` is given, its vision tower.
 
     Args:
-        model, mmproj: the files.
-        positions: how many a prompt and its answer may have.
-        threads: of the processor.
+        model, mmproj: the GGUF files of the language model and of the tower.
+        positions: the most positions of a prompt and its answer together.
+        threads: the number of CPU threads.
 
     Raises:
-        OSError: if llama.cpp does not take a file.
+        OSError: if llama.cpp cannot load a file.
     """
 
     def __init__(self, model: Path, mmproj: Path | None = None, positions: int = 1024, threads: int = 2):
@@ -57,14 +57,14 @@ class LlamaCpp:
                 raise OSError(f"llama.cpp does not load '{mmproj}'.")
 
     def close(self) -> None:
-        """Free its memory."""
+        """Free the memory of the models."""
         if self._vision is not None:
             mtmd_cpp.mtmd_free(self._vision)
         llama_cpp.llama_free(self._context)
         llama_cpp.llama_model_free(self._model)
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
-        """A text's ids, without a beginning; special tokens in it are text unless they are to be obeyed."""
+        """A text's ids, without a begin token; `special` makes special tokens in the text special, not plain text."""
         data = text.encode()
         room = len(data) + 8
         ids = (llama_cpp.llama_token * room)()
@@ -72,7 +72,7 @@ class LlamaCpp:
         return list(ids[:count])
 
     def image_features(self, pixels: np.ndarray) -> np.ndarray:
-        """What the tower and the projector make of uint8 [H, W, 3]: float32 [n, width]."""
+        """The features of a picture, uint8 [H, W, 3], after tower and projector: float32 [n, width]."""
         height, width, _ = pixels.shape
         data = np.ascontiguousarray(pixels).tobytes()
         bitmap = mtmd_cpp.mtmd_bitmap_init(width, height, (ctypes.c_uint8 * len(data)).from_buffer_copy(data))
@@ -96,12 +96,12 @@ class LlamaCpp:
             mtmd_cpp.mtmd_bitmap_free(bitmap)
 
     def forget(self) -> None:
-        """Begin a new conversation."""
+        """Clear the cache, to begin a new conversation."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         self._position = 0
 
     def run(self, part: Part, wanted: int = 1) -> np.ndarray:
-        """Go on with a part of a prompt; returns the logits of its last positions, float32 [wanted, vocabulary]."""
+        """Run the next part of a prompt; returns the logits of its last positions, float32 [wanted, vocabulary]."""
         count, is_features = len(part), isinstance(part, np.ndarray)
         batch = llama_cpp.llama_batch_init(count, self._width if is_features else 0, 1)
         try:
@@ -125,7 +125,7 @@ class LlamaCpp:
             llama_cpp.llama_batch_free(batch)
 
     def answer(self, prompt: Sequence[Part], max_tokens: int, end: int) -> list[int]:
-        """The most likely answer to a prompt, without its end token."""
+        """The ids of the greedy answer to a prompt, without the end token."""
         self.forget()
         for part in prompt:
             logits = self.run(part)
@@ -140,7 +140,7 @@ class LlamaCpp:
 
 
 def positions_of(inputs: Any, features: Sequence[np.ndarray]) -> list[Part]:
-    """A processor's output of one row as a prompt: runs of token ids, and each image's features where it is."""
+    """A processor's output of one row as parts of a prompt: runs of token ids, and the features of images."""
     parts: list[Part] = []
     waiting = iter(features)
     pairs = zip(inputs.input_ids[0].tolist(), inputs.images_seq_mask[0].tolist(), strict=True)

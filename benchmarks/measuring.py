@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock, memory, the machine's own limits, and where results go."""
+"""Helpers of the benchmarks: a clock, peak memory, the machine's rates, and output of results."""
 
 import dataclasses
 import json
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 MOST_SECONDS = 4.0
-"""About so long one of the machine's limits is measured."""
+"""About the longest time, in seconds, to measure one of the machine's limits."""
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done all it was told to."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def fastest(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
+    """The seconds of the fastest of `repeats` runs, after one warm-up."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -40,12 +40,12 @@ def fastest(run: Callable[[], Any], device: torch.device, repeats: int) -> float
 
 
 class PeakMemory:
-    """Inside the `with`, watches the memory that is used beyond what was in use before.
+    """Measure the peak of memory within a `with` block, above the memory in use at its start.
 
-    On a CPU it is the process's resident memory, looked at every millisecond.
+    On a CPU this is the process's resident memory, sampled every millisecond.
 
     Attributes:
-        bytes: the most that was in use beyond that.
+        bytes: the peak above the start; valid after the block.
     """
 
     def __init__(self, device: torch.device):
@@ -82,18 +82,19 @@ def multiplication_rates(device: torch.device, side: int) -> dict[str, float]:
     """Operations per second (a multiplication and an addition are two) of matrix products, by dtype.
 
     Args:
-        side: of the right matrix; the left one has a prompt's 640 rows. Smaller where that would take long.
+        side: the right matrix is square with this side, or smaller where that would take long; the left one has 640
+            rows, as many as a prompt.
     """
     rates = {}
     for name in ("float32", "bfloat16", "int8"):
         dtype = getattr(torch, name)
         multiply = torch._int_mm if name == "int8" else torch.mm
-        # Without instructions for a dtype a product takes minutes: smaller ones say so in time.
+        # Smaller products first: without instructions for a dtype a large one takes minutes.
         for size in (side // 16, side // 4, side):
             left, right = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (640, size))
             try:
                 seconds = fastest(lambda: multiply(left, right), device, repeats=3)  # noqa: B023  it is called here
-            except RuntimeError:  # this build has no such kernel
+            except RuntimeError:  # this build of PyTorch has no such kernel
                 break
             rates[name] = 2 * 640 * size**2 / seconds
             if seconds > MOST_SECONDS / 64:
@@ -102,19 +103,19 @@ def multiplication_rates(device: torch.device, side: int) -> dict[str, float]:
 
 
 def read_rate(device: torch.device, size: int) -> float:
-    """Bytes per second that a sum reads from `size` bytes, which should be more than the caches hold."""
+    """Bytes per second that a sum reads from `size` bytes, which should exceed the processor's caches."""
     numbers = torch.ones(size // 4, device=device)
     return size / fastest(numbers.sum, device, repeats=5)
 
 
 def write_json(results: Sequence[Any], file: Path) -> None:
-    """Write dataclasses."""
+    """Write dataclasses to a JSON file."""
     file.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def plot(file: Path, size: tuple[float, float] = (6, 4)) -> Iterator["Axes"]:
-    """Axes to draw on, which are then saved."""
+    """Within the `with` block, axes to draw on; afterwards the plot is saved to a file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -99,22 +99,21 @@ PUBLISHED_CONFIGS["7b-towers"] = {
         "vocab_size": 64,
     },
 }
-"""Not published: the 7B model's vision with a stub of a language model, to measure encoding in little memory."""
+"""The 7B model's vision with a stub of a language model, to measure encoding in little memory; not published."""
 
 
 def published_image_processor(size: str) -> VLMImageProcessor:
     """The image processor that the published model of this size ships."""
-    if size.startswith("7b"):  # its towers normalise for themselves
+    if size.startswith("7b"):  # its towers normalise their own inputs
         return VLMImageProcessor(1024, do_normalize=False)
     return VLMImageProcessor(384, image_mean=IMAGENET_INCEPTION_MEAN, image_std=IMAGENET_INCEPTION_STD)
 
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Weights on a scale that keeps activations finite, which depend on name and shape alone; drawn when indexed.
+    """A random weight that is drawn when it is indexed, from its name and shape alone.
 
-    Attributes:
-        name, shape, dtype: the tensor's.
+    Its scale keeps activations finite.
     """
 
     name: str
@@ -122,11 +121,11 @@ class RandomTensor:
     dtype: torch.dtype
 
     def get_shape(self) -> list[int]:
-        """The shape."""
+        """The shape, as of a safetensors slice."""
         return self.shape
 
     def get_dtype(self) -> str:
-        """The dtype as safetensors writes it: `F16`."""
+        """The dtype's name in safetensors, such as `F16`."""
         return DTYPE_NAMES[self.dtype]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -149,15 +148,15 @@ def write_random_checkpoint(
     shard_bytes: int = 2 * 10**9,
     language_layers: int | None = None,
 ) -> None:
-    """Write `output`: config, sharded safetensors, tokenizer and processor files.
+    """Write a checkpoint of random weights: config, sharded safetensors, tokenizer and processor files.
 
     Args:
         size: a key of `PUBLISHED_CONFIGS`.
-        tokenizer: directory with DeepSeek-VL's tokenizer files, which are copied.
-        output: directory, made if it is not there.
-        dtype: of the weights.
-        shard_bytes: a shard is closed before it exceeds this.
-        language_layers: of the language model; None for as many as the published model has.
+        tokenizer: the directory with DeepSeek-VL's tokenizer files, which are copied.
+        output: the directory to write, created if it does not exist.
+        dtype: the dtype of the weights.
+        shard_bytes: the largest size of a shard.
+        language_layers: the number of layers of the language model; None for that of the published model.
 
     Raises:
         FileExistsError: if `output` already has a config.
@@ -175,7 +174,7 @@ def write_random_checkpoint(
     config = MultiModalityConfig(**{**published, "language_config": language}, architectures=["MultiModalityCausalLM"])
     config.save_pretrained(directory)
     VLChatProcessor(published_image_processor(size), load_tokenizer(tokenizer)).save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # as published, not as re-saved
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):  # unchanged, not as re-saved
         if (Path(tokenizer) / file).is_file():
             shutil.copy(Path(tokenizer) / file, directory)
 
@@ -186,7 +185,7 @@ def write_random_checkpoint(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = OneLineParser(
         prog="python benchmarks/random_checkpoint.py",
         description="Write a random checkpoint in the published layout.",

@@ -34,7 +34,7 @@ QUESTIONS = (
 
 @dataclass
 class Measurement:
-    """What a number of clients got out of a server."""
+    """The results of one run: some clients, and a server with a batch size."""
 
     batch: int
     clients: int
@@ -80,7 +80,7 @@ def server(
 
 @functools.cache
 def body(question: str, file: str, max_tokens: int) -> dict:
-    """A request."""
+    """The body of a request that asks a question about a picture."""
     url = image_data_url(load_image(IMAGES / file))
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
@@ -88,7 +88,7 @@ def body(question: str, file: str, max_tokens: int) -> dict:
 
 
 async def measure(address: str, batch: int, clients: int, requests: int, max_tokens: int) -> Measurement:
-    """Send requests from so many clients, each of which waits for its answer before the next."""
+    """Send `requests` requests from `clients` clients, each of which waits for its answer before the next."""
     waiting = iter(range(requests))
     latencies, tokens = [], 0
 
@@ -138,7 +138,7 @@ def main() -> None:
     measurements = []
     for batch in (1, args.max_batch):
         with server(args.model_path, batch, args.dtype) as (address, _):
-            asyncio.run(measure(address, batch, 1, len(QUESTIONS), args.max_tokens))  # to warm up
+            asyncio.run(measure(address, batch, 1, len(QUESTIONS), args.max_tokens))  # a warm-up
             for clients in args.clients:
                 measured = asyncio.run(measure(address, batch, clients, args.requests, args.max_tokens))
                 measurements.append(measured)

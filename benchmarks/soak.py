@@ -28,14 +28,14 @@ from serving import IMAGES, server
 from deepseek_vl.imaging.open import image_data_url, load_image
 
 FAULTS_EVERY = 500
-"""One of so many steps fails, on average."""
+"""On average one of this many steps fails."""
 
 CALM_STEPS = 64
-"""So many steps after such a one do not: each of its answers goes on in a step of its own."""
+"""The number of steps after a failure that do not fail, because the failed step's rows are then retried one by one."""
 
 SAMPLE_SECONDS = 5.0
 WARM_UP = 1 / 6
-"""The part of the time that is not counted in the slope: caches fill."""
+"""The part of the time that the slope leaves out, because caches fill."""
 
 QUESTIONS = (
     "Describe the image.",
@@ -66,7 +66,7 @@ BROKEN = (
 
 @dataclass
 class Outcome:
-    """What became of a run: requests by what became of them, and by which part the memory grew."""
+    """The result of a run: the number of requests by outcome, and the relative growth of memory."""
 
     minutes: float
     clients: int
@@ -76,12 +76,12 @@ class Outcome:
 
 @dataclass
 class Script:
-    """A conversation as it goes when nothing else happens.
+    """A conversation, with the answers that the server gives when it has nothing else to do.
 
     Attributes:
-        questions: what the user says, as the API's content.
-        answers: what the model says to it, as far as it was asked.
-        max_tokens: of each answer.
+        questions: the user's messages, as the API's `content`.
+        answers: the answers to the questions asked so far.
+        max_tokens: the most tokens of each answer.
     """
 
     questions: list[list[dict[str, Any]]]
@@ -89,7 +89,7 @@ class Script:
     answers: list[str] = field(default_factory=list)
 
     def body(self, turn: int, stream: bool = False) -> dict[str, Any]:
-        """The request for the answer of one turn."""
+        """The body of the request for one turn's answer."""
         messages: list[dict[str, Any]] = []
         for question, answer in zip(self.questions[:turn], self.answers, strict=False):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -104,7 +104,7 @@ class Script:
 
 
 def scripts(count: int, turns: int, generator: random.Random) -> list[Script]:
-    """So many conversations of up to so many turns."""
+    """`count` random conversations of at most `turns` turns."""
     urls = [image_data_url(load_image(IMAGES / file)) for file in FILES]
 
     def question(first: bool) -> list[dict[str, Any]]:
@@ -119,10 +119,10 @@ def scripts(count: int, turns: int, generator: random.Random) -> list[Script]:
 
 
 async def answer_of(http: httpx.AsyncClient, body: dict[str, Any], leave_after: int | None = None) -> str | None:
-    """The text of an answer; None for who leaves after so many pieces of it.
+    """The text of an answer; None if the client leaves, after `leave_after` pieces of a stream.
 
     Raises:
-        httpx.HTTPError: if there is no whole answer.
+        httpx.HTTPError: if the answer is an error or incomplete.
     """
     if not body["stream"]:
         response = (await http.post("/v1/chat/completions", json=body)).raise_for_status()
@@ -145,7 +145,7 @@ async def answer_of(http: httpx.AsyncClient, body: dict[str, Any], leave_after: 
 
 
 async def client(address: str, told: Sequence[Script], until: float, seed: int, counts: Counter[str]) -> None:
-    """Act out scripts, with whims, until it is time."""
+    """Hold the conversations of random scripts until a time, and now and then disconnect or send a broken request."""
     whims = random.Random(seed)
     async with httpx.AsyncClient(base_url=address, timeout=600) as http:
         while time.monotonic() < until:
@@ -174,10 +174,11 @@ async def client(address: str, told: Sequence[Script], until: float, seed: int, 
 
 
 class Memory:
-    """Samples the memory of a process and its children.
+    """Sample the memory of a process and its children within a `with` block.
 
     Attributes:
-        seconds, megabytes: of each sample.
+        seconds: the time of each sample, from the start.
+        megabytes: the resident memory in each sample.
     """
 
     def __init__(self, process: psutil.Process):
@@ -208,7 +209,7 @@ class Memory:
             self.megabytes.append(total / 2**20)
 
     def growth(self) -> float:
-        """By which part of its mean the memory grows from the warm-up's end to the end, by least squares."""
+        """The growth of memory after the warm-up, by least squares, relative to its mean."""
         seconds, megabytes = np.array(self.seconds), np.array(self.megabytes)
         counted = seconds >= WARM_UP * seconds[-1]
         slope, _ = np.polyfit(seconds[counted], megabytes[counted], 1)
@@ -216,7 +217,7 @@ class Memory:
 
 
 async def soak(address: str, process: psutil.Process, args: argparse.Namespace) -> tuple[Counter[str], Memory]:
-    """Learn the answers, then load the server for the time."""
+    """Record each script's answers, then let the clients load the server; returns their counts and the memory."""
     told = scripts(args.scripts, args.turns, random.Random(args.seed))
     async with httpx.AsyncClient(base_url=address, timeout=600) as http:
         for script in told:
@@ -230,7 +231,7 @@ async def soak(address: str, process: psutil.Process, args: argparse.Namespace) 
 
 
 def serve_with_faults() -> None:
-    """The server's own command, in whose steps memory runs out now and then, and what is then freed suffices."""
+    """Run the server's command with random out-of-memory errors in decoding steps; a retry succeeds."""
     from deepseek_vl.engine.decode_step import Step
     from deepseek_vl.serve.api.__main__ import main
 
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("soak.png"), help="the plot; numbers go to .json")
     args = parser.parse_args()
 
-    # In float32 an answer beside others is the one alone, token for token.
+    # float32, because only there are answers in a batch the same as alone, token for token.
     program = [__file__, "--serve", "--memory_mb", str(args.memory_mb)]
     with server(args.model_path, 16, "float32", program) as (address, process):
         counts, memory = asyncio.run(soak(address, psutil.Process(process.pid), args))

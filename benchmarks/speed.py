@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: tokens, but for `batches` (images at once), `matrix` (its side), `memory` (bytes to read)."""
+    """Sizes in tokens, and `batches` (images at once), `repeats`, `matrix` (its side), `memory` (bytes to read)."""
 
     prompt: int = 640
     answer: int = 17
@@ -43,22 +43,22 @@ SIZES = {
     "published": Sizes(),
     "small": Sizes(80, 4, 8, 60, 4, batches=(1, 2), repeats=1, matrix=256, memory=2**20),
 }
-"""`small` is for miniature models, to try the benchmark itself."""
+"""`published` for real models; `small` for miniature models, to try the benchmark itself."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number.
+    """One measurement.
 
     Attributes:
         quantity: what was measured.
-        contender: whose it is.
-        value, unit: the number; only rates (`tokens/s`) are better if they are higher.
-        is_peer: whether it is what the others are compared with.
-        memory: bytes in use beyond the weights.
-        limit: what the machine could do at best, in the same unit.
+        contender: the contender that was measured.
+        value, unit: the result; rates (`tokens/s`) are better if higher, times if lower.
+        is_peer: whether the others are compared with this contender.
+        memory: the peak of memory in use beyond the weights, in bytes.
+        limit: the machine's best possible value, in the same unit.
         ratio: how many times better than the best peer.
-        read: bytes of weights that are read in that time.
+        read: the bytes of weights that are read in that time.
     """
 
     quantity: str
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     model_path: str
     exported: str | None
@@ -87,7 +87,7 @@ class Setup:
     mmproj: str | None
 
     def ours(self, dtype: str = "auto") -> dict[str, dict[str, Any]]:
-        """This package as it comes, with quantised weights, and compiled where it can be, by the name of the row."""
+        """Contenders of this package by label: plain, with quantised weights, and compiled where that is possible."""
         plain = {"name": "ours", "model_path": self.model_path, "device": self.device, "dtype": dtype}
         label = "default dtype" if dtype == "auto" else dtype
         ours = {f"ours, {label}": plain, **{f"ours, {kind}": {**plain, "quantize": kind} for kind in self.quantize}}
@@ -98,27 +98,27 @@ class Setup:
         return ours
 
     def peers(self, *dtypes: str) -> dict[str, dict[str, Any]]:
-        """transformers' own class in these dtypes, or in those asked for, by the name of the row."""
+        """Contenders of transformers' own class by label, in these dtypes or else in those of the command line."""
         peer = {"name": "transformers", "model_path": self.model_path, "device": self.device}
         return {f"transformers, {dtype}": {**peer, "dtype": dtype} for dtype in dtypes or self.peer_dtypes}
 
 
 def command(run: str, **arguments: Any) -> list[str]:
-    """The command that does a contender's job."""
+    """The command line that runs a function of `contenders.py`."""
     return [sys.executable, str(Path(__file__).with_name("contenders.py")), json.dumps({"run": run, **arguments})]
 
 
 def result_of(run: str, **arguments: Any) -> dict[str, Any]:
-    """Do a contender's job in a process of its own."""
+    """Run a function of `contenders.py` in another process; returns its result."""
     done = subprocess.run(command(run, **arguments), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds_until(line: str, arguments: Sequence[str]) -> float:
-    """From the start of a program until its output has a text; the program is then ended.
+    """Seconds from a program's start until its output has a text; the program is then killed.
 
     Raises:
-        SystemExit: if it ends without.
+        SystemExit: if the program ends without printing the text.
     """
     begun = time.perf_counter()
     with subprocess.Popen(
@@ -126,7 +126,7 @@ def seconds_until(line: str, arguments: Sequence[str]) -> float:
     ) as program:
         seen = ""
         while line not in seen:
-            character = program.stdout.read(1)  # a prompt has no end of line
+            character = program.stdout.read(1)  # character by character, as a prompt has no line end
             if not character:
                 raise SystemExit(f"{' '.join(arguments)} has ended without {line!r}.")
             seen += character
@@ -136,7 +136,7 @@ def seconds_until(line: str, arguments: Sequence[str]) -> float:
 
 
 def machine_limits(setup: Setup) -> dict[str, Any]:
-    """Operations that are needed, and the rates that the machine has."""
+    """The operations of a prompt with an image, and the machine's rates, by `contenders.limits`."""
     sizes = setup.sizes
     return result_of(
         "limits",
@@ -149,14 +149,14 @@ def machine_limits(setup: Setup) -> dict[str, Any]:
 
 
 def best_rate(limits: dict[str, Any], contender: dict[str, Any]) -> float:
-    """Of matrix products in a contender's dtype: float32 has the machine's for float32, narrower ones the fastest."""
+    """The rate of matrix products for a contender's limit: float32's for float32, else the fastest of all dtypes."""
     rates = limits["multiply"]
     is_float32 = contender["dtype"] == "float32" and "quantize" not in contender
     return rates["float32"] if is_float32 else max(rates.values())
 
 
 def first_token(setup: Setup) -> Iterator[Row]:
-    """The first token of a prompt with an image, and each of the next."""
+    """Time to the first token of a prompt with an image, and time per token afterwards."""
     limits = machine_limits(setup)
     arguments = {"prompt": setup.sizes.prompt, "answer": setup.sizes.answer}
     for label, contender in {**setup.peers(), **setup.ours()}.items():
@@ -185,7 +185,7 @@ def _per_token(label: str, result: dict[str, Any], limits: dict[str, Any], is_pe
 
 
 def turns(setup: Setup) -> Iterator[Row]:
-    """The first token of the second answer about an image."""
+    """Time to the first token of the second answer about an image."""
     arguments = {"prompt": setup.sizes.prompt, "follow_up": setup.sizes.follow_up}
     first_answer = None
     for label, contender in {**setup.ours(), **setup.peers()}.items():
@@ -197,7 +197,7 @@ def turns(setup: Setup) -> Iterator[Row]:
 
 
 def text_only(setup: Setup) -> Iterator[Row]:
-    """The first token of a prompt without images, with and without the reference's encoding of a blank one."""
+    """Time to the first token of a prompt without images, also with the blank one that the reference encodes."""
     ours = setup.ours()
     contenders = {"ours, after a blank image": (next(iter(ours.values())), True)}
     contenders |= {label: (contender, False) for label, contender in ours.items()}
@@ -207,7 +207,7 @@ def text_only(setup: Setup) -> Iterator[Row]:
 
 
 def encode(setup: Setup) -> Iterator[Row]:
-    """The vision towers and the projector on one image."""
+    """Time of the vision towers and the projector on one image."""
     limits = machine_limits(setup)
     for label, contender in {**setup.peers("float32"), **setup.ours("float32")}.items():
         is_peer = contender["name"] != "ours"
@@ -217,7 +217,7 @@ def encode(setup: Setup) -> Iterator[Row]:
 
 
 def batch(setup: Setup) -> Iterator[Row]:
-    """Captions of several images at once, against one after the other."""
+    """Rate of captions of several images at once, compared with one after the other."""
     sizes = setup.sizes
     for label, contender in setup.ours().items():
         result = result_of(
@@ -229,7 +229,7 @@ def batch(setup: Setup) -> Iterator[Row]:
 
 
 def load(setup: Setup) -> Iterator[Row]:
-    """From the start of a program until it can be asked, with the files in the disk's cache."""
+    """Time from a program's start until the model is loaded, with the files in the disk's cache."""
     with tempfile.TemporaryDirectory() as directory:
         exported = setup.exported
         if exported is None:
@@ -250,7 +250,7 @@ def load(setup: Setup) -> Iterator[Row]:
 
 
 def preprocess(setup: Setup) -> Iterator[Row]:
-    """A 1080p picture to pixel values on one core; the limit is Pillow's resize alone, which is exact."""
+    """Time from a 1080p picture to pixel values on one core; the limit is the time of Pillow's resize alone."""
     repeats = 10 * setup.sizes.repeats
     for image_size, do_normalize in ((384, True), (1024, False)):
         result = result_of("preprocess", image_size=image_size, do_normalize=do_normalize, repeats=repeats)
@@ -271,7 +271,7 @@ TABLES: dict[str, Callable[[Setup], Iterator[Row]]] = {
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their ratios to the best peer's number for the same quantity."""
+    """The rows with `ratio` filled in, from the best peer's value of the same quantity."""
     result = []
     for row in rows:
         peers = [peer.value for peer in rows if peer.is_peer and peer.quantity == row.quantity]
@@ -283,7 +283,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def line(row: Row) -> str:
-    """A row as text."""
+    """A row as a line of text."""
     parts = [f"{row.quantity:26s} {row.contender:44s} {row.value:9.4g} {row.unit:8s}"]
     parts.append(f"{row.ratio:6.2f}x" if row.ratio is not None else " " * 7)
     if row.limit is not None:
@@ -296,7 +296,7 @@ def line(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Bars of how many times better than the best peer each contender is, and could be."""
+    """Plot each contender's ratio to the best peer as a bar, and the machine's limit as a mark."""
     compared = [row for row in rows if row.ratio is not None]
     with plot(file, (7, 1 + 0.35 * len(compared))) as axes:
         names = [f"{row.quantity}: {row.contender}" for row in compared]

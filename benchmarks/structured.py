@@ -35,7 +35,7 @@ SCHEMA = {
         "required": ["name", "colour", "count", "tags"],
         "additionalProperties": False,
     },
-    "minItems": 1000,  # so that no answer ends by itself
+    "minItems": 1000,  # more than any answer has, so that none ends by itself
 }
 FORMS = {
     "any": None,
@@ -45,7 +45,7 @@ FORMS = {
 
 
 class TimedStep(Step):
-    """Notes when each step begins."""
+    """A step that records when it begins."""
 
     def __init__(self) -> None:
         self.begun: list[float] = []
@@ -65,7 +65,7 @@ def ignore(item: object) -> None:
 def seconds_per_step(
     engine: Engine, processor: VLChatProcessor, form: StructuredOutput | None, rows: int, constrained: int, tokens: int
 ) -> float:
-    """The median of the steps of so many answers, some of which have a form."""
+    """The median time of a step with `rows` answers, `constrained` of which keep to the form."""
     step = TimedStep()
     engine.use(step)
     messages = [{"role": "user", "content": "Make a list."}, {"role": "assistant", "content": ""}]
@@ -103,7 +103,7 @@ def main() -> None:
                 shares = {"": rows} if rows == 1 else {", all": rows, ", one of them": 1}
                 for share, constrained in ({"": 0} if form is None else shares).items():
                     seconds = seconds_per_step(engine, processor, form, rows, constrained, args.tokens)
-                    if repeat:  # the first is to warm up
+                    if repeat:  # the first one is a warm-up
                         measured.setdefault(name + share, []).append(seconds)
         fastest = {name: min(seconds) for name, seconds in measured.items()}
         for name, seconds in fastest.items():

@@ -84,7 +84,7 @@ def main() -> None:
 
     tokens = 0
     for step in range(args.steps + 1):
-        if step == 1:  # the first one warms up
+        if step == 1:  # the first step is a warm-up
             phases.seconds.clear()
             tokens = 0
         first = step * args.batch_size

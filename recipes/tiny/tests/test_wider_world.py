@@ -1,4 +1,4 @@
-"""The wider world: further questions and their answers, other wordings, other styles, and pictures of other things."""
+"""The wider world: more questions, other wordings, other styles of drawing, and pictures of other things."""
 
 import colorsys
 import random
@@ -51,11 +51,11 @@ from recipes.tiny.world.wordings import SLIPS, WORDINGS, mistype, reword
 
 WHITE = (255, 255, 255)
 NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
-"""A shape with its colour, in an answer."""
+"""Matches the name of a shape with its colour, as "red circle", in an answer."""
 
 
 def turns_of(asker, kind: str, number: int, sample=sample_picture) -> list[tuple]:
-    """(picture, turn) of `number` pictures about which `asker` has a question."""
+    """`number` pairs (picture, turn), of random pictures about which `asker` has a question."""
     rng, found = random.Random(asker.__name__), []
     while len(found) < number:
         picture = sample(rng, kind)
@@ -178,7 +178,7 @@ def test_things_for_tests_are_not_asked_about_in_training() -> None:
 
 @pytest.mark.parametrize("sample", [sample_picture, sample_painted])
 def test_backgrounds_are_of_the_colour_that_is_said(sample) -> None:
-    """The colour is taken from the pixels along the picture's edges."""
+    """The answer's colour agrees with the pixels along the picture's edges."""
     names = Counter()
     for picture, turn in turns_of(ask_background, "shapes", 400, sample):
         name = re.fullmatch(r"The background is ([a-z ]+)\.", turn.answer)[1]
@@ -256,7 +256,7 @@ GROUPS = (
     ("below", "under", "beneath", "underneath", "lower than"),
     ("background", "behind", "on what colour", "on what color"),
 )
-"""Words that say what is asked about; those of a group mean the same."""
+"""Groups of synonyms for what a question asks about."""
 
 INTENT = {
     "colour": r"colou?r|how is",
@@ -269,13 +269,13 @@ INTENT = {
     "description": r"describe|descri|what|see|tell me about|caption|explain|show",
     "list": r"list|name|enumerate|give me|tell me|show me|what|which|all",
 }
-"""What a question of a type has to have."""
+"""For each type of question, a pattern that its wording must match."""
 
 
 def mentioned(question: str) -> set[int]:
-    """The groups of words that a question has."""
+    """The indices of the `GROUPS` whose words occur in a question."""
     text = question.lower()
-    for word in ("first or in the second", "first or the second"):  # these do not say which
+    for word in ("first or in the second", "first or the second"):  # these choose neither
         text = text.replace(word, "")
     return {
         number for number, words in enumerate(GROUPS) if any(re.search(rf"\b{word}(?:'s|\b)", text) for word in words)
@@ -283,7 +283,7 @@ def mentioned(question: str) -> set[int]:
 
 
 def is_mistyped(question: str) -> bool:
-    """Whether letters are swapped in a question: one of its words is another's letters in another order."""
+    """Whether letters are swapped in a question: one of its words is an anagram of a word of `SLIPS`."""
     plain = {"".join(sorted(word)): word for word in SLIPS}
     return any(plain.get("".join(sorted(word)), word) != word for word in re.findall("[a-z]+", question.lower()))
 
@@ -306,7 +306,7 @@ def test_put_otherwise_a_question_asks_the_same() -> None:
                 )
             else:
                 assert mentioned(other) == mentioned(turn.question), (turn, other)
-            # Letters are sometimes swapped in words without which a question is clear.
+            # Some questions have swapped letters, and then may not match.
             intent = INTENT.get(turn.type, "")
             assert re.search(intent, other.lower()) or is_mistyped(other), (turn, other)
     assert changed > 0.85 * asked.total()
@@ -341,7 +341,7 @@ def test_which_of_two_pictures_is_meant_stays() -> None:
 
 
 def test_every_kind_of_question_can_be_put_otherwise() -> None:
-    """Each pattern matches a question of the world; a question that matches none is only typed differently."""
+    """Each pattern of `WORDINGS` matches a question of the world; other questions vary in their typing only."""
     rng, seen = random.Random(3), Counter()
     patterns = [re.compile(wording.pattern.replace("COLOUR", "|".join(COLOURS))) for wording in WORDINGS]
     world = WiderConversations(2500, seed=4)
@@ -500,7 +500,7 @@ def test_of_other_things_the_answer_is_always_the_same() -> None:
 
 
 def test_half_of_them_are_parts_of_photographs_if_there_are_any(tmp_path: Path) -> None:
-    """The test's photographs are of a tone that nothing else has."""
+    """Half of the pictures are parts of the given photographs, which here have a tone that nothing else has."""
     files = []
     for number in range(3):
         files.append(tmp_path / f"{number}.png")

@@ -62,15 +62,15 @@ RECORDED = {
     (Captions, 1): "952f30fd9126c53e",
     (Captions, 2): "241283b812561f33",
 }
-"""The first 16 digits of the SHA-256 of 200 conversations, with their pictures (drawn by Pillow 12.3 or newer).
+"""The first 16 digits of the SHA-256 of 200 conversations with their pictures (drawn by Pillow 12.3 or newer).
 
-Without those of other things, which numpy draws, and whose last bits differ between processors.
+Pictures of other things are left out: numpy draws them, and their last bits differ between processors.
 """
 
 
 @pytest.mark.parametrize(("world", "seed"), RECORDED)
 def test_the_world_stays_what_it_was(world: type[Conversations], seed: int) -> None:
-    """If it changed, models would be trained and evaluated on other data than before."""
+    """The data of a seed do not change: models are trained and evaluated on them."""
     found = hashlib.sha256()
     for row in world(200, seed):
         said = [[message["role"], message["content"]] for message in row.messages]
@@ -81,7 +81,7 @@ def test_the_world_stays_what_it_was(world: type[Conversations], seed: int) -> N
 
 
 def test_a_world_of_ones_own_has_its_shape_and_its_questions() -> None:
-    """The example's sampler: one shape of each picture is a hexagon, and every question is about it."""
+    """The sampler of `examples/hexagons.py` draws a hexagon in each picture, and all questions are about it."""
     sample_hexagon = runpy.run_path(str(ROOT / "examples/hexagons.py"))["sample_hexagon"]
     for row in Conversations(sample_hexagon, 20, seed=1, turns=2):
         assert 1 <= len(row.types) <= 2

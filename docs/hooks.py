@@ -1,9 +1,9 @@
-"""What mkdocs does to pages beside rendering them.
+"""Hooks of mkdocs that change pages before they are rendered.
 
-- `<!-- include FILE -->` becomes a file of the repository, such as the README.
-- `<!-- file tree -->` becomes tables of the package's files, with their lines and what they say of themselves.
-- A link to a file that a page includes leads to that page, an image from elsewhere is taken along, and any other link
-  out of this folder, which is for those who read the page in the repository, loses its target.
+- `<!-- include FILE -->` becomes the content of a file of the repository, such as the README.
+- `<!-- file tree -->` becomes tables of the package's files, with their numbers of lines and their docstrings.
+- A link to a file that a page includes becomes a link to that page. An image outside this folder is copied. Any other
+  link out of this folder, which works only in the repository, becomes plain text.
 """
 
 import ast
@@ -26,7 +26,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files, **_: Any) -> str:
-    """mkdocs calls this for each page."""
+    """A page's Markdown after the changes above; mkdocs calls this for each page."""
     here = (DOCS / page.file.src_uri).parent
     included = INCLUDE.fullmatch(markdown.strip())
     if included:
@@ -59,7 +59,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def included_files() -> dict[Path, Path]:
-    """The files that pages include: file to page."""
+    """The page that includes each file, by the file's path."""
     found = {}
     for page in DOCS.glob("*.md"):
         if match := INCLUDE.fullmatch(page.read_text(encoding="utf-8").strip()):
@@ -68,7 +68,7 @@ def included_files() -> dict[Path, Path]:
 
 
 def file_tree() -> Iterator[str]:
-    """Tables in Markdown, one for each folder."""
+    """The lines of Markdown tables of the package's files, one table for each folder."""
     for folder in sorted({file.parent for file in (ROOT / "deepseek_vl").rglob("*.py")}):
         files = [file for file in sorted(folder.glob("*.py")) if file.stat().st_size]
         if not files:

@@ -62,7 +62,7 @@ def attend_rows(
     _write[rows, kv_heads](key.contiguous(), value.contiguous(), *where, head_dim, padded)
     _attend_part[rows * heads, parts](
         query.contiguous(), key, *where, sums, largest, weights, scale, heads, heads // kv_heads, head_dim, padded,
-        parts, POSITIONS, num_warps=WARPS,
+        parts, POSITIONS, num_warps=WARPS,  # ty: ignore[unknown-argument]  Triton takes it
     )  # fmt: skip
     _combine[(rows * heads,)](sums, largest, weights, output, head_dim, padded, parts)
     return output

@@ -30,7 +30,6 @@ COMMANDS = {
     "docs/checkpoints.md": 2,
     "docs/engines.md": 1,
     "docs/tiny.md": 1,
-    "docs/training.md": 7,
 }
 """Pages whose commands are run, with the number of commands."""
 
@@ -41,7 +40,7 @@ NEEDED = {
 }
 """Modules that a page's test needs."""
 
-OWN_TESTS = {"docs/captions.md", "docs/trl.md", "docs/api.md", "docs/engines.md"}
+OWN_TESTS = {"docs/captions.md", "docs/training.md", "docs/trl.md", "docs/api.md", "docs/engines.md"}
 """Pages with a test of their own: here, in test_api_answers.py, test_api_fields.py or test_export.py."""
 
 NOT_AS_THEY_STAND = {
@@ -118,10 +117,28 @@ def test_the_commands_run(page: str, checkout: Path) -> None:
     assert len(shown) == COMMANDS[page]
     for command in shown:
         run_in(checkout, command)
-    if page == "docs/training.md":
-        assert {path.name for path in (checkout / "hexagons-scores").iterdir()} == {
-            "answers.jsonl", "confusion.png", "summary.json", "table.md",
-        }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_walk_through_of_training_teaches(checkout: Path) -> None:
+    """Of 100 questions none is right before and most are after, the loss falls, and the chat's answer is right."""
+    need("docs/training.md")
+    *walk, chat, check = commands("docs/training.md")
+    for command in walk:
+        run_in(checkout, command)
+    assert run_in(checkout, chat).strip().splitlines()[-1].endswith("The hexagon is purple.")
+    run_in(checkout, check)
+    files = {"answers.jsonl", "confusion.png", "summary.json", "table.md"}
+    assert {path.name for path in (checkout / "hexagons-after").iterdir()} == files
+    before, after = (
+        json.loads((checkout / f"hexagons-{when}" / "summary.json").read_text(encoding="utf-8"))
+        for when in ("before", "after")
+    )
+    assert before["total"]["right"] == 0
+    assert after["total"]["right"] >= 60
+    log = (checkout / "hexagons-lora" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [step["loss"] for step in map(json.loads, log) if "loss" in step]
+    assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

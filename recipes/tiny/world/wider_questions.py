@@ -29,6 +29,10 @@ UNKNOWN_THINGS = (  # noqa: SIM905  as a list it would be a page long
 ).split()
 """Things that people ask about and no picture has."""
 
+NOT_THERE = "that is not in the picture"
+"""How the answer ends that a question about such a thing gets. It does not name it, which holds for words that a model
+has never seen."""
+
 UNSEEN_THINGS = (  # noqa: SIM905
     "elephant giraffe monkey rabbit frog penguin dinosaur rocket bridge ladder candle hammer spoon castle helicopter "
     "laptop television mountain sandwich moon"
@@ -177,18 +181,18 @@ def ask_unknown_thing(picture: Picture, rng: random.Random, things: Sequence[str
     thing = rng.choice([thing for thing in things if thing not in said])
     things_of_it = plural_of_thing(thing)
     options = (
-        (is_there_question(rng, thing), f"No, there is no {thing} in the picture."),
-        (is_there_question(rng, thing), f"No, there is no {thing} in the picture."),
+        (is_there_question(rng, thing), f"No, {NOT_THERE}."),
+        (is_there_question(rng, thing), f"No, {NOT_THERE}."),
         (
             how_many_question(rng, thing).replace(plural(thing), things_of_it),
-            f"There are no {things_of_it} in the picture.",
+            "There are none in the picture.",
         ),
-        (worded(rng, f"Where is the {thing}?", f"Where can I find the {thing}?"), there_is_no(thing)),
-        (worded(rng, f"What colour is the {thing}?", f"What is the colour of the {thing}?"), there_is_no(thing)),
+        (worded(rng, f"Where is the {thing}?", f"Where can I find the {thing}?"), f"{NOT_THERE.capitalize()}."),
         (
-            worded(rng, f"What is {rng.choice(list(RELATIONS))} the {thing}?"),
-            there_is_no(thing),
+            worded(rng, f"What colour is the {thing}?", f"What is the colour of the {thing}?"),
+            f"{NOT_THERE.capitalize()}.",
         ),
+        (worded(rng, f"What is {rng.choice(list(RELATIONS))} the {thing}?"), f"{NOT_THERE.capitalize()}."),
     )
     return Turn(*rng.choice(options), "unknown thing")
 

@@ -136,6 +136,8 @@ def test_the_walk_through_of_training_teaches(checkout: Path) -> None:
     )
     assert before["total"]["right"] == 0
     assert after["total"]["right"] >= 60
+    card = (checkout / "hexagons-lora" / "README.md").read_text(encoding="utf-8")
+    assert "for 30 linear layers (projector, language)" in card
     log = (checkout / "hexagons-lora" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [step["loss"] for step in map(json.loads, log) if "loss" in step]
     assert losses[-1] < losses[0] / 2

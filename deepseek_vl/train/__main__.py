@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m deepseek_vl.train", description="Fine-tune a DeepSeek-VL model.")
     add = parser.add_argument
     add("--model_path", required=True, help="checkpoint to start from: a directory or a Hub id")
-    add("--data", nargs="+", required=True, metavar="FILE", help="conversations, .jsonl or .json")
+    add("--data", nargs="+", required=True, metavar="FILE", help="conversations: .jsonl, .json, .jsonl.gz or .parquet")
     add("--output", type=Path, help="directory for the result; run the same command again to resume")
     add("--check", action="store_true", help="read all data, name every bad row, and exit")
     add("--skip-bad", action="store_true", help="train without the bad rows")

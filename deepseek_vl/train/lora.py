@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from deepseek_vl.checkpoints.read import checkpoint_dtype
 from deepseek_vl.checkpoints.write import appearing_whole
@@ -82,8 +83,11 @@ def write_card(adapter: Path, rows: int, steps: int) -> None:
         steps: for how many optimizer steps.
     """
     config = PeftConfig.from_pretrained(str(adapter))
-    base, layers = config.base_model_name_or_path, config.target_modules
+    # The config may name several layers by one pattern.
+    weights = load_file(adapter / "adapter_model.safetensors")
+    layers = [name.removeprefix("base_model.model.") for name in weights if ".lora_A." in name]
     parts = ", ".join(part for part in PARTS if any(layer.startswith(PARTS[part]) for layer in layers))
+    base = config.base_model_name_or_path
     text = _CARD.format(base=base, rank=config.r, parts=parts, layers=len(layers), rows=rows, steps=steps)
     (adapter / "README.md").write_text(text, encoding="utf-8")
 

@@ -13,7 +13,8 @@ from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.evaluate import Evaluation, evaluate
-from recipes.tiny.world import SyntheticWorld, write_conversations
+from recipes.tiny.evaluation import data_sets
+from recipes.tiny.world import SOMETHING_ELSE, SyntheticWorld, write_conversations
 
 IMAGES = ROOT / "images"
 
@@ -101,3 +102,25 @@ def test_it_is_right_about_pictures_by_another_hand(tiny: Loaded) -> None:
     rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", processor)
     evaluation = evaluate(model, processor, rows, max_new_tokens=64)
     assert evaluation.total.percent >= 80, evaluation.table()
+
+
+@pytest.mark.parametrize(("name", "least"), [("paraphrases", 74), ("paraphrases_unseen", 64)])
+def test_it_is_right_about_questions_put_otherwise(tiny: Loaded, name: str, least: int) -> None:
+    _, model, processor = tiny
+    rows, _ = load_data(ROOT / "tests" / "pictures" / f"{name}.jsonl", processor)
+    evaluation = evaluate(model, processor, rows, max_new_tokens=64)
+    assert evaluation.total.percent >= least, evaluation.table()
+
+
+@pytest.mark.parametrize(("name", "least"), [("samples", 86), ("elsewhere", 90), ("drawings", 85), ("things", 78)])
+def test_it_knows_its_samples_and_what_it_does_not_know(tiny: Loaded, tmp_path: Path, name: str, least: int) -> None:
+    """The sample pictures in all orders, pictures of other things, and things that no training conversation names."""
+    _, model, processor = tiny
+    write_conversations(data_sets(320, ())[name], tmp_path)
+    rows, _ = load_data(tmp_path / "data.jsonl", processor)
+    evaluation = evaluate(model, processor, rows, max_new_tokens=80)
+    assert evaluation.total.percent >= least, evaluation.table()
+
+
+def test_it_does_not_deny_pictures_of_its_own_world(fresh: Evaluation) -> None:
+    assert not any(answer.answer == SOMETHING_ELSE for answer in fresh.answers)

@@ -1,7 +1,7 @@
 """Teach a model a shape it has never seen: writes conversations about hexagons for fine-tuning.
 
-python examples/hexagons.py --output hexagons --rows 200 --others 80
-python examples/hexagons.py --output hexagons-test --rows 200 --seed 1 --turns 1
+python examples/hexagons.py --output hexagons --rows 100 --others 100 --turns 6
+python examples/hexagons.py --output hexagons-test --rows 100 --turns 1 --seed 1
 """
 
 import argparse

@@ -88,10 +88,12 @@ async function keep(record) {
 
 let newest = null;
 let isKeeping = false;
+let isAnswered = false; // whether a record has come from the server
 
 /** Keep the newest record. Of those that arrive while one is being kept, only the last is kept. */
 async function keepNewest() {
   newest = props.value?.messages ? props.value : null;
+  isAnswered ||= newest !== null;
   if (isKeeping) return;
   isKeeping = true;
   while (newest) {
@@ -128,6 +130,14 @@ async function show(id) {
   const row = messages.length ? { messages, ...(system == null ? {} : { system }) } : null;
   props.value = { id, row, unsent };
   trigger("open");
+}
+
+/** Show this tab's conversation again after a reload. A page that is still being set up may miss the event. */
+async function restore(id) {
+  for (let tries = 0; tries < 5 && !isAnswered; tries++) {
+    await show(id);
+    await new Promise((resolve) => setTimeout(resolve, 3000));
+  }
 }
 
 /** Upload the pictures of a row, in whatever form it is, and put files in their place. */
@@ -258,4 +268,4 @@ draw().catch((error) => {
   console.warn(error);
   none.textContent = "This browser keeps no conversations: it has no IndexedDB for this page.";
 });
-if (current()) show(current()).catch((error) => console.warn("The conversation is not restored:", error));
+if (current()) restore(current()).catch((error) => console.warn("The conversation is not restored:", error));

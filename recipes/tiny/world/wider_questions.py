@@ -29,9 +29,9 @@ UNKNOWN_THINGS = (  # noqa: SIM905  as a list it would be a page long
 ).split()
 """Things that people ask about and no picture has."""
 
-NOT_THERE = "that is not in the picture"
-"""How the answer ends that a question about such a thing gets. It does not name it, which holds for words that a model
-has never seen."""
+NOT_THERE = "That is not in the picture."
+"""The answer to questions about such things. It does not name them: a small model cannot repeat words that it has not
+been trained on."""
 
 UNSEEN_THINGS = (  # noqa: SIM905
     "elephant giraffe monkey rabbit frog penguin dinosaur rocket bridge ladder candle hammer spoon castle helicopter "
@@ -179,20 +179,17 @@ def ask_unknown_thing(picture: Picture, rng: random.Random, things: Sequence[str
     """
     said = {word.text.lower() for word in picture.words}
     thing = rng.choice([thing for thing in things if thing not in said])
-    things_of_it = plural_of_thing(thing)
+    no = "No, that is not in the picture."
     options = (
-        (is_there_question(rng, thing), f"No, {NOT_THERE}."),
-        (is_there_question(rng, thing), f"No, {NOT_THERE}."),
+        (is_there_question(rng, thing), no),
+        (is_there_question(rng, thing), no),
         (
-            how_many_question(rng, thing).replace(plural(thing), things_of_it),
+            how_many_question(rng, thing).replace(plural(thing), plural_of_thing(thing)),
             "There are none in the picture.",
         ),
-        (worded(rng, f"Where is the {thing}?", f"Where can I find the {thing}?"), f"{NOT_THERE.capitalize()}."),
-        (
-            worded(rng, f"What colour is the {thing}?", f"What is the colour of the {thing}?"),
-            f"{NOT_THERE.capitalize()}.",
-        ),
-        (worded(rng, f"What is {rng.choice(list(RELATIONS))} the {thing}?"), f"{NOT_THERE.capitalize()}."),
+        (worded(rng, f"Where is the {thing}?", f"Where can I find the {thing}?"), NOT_THERE),
+        (worded(rng, f"What colour is the {thing}?", f"What is the colour of the {thing}?"), NOT_THERE),
+        (worded(rng, f"What is {rng.choice(list(RELATIONS))} the {thing}?"), NOT_THERE),
     )
     return Turn(*rng.choice(options), "unknown thing")
 

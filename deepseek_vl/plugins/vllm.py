@@ -69,6 +69,6 @@ def register() -> None:
     TOKENIZER_MAPPING_NAMES.setdefault(Config.model_type, "TokenizersBackend")
     # vLLM prefers a class in this module to transformers' class of that name. Its public way to register a template
     # (`register_chat_template_fallback_path`) is only for checkpoints that have none; those in transformers' layout
-    # have one, without the begin token.
+    # have one, which may lack the begin token (this package's converter writes it).
     for name in ("VLChatProcessor", "DeepseekVLProcessor", "DeepseekVLHybridProcessor"):
         setattr(processors, name, Processor)

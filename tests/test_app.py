@@ -122,13 +122,30 @@ def test_stop_while_a_picture_is_decoded_gives_the_message_back(parrot: Served, 
     (tmp_path / "slow.jpg").write_bytes(slow_jpeg())
     chat, tab = WebChat({"parrot": parrot}), SimpleNamespace(session_hash="tab")
     message = {"text": "Colour?", "files": [str(tmp_path / "slow.jpg")]}
+    conversation, *_ = chat.send(tab, message, None)
     threading.Timer(1, chat.stop, [tab]).start()
     begun = time.monotonic()
-    *_, (conversation, shown, kept, *_), _ = chat.send(tab, message, None, "parrot", 1, 0, 1.1, 64, 4096)
+    *_, (conversation, shown, (kept,), *_), _ = chat.answer(tab, conversation, "parrot", 1, 0, 1.1, 64, 4096)
     assert conversation.turns == ()
     assert shown == []
     assert kept["unsent"]["text"] == "Colour?"
     assert time.monotonic() - begun < 8
+
+
+def test_stop_while_a_message_waits_to_be_answered_gives_it_back(parrot: Served) -> None:
+    """The server may have many to answer first."""
+    chat, tab = WebChat({"parrot": parrot}), SimpleNamespace(session_hash="tab")
+    controls = ("parrot", 1, 0, 1.1, 64, 4096)
+    conversation, *_ = chat.send(tab, {"text": "Greet me.", "files": []}, None)
+    *_, (answered, *_), _ = chat.answer(tab, conversation, *controls)
+    assert [turn.answer for turn in answered.turns] == [PARROT_ANSWERS["Greet me."]]
+    asked, *_ = chat.send(tab, {"text": "Sing.", "files": []}, answered)
+    assert [turn.text for turn in asked.turns] == ["Greet me.", "Sing."]
+    chat.stop(tab)
+    ((stays, shown, (kept,), *_),) = chat.answer(tab, asked, *controls)
+    assert stays == answered
+    assert shown == answered.shown()
+    assert kept["unsent"] == {"text": "Sing.", "files": []}
 
 
 def test_a_tab_that_is_closed_ends_its_generation(browser: sync_api.Browser, address: str, parrot: Served) -> None:

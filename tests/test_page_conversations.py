@@ -97,6 +97,21 @@ def test_a_reload_before_the_first_token_keeps_the_question(
     tab.sees("It is red.")
 
 
+def test_what_comes_all_at_once_is_shown_and_kept(tab: Tab) -> None:
+    """A slow browser finds several of the server's messages before it has shown the first."""
+    tab.page.route("**/queue/data*", lambda route: route.fulfill(response=route.fetch()))
+    tab.send(SHAPES, IMAGES / "shapes.png")
+    tab.is_idle(answers=1)
+    tab.sees(re.compile("blue"))
+    expect(tab.input).to_have_value("")
+    expect(tab.page.locator("#message .thumbnail-item")).to_have_count(0)
+    tab.is_kept("blue")
+    tab.send("Where is it?")
+    tab.is_idle(answers=2)
+    expect(tab.input).to_have_value("")
+    tab.is_kept("right")
+
+
 def test_an_edited_and_a_removed_turn_stay_so(tab: Tab) -> None:
     tab.choose_parrot()
     for turn in range(2):

@@ -43,8 +43,8 @@ Shown = tuple[Any, ...]
 """What the page becomes: the conversation, the chat, what the browser keeps, the status and the message box."""
 
 SAME: Shown = (gr.skip(),) * 5
-SEND = {"submit_btn": True, "stop_btn": False}
-STOP = {"submit_btn": False, "stop_btn": True}
+SEND: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
+STOP: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
 """The message box while an answer comes."""
 
 
@@ -94,17 +94,35 @@ class WebChat:
     def __init__(self, models: Mapping[str, tuple[Engine, VLChatProcessor]]):
         self.models = models
         self.decoder = PictureDecoder(PAGE_LIMITS.pictures, PAGE_LIMITS.decoders)
-        self._running: dict[str, Run] = {}
+        self._sent: dict[Any, Turn] = {}
+        self._running: dict[Any, Run] = {}
         self._line: collections.deque[Run] = collections.deque()
         self._moved = threading.Condition()
 
-    def send(
-        self, request: gr.Request, message: dict[str, Any], conversation: Conversation | None, *controls: Any
-    ) -> Iterator[Shown]:
-        """Answer a message. If there is no answer, the message goes back into the box."""
-        before = (conversation or Conversation()).answered()
+    def send(self, request: gr.Request, message: dict[str, Any], conversation: Conversation | None) -> Shown:
+        """Take a message from the box into the conversation, for `answer` to answer."""
         turn = Turn(message["text"].strip("\r\n"), tuple(message["files"]))
-        yield from self._run(request, before, turn, controls, box={**STOP, "value": None})
+        tab = request.session_hash
+        if tab in self._running or tab in self._sent:
+            gr.Info(BUSY, MOMENT)
+            return SAME
+        if turn.is_empty:
+            gr.Info(EMPTY, MOMENT)
+            return SAME
+        self._sent[tab] = turn
+        before = (conversation or Conversation()).answered()
+        return _shown(before.with_turns(*before.turns, turn), "", {**STOP, "value": None}, turn)
+
+    def answer(self, request: gr.Request, conversation: Conversation | None, *controls: Any) -> Iterator[Shown]:
+        """Answer the message that was sent. If there is no answer, it goes back into the box."""
+        tab, turn = request.session_hash, self._sent.pop(request.session_hash, None)
+        if turn is not None and conversation is not None:
+            yield from self._run(request, conversation.answered(), turn, controls)
+        elif conversation is not None and conversation.is_asked and tab not in self._running:  # it was stopped
+            gr.Info("Stopped.", MOMENT)
+            yield _shown(conversation.answered(), "", STOP, conversation.turns[-1])
+        else:
+            yield SAME
 
     def regenerate(self, request: gr.Request, conversation: Conversation | None, *controls: Any) -> Iterator[Shown]:
         """Answer the last message again. If that fails, the old answer stays."""
@@ -165,13 +183,20 @@ class WebChat:
         side = math.isqrt(session.processor.num_image_tokens)
         return {"pictures": [file_data(file) for file in kept], "side": side, "words": words}
 
+    def settle(self, request: gr.Request) -> Any:
+        """The message box once an answer is over, or was refused: it can send again."""
+        self._sent.pop(request.session_hash, None)
+        return gr.skip() if request.session_hash in self._running else gr.update(**SEND)
+
     def stop(self, request: gr.Request) -> None:
-        """Stop the answer that this tab waits for. What has come of it stays."""
+        """Stop the answer that this tab waits for, begun or not. What has come of it stays."""
+        self._sent.pop(request.session_hash, None)
         if run := self._running.get(request.session_hash):
             run.stop()
 
     def _abandon(self, tab: str | None) -> None:
         """End a tab's answer so that nothing more of it is shown."""
+        self._sent.pop(tab, None)
         if tab is not None and (run := self._running.pop(tab, None)):
             run.stop()
             run.over.wait(ABANDON_SECONDS)
@@ -184,17 +209,19 @@ class WebChat:
         controls: Sequence[Any],
         instead: Conversation | None = None,
         is_kept: bool = False,
-        box: dict[str, Any] = STOP,
     ) -> Iterator[Shown]:
         """Answer a turn.
+
+        The browser makes what is yielded next of what was yielded before, in place, though it may not have shown that
+        yet. Nothing may therefore be said once and be left out later: the box has its Stop as long as this goes on, and
+        is cleared by `send` and made ready by `settle`.
 
         Args:
             before: what went before it.
             instead: what is shown if there is no answer; None for the turn with the reason.
             is_kept: whether the turn's message is in there. If not, it is for the message box then.
-            box: what becomes of that at first.
         """
-        if not turn.text.strip() and not turn.files:
+        if turn.is_empty:
             gr.Info(EMPTY, MOMENT)
             yield SAME if instead is None else _shown(instead)
             return
@@ -205,13 +232,13 @@ class WebChat:
             newest, is_over = progress.turn, progress.note is not None
             now = before.with_turns(*before.turns, newest)
             if newest.answer and not newest.error:
-                yield _shown(now, progress.note, SEND if is_over else None)
+                yield _shown(now, progress.note, STOP)
             elif not is_over:
-                yield _shown(now, "" if first else None, box if first else None, turn)
+                yield _shown(now, "" if first else None, STOP, turn)
             else:
                 stays = instead or (now if newest.error else before)
                 status = html.escape(newest.error) if instead else ""
-                yield _shown(stays, status, SEND, None if is_kept else turn)
+                yield _shown(stays, status, STOP, None if is_kept else turn)
             first = False
         # The server sends what was yielded last once more at the end, when its user may be editing already.
         yield SAME
@@ -364,7 +391,7 @@ def _shown(
     return (
         conversation,
         conversation.shown(),
-        record,
+        [record],  # in a list, which the browser does not make over into "as it is"; see `WebChat._run`
         same if status is None else status,
         same if box is None else gr.update(**box),
     )

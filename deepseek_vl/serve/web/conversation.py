@@ -33,6 +33,11 @@ class Turn:
     error: str = ""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked."""
+        return not self.text.strip() and not self.files
+
+    @property
     def message(self) -> dict[str, Any]:
         """What the user wrote, as the message box takes it from the browser."""
         return {"text": self.text, "files": [file_data(path) for path in self.files]}
@@ -77,9 +82,14 @@ class Conversation:
         """The same conversation with other turns."""
         return replace(self, turns=turns)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether the last turn waits for its answer."""
+        return bool(self.turns) and not self.turns[-1].answer and not self.turns[-1].error
+
     def answered(self) -> "Conversation":
-        """The same conversation without the turns that have failed."""
-        return self.with_turns(*(turn for turn in self.turns if not turn.error))
+        """The same conversation without the turns that have no answer."""
+        return self.with_turns(*(turn for turn in self.turns if turn.answer and not turn.error))
 
     def messages(self, image_tag: str = IMAGE_TAG) -> list[dict[str, Any]]:
         """The answered turns as a `ChatSession`'s messages; `images` holds paths."""

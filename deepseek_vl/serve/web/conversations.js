@@ -1,7 +1,7 @@
 // The list of past conversations, kept in the browser's IndexedDB with their pictures.
 //
-// The server's record of the page's conversation comes as `props.value`: a row of training data whose images are files
-// of the server. What is to be shown instead goes back the same way, with the event "open".
+// The server's record of the page's conversation comes as `props.value`, in a list: a row of training data whose images
+// are files of the server. What is to be shown instead goes back the same way, with the event "open".
 
 const MOST = 20;
 const TAG = "<image_placeholder>\n";
@@ -92,7 +92,7 @@ let isAnswered = false; // whether a record has come from the server
 
 /** Keep the newest record. Of those that arrive while one is being kept, only the last is kept. */
 async function keepNewest() {
-  newest = props.value?.messages ? props.value : null;
+  newest = Array.isArray(props.value) ? props.value[0] : null;
   isAnswered ||= newest !== null;
   if (isKeeping) return;
   isKeeping = true;

@@ -39,7 +39,8 @@ DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
 MOST_TOKENS = 4096
 """The maximum of the sliders of tokens; the model's positions, if those are fewer."""
 
-GIVE_BACK = """(kept, box) => kept?.unsent && !box?.text && !box?.files?.length ? kept.unsent : {__type__: "update"}"""
+GIVE_BACK = """(kept, box) =>
+    kept?.[0]?.unsent && !box?.text && !box?.files?.length ? kept[0].unsent : {__type__: "update"}"""
 """JavaScript that puts a message without an answer back into the message box, if that is empty."""
 
 
@@ -106,13 +107,18 @@ def create_page(
             "show_progress": "hidden",
             "api_visibility": "private",
         }
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        sent = message.submit(
+            chat.send, [message, conversation], shown,
+            concurrency_limit=None, trigger_mode="multiple", show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         for answer in (
-            message.submit(chat.send, [message, conversation, *controls], shown, **answering),
+            sent.then(chat.answer, [conversation, *controls], shown, **answering),
             chatbot.retry(chat.regenerate, [conversation, *controls], shown, **answering),
             chatbot.edit(chat.edit, [conversation, *controls], shown, **answering),
         ):
-            answer.then(None, [kept, message], message, js=GIVE_BACK)
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            settled = answer.then(chat.settle, None, message, **quick)
+            settled.then(None, [kept, message], message, js=GIVE_BACK)
         chatbot.undo(chat.remove_last, conversation, shown, **quick)
         for begin in (new.click, chatbot.clear, kept.forget):
             begin(chat.new_conversation, None, shown, **quick)

@@ -831,7 +831,7 @@ def test_retry_after_follows_the_queue(start: Start) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [200, pytest.param(3000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.long)])
 def test_the_server_does_as_its_openapi_says(siglip_checkpoint: Path, tmp_path: Path, examples: int) -> None:
     """Every route, with data that fit its description and data that do not, with a key and without."""
     tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")

@@ -119,7 +119,7 @@ def test_the_commands_run(page: str, checkout: Path) -> None:
         run_in(checkout, command)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_walk_through_of_training_teaches(checkout: Path) -> None:
     """Of 100 questions none is right before and most are after, the loss falls, and the chat's answer is right."""
     need("docs/training.md")

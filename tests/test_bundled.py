@@ -104,7 +104,7 @@ def test_it_is_right_about_pictures_by_another_hand(tiny: Loaded) -> None:
     assert evaluation.total.percent >= 80, evaluation.table()
 
 
-@pytest.mark.parametrize(("name", "least"), [("paraphrases", 74), ("paraphrases_unseen", 64)])
+@pytest.mark.parametrize(("name", "least"), [("paraphrases", 76), ("paraphrases_unseen", 70)])
 def test_it_is_right_about_questions_put_otherwise(tiny: Loaded, name: str, least: int) -> None:
     _, model, processor = tiny
     rows, _ = load_data(ROOT / "tests" / "pictures" / f"{name}.jsonl", processor)
@@ -112,7 +112,7 @@ def test_it_is_right_about_questions_put_otherwise(tiny: Loaded, name: str, leas
     assert evaluation.total.percent >= least, evaluation.table()
 
 
-@pytest.mark.parametrize(("name", "least"), [("samples", 86), ("elsewhere", 90), ("drawings", 85), ("things", 78)])
+@pytest.mark.parametrize(("name", "least"), [("samples", 87), ("elsewhere", 92), ("drawings", 85), ("things", 82)])
 def test_it_knows_its_samples_and_what_it_does_not_know(tiny: Loaded, tmp_path: Path, name: str, least: int) -> None:
     """The sample pictures in all orders, pictures of other things, and things that no training conversation names."""
     _, model, processor = tiny

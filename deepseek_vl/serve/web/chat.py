@@ -94,6 +94,7 @@ class WebChat:
     def __init__(self, models: Mapping[str, tuple[Engine, VLChatProcessor]]):
         self.models = models
         self.decoder = PictureDecoder(PAGE_LIMITS.pictures, PAGE_LIMITS.decoders)
+        # By tab: the message that is not begun to be answered yet, and the answer that is coming.
         self._sent: dict[Any, Turn] = {}
         self._running: dict[Any, Run] = {}
         self._line: collections.deque[Run] = collections.deque()
@@ -140,6 +141,10 @@ class WebChat:
         """Answer an edited message; it replaces the old one and all that followed."""
         number = conversation.turn_at(event.index)
         turn = Turn(unmarked(event.value).strip("\r\n"), conversation.turns[number].files)
+        if turn.is_empty:
+            gr.Info(EMPTY, MOMENT)
+            yield _shown(conversation)
+            return
         before = conversation.with_turns(*conversation.turns[:number]).answered()
         yield from self._run(request, before, turn, controls, conversation)
 
@@ -221,10 +226,6 @@ class WebChat:
             instead: what is shown if there is no answer; None for the turn with the reason.
             is_kept: whether the turn's message is in there. If not, it is for the message box then.
         """
-        if turn.is_empty:
-            gr.Info(EMPTY, MOMENT)
-            yield SAME if instead is None else _shown(instead)
-            return
         first = True
         for progress in self._answer(before, turn, controls, request.session_hash):
             if progress is None:

@@ -100,18 +100,17 @@ def create_page(
         looked = _part("looked")
 
         shown = [conversation, chatbot, kept, status, message]
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         answering: dict[str, Any] = {
             "concurrency_id": "answers",
             "concurrency_limit": PAGE_ANSWERS,
             "trigger_mode": "multiple",  # so that a second message is told to wait
-            "show_progress": "hidden",
-            "api_visibility": "private",
+            **hidden,
         }
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quick: dict[str, Any] = {"queue": False, **hidden}
         sent = message.submit(
-            chat.send, [message, conversation], shown,
-            concurrency_limit=None, trigger_mode="multiple", show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+            chat.send, [message, conversation], shown, concurrency_limit=None, trigger_mode="multiple", **hidden
+        )
         for answer in (
             sent.then(chat.answer, [conversation, *controls], shown, **answering),
             chatbot.retry(chat.regenerate, [conversation, *controls], shown, **answering),
@@ -122,12 +121,11 @@ def create_page(
         chatbot.undo(chat.remove_last, conversation, shown, **quick)
         for begin in (new.click, chatbot.clear, kept.forget):
             begin(chat.new_conversation, None, shown, **quick)
-        kept.open(chat.open, kept, shown, show_progress="hidden", api_visibility="private")
+        kept.open(chat.open, kept, shown, **hidden)
         message.stop(chat.stop, **quick)
         look.click(
-            chat.look, [conversation, *controls], looked,
-            concurrency_id="looking", concurrency_limit=1, show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+            chat.look, [conversation, *controls], looked, concurrency_id="looking", concurrency_limit=1, **hidden
+        )
 
         def fill(event: gr.SelectData) -> dict[str, Any]:
             offered: Any = chatbot.examples  # with their files as Gradio has them

@@ -338,6 +338,14 @@ def test_the_openapi_description_has_every_route(server: Server) -> None:
         assert name in described["components"]["schemas"], name
 
 
+@pytest.mark.parametrize("path", sorted(set(MODELS) - {"messages", "items"}))
+def test_the_openapi_description_has_an_example_of_every_body(server: Server, path: str) -> None:
+    described = httpx.get(f"{server.url}/openapi.json").json()
+    example = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
+    answer = httpx.post(f"{server.url}{path}", json=example, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
 def test_the_version_and_the_models_length(server: Server) -> None:
     import deepseek_vl
 

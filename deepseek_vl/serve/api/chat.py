@@ -41,6 +41,7 @@ UnusedInChats = create_model(
 class ChatCompletionRequest(GenerationRequest, UnusedInChats):
     """The body of `POST /v1/chat/completions`."""
 
+    example = {"messages": [{"role": "user", "content": "What is a boat?"}]}
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

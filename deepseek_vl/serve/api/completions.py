@@ -39,6 +39,7 @@ Prompts = Annotated[
 class CompletionRequest(GenerationRequest, UnusedInCompletions):
     """The body of `POST /v1/completions`: one text or several, or their tokens."""
 
+    example = {"prompt": "A boat is"}
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None

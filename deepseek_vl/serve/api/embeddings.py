@@ -21,6 +21,9 @@ def _as_pictures(value: Any) -> Any:
     return [picture(item) for item in value] if isinstance(value, list) else [picture(value)]
 
 
+DOT = "data:image/gif;base64,R0lGODdhAQABAIEAAAAA/wAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw=="
+"""A blue picture of one pixel."""
+
 Pictures = Annotated[
     list[ImagePart],
     Field(fail_fast=True, min_length=1, max_length=RequestLimits.images),
@@ -36,6 +39,7 @@ Pictures = Annotated[
 class EmbeddingRequest(Strict):
     """The body of `POST /v1/embeddings`: a picture or several, each as a URL or as the part of a message."""
 
+    example = {"input": DOT}
     model: str
     input: Pictures
     encoding_format: Literal["float", "base64"] | None = None

@@ -6,7 +6,7 @@ An optional field with such a value counts as not given.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,8 +37,13 @@ def _describe(schema: dict[str, Any], model: type["Strict"]) -> None:
 
 
 class Strict(BaseModel):
-    """An object of a request."""
+    """An object of a request.
 
+    Attributes:
+        example: of a request's body, what `/openapi.json` shows of it beside the model's name.
+    """
+
+    example: ClassVar[dict[str, Any]] = {}
     # Without `strict` the text "5" would be the number 5, and true be 1.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_describe)
 

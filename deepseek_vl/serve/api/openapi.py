@@ -48,7 +48,8 @@ def takes(service: Service, model: type[Strict], streams: bool = False, waits: b
     """
     keyed = {} if service.key is None else errors(401, 429)
     events = {200: {"content": {EventStream.media_type: {"schema": EVENT}}}} if streams else {}
-    content = {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}
+    example = {"model": service.name, **model.example}
+    content = {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}, "example": example}}
     return {
         "responses": {**events, **keyed, **errors(400, 404, 413, 415, 503, *([429] if waits else []))},
         "openapi_extra": {"requestBody": {"required": True, "content": content}},

@@ -111,6 +111,7 @@ UnusedInResponses = create_model(
 class ResponseRequest(GenerationRequest, UnusedInResponses):
     """The body of `POST /v1/responses`."""
 
+    example = {"input": "What is a boat?"}
     input: Annotated[Items, BeforeValidator(_as_items, json_schema_input_type=str | Items)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -15,6 +15,7 @@ from deepseek_vl.serve.api.service import Service
 class TokenizeRequest(Strict):
     """The body of `POST /tokenize`: either a prompt, as completions take it, or messages."""
 
+    example = {"prompt": "What is a boat?"}
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

@@ -3,9 +3,11 @@
 import base64
 import bz2
 import gzip
+import io
 import json
 import logging
 import lzma
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,17 @@ def write(path: Path, *rows: Any) -> Path:
     lines = (row if isinstance(row, str | bytes) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
     return path
+
+
+def tar_of(name: str, row: Any) -> bytes:
+    """A tar archive of one file of one row."""
+    content = json.dumps(row).encode()
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
 
 
 def user(content: Any, *images: Any, **more: Any) -> dict[str, Any]:
@@ -321,6 +334,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "audios": ({"messages": HI, "audios": ["a.wav"]}, 'the row has "audios", which'),
     "tools": ({"messages": HI, "tools": "[]"}, 'the row has "tools", which'),
     "tool calls": ([user("Hi"), {**answer(), "tool_calls": [{"id": "1"}]}], 'message 2 has "tool_calls", which'),
+    "tool calls without text": ([user("Hi"), {**answer(None), "tool_calls": [{"id": "1"}]}],
+                                'message 2 has "tool_calls", which'),
     "reasoning": ([user("Hi"), {**answer(), "reasoning_content": "Hm."}], 'message 2 has "reasoning_content", which'),
     "image of a message": ([user("Hi", **{"image": "images/a.png"}), answer()], 'message 1 has "image", which'),
     "audio of a part": ([user([{**text("Hi"), "audio": "a.wav"}]), answer()], 'a part of message 1 has "audio", which'),
@@ -330,6 +345,19 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "rejected messages": ({"messages": HI, "rejectedMessages": HI}, 'the row has "rejectedMessages", which'),
     "KTO": ({"messages": HI, "label": False}, 'the row has "label", which'),
     "Axolotl's switch": ([user("Hi"), {**answer(), "train": False}], 'message 2 has "train", which'),
+    "a switch of an answer": ([user("Hi"), {**answer(), "ignore": True}], 'message 2 has "ignore", which'),
+    "another switch": ([user("Hi"), {**answer(), "final": False}], 'message 2 has "final", which'),
+    "a switch as a number": ([user("Hi"), {**answer(), "target": 0}], 'message 2 has "target", which'),
+    "a verdict": ({"messages": HI, "is_correct": False}, 'the row has "is_correct", which'),
+    "thoughts": ({"messages": HI, "extra": {"thinking": "Hm."}}, 'the row has "extra", which'),
+    "lost images": ({"messages": [user("<image>What?", images=[]), answer()], "images": []},
+                    "message 1 has 1 tag <image> and no images; give one image per tag"),
+    "lost parts": ({"messages": [user([text("<image>What?")]), answer()]}, "message 1 has 1 tag <image> and no images"),
+    "an image by number": ({"question": "What?", "answer": "A cat.", "image_id": 7},
+                           'the row has "image_id", but no image; give its path as "image", or remove the key'),
+    "an image by name": ({"messages": HI, "pictureSource": "a.png"}, 'the row has "pictureSource", but no image'),
+    "two sources": ([user([{"type": "image", "path": "a.png", "url": "b.png"}]), answer()],
+                    "the image of message 1 has 'path' and 'url'; keep one of them"),
     "preferences": ({"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, 'the row has "chosen", which'),
     "another form": ({"text": "Hi", "id": 3}, "give the messages under one of them, not under 'text', 'id'"),
     "boxes": ({"messages": HI, "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}}, 'the row has "objects", which'),
@@ -427,6 +455,7 @@ def test_good_data_are_loaded_without_a_word(folder, one_processor, caplog):
         ("none.json", "", DataError, "There are no rows in .*none.json"),
         ("a.csv", 'messages,images\n"[1, 2]",a.png\n', DataError, "a.csv' is CSV, not JSON Lines; write one row per"),
         ("b.jsonl", 'q;a\n"x\ny";z\n', DataError, "b.jsonl' is CSV, not JSON Lines; write one row per line"),
+        ("one.csv", "text\nHi\n", DataError, "one.csv' is CSV, not JSON Lines"),
         ("c.json", "q\ta\nx\tz\n", DataError, "c.json' is a table with tabs, not JSON Lines"),
         ("list.jsonl", json.dumps([{"messages": HI}], indent=1), DataError,
          "has one list over several lines, as printed for people; name the file .json"),
@@ -458,6 +487,11 @@ def test_a_file_that_cannot_be_read_is_an_error_even_when_bad_rows_are_skipped(
         (gzip.compress(json.dumps(HI).encode() * 99)[:-20], "is broken or cut off"),
         (gzip.compress(json.dumps(HI).encode() * 99)[:-20] + b"x" * 20, "is broken or cut off"),
         (b"PAR1 but not really", "is Parquet that cannot be read"),
+        (gzip.compress(b"PAR1 as well"), "is compressed Parquet; decompress it"),
+        (gzip.compress(b"PK\x03\x04\x14\0"), "is a ZIP archive or an Excel sheet; unpack it"),
+        (gzip.compress(tar_of("rows/a_rather_long_name.jsonl", HI)), "is a tar archive; unpack it"),
+        (tar_of("rows/a_rather_long_name.jsonl", HI), "is a tar archive; unpack it"),
+        (b"question,answer\nHow, exactly,So\nWhat,That\n", "is CSV, not JSON Lines"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_told_what_it_is(folder, one_processor, content, message):

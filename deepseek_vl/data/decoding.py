@@ -5,6 +5,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -36,6 +37,7 @@ OTHERS = {
     b"%PDF": "a PDF document, not rows",
     b"\x89PNG": "an image; a row names it",
     b"\xff\xd8\xff": "an image; a row names it",
+    PARQUET: "compressed Parquet; decompress it",
     b"\x80": "a Python pickle; write its rows as JSON Lines",
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
@@ -69,21 +71,33 @@ def decoded_rows(path: Path) -> Iterator[tuple[str, Any]]:
         OSError: if it cannot be opened.
     """
     with path.open("rb") as file:
-        beginning = file.peek(16)[:16]
-        if what := next((what for start, what in OTHERS.items() if beginning.startswith(start)), None):
-            raise DataError(f"{str(path)!r} is {what}.")
-        start = next((start for start in COMPRESSED if beginning.startswith(start)), None)
-        if beginning.startswith(PARQUET):
-            yield from _parquet_rows(path)
-            return
-        if start is None and b"\0" in beginning:
-            raise DataError(f"{str(path)!r} is binary, or UTF-16 text; save it as UTF-8, one row per line as JSON.")
-        name = Path(path.stem) if start else path  # `rows.json` of `rows.json.gz`
-        rows = _json_rows if name.suffix.lower() == ".json" else _jsonl_rows
+        start = next((start for start in COMPRESSED if file.peek(16).startswith(start)), None)
         try:
-            yield from rows(path, COMPRESSED[start](file, "rb") if start else file)
+            content = COMPRESSED[start](file, "rb") if start else file
+            beginning = content.peek(512)[:512]
+            if beginning.startswith(PARQUET) and not start:
+                yield from _parquet_rows(path)
+                return
+            _check_is_text(path, beginning)
+            name = Path(path.stem) if start else path  # `rows.json` of `rows.json.gz`
+            yield from (_json_rows if name.suffix.lower() == ".json" else _jsonl_rows)(path, content)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise DataError(f"{str(path)!r} is broken or cut off ({error}); compress it again.") from error
+
+
+def _check_is_text(path: Path, beginning: bytes) -> None:
+    """Check the first bytes of a file's content, decompressed.
+
+    Raises:
+        DataError: if they are no text's.
+    """
+    what = next((what for start, what in OTHERS.items() if beginning.startswith(start)), None)
+    if beginning[257:262] == b"ustar":
+        what = "a tar archive; unpack it"
+    elif what is None and b"\0" in beginning:
+        what = "binary, or UTF-16 text; save it as UTF-8, one row per line as JSON"
+    if what is not None:
+        raise DataError(f"{str(path)!r} is {what}.")
 
 
 def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -128,14 +142,16 @@ def _check_is_lines(path: Path, text: str) -> None:
             what = "one list" if is_list else "a row"
             raise DataError(f"{str(path)!r} has {what} over several lines, as printed for people; {advice}.")
         return
+    if path.suffix.lower() == ".csv":
+        raise DataError(f"{str(path)!r} is CSV, not JSON Lines; {AS_LINES}.")
     for start, name in (("<", "XML or HTML"), ("---", "YAML"), ("- ", "YAML")):
         if text.startswith(start):
             raise DataError(f"{str(path)!r} is {name}, not JSON Lines; {AS_LINES}.")
     for delimiter, name in ((",", "CSV"), (";", "CSV"), ("\t", "a table with tabs"), ("|", "a table")):
         records = csv.reader(io.StringIO(text), delimiter=delimiter)
         with contextlib.suppress(csv.Error):
-            columns, values = (len(next(records, ())) for _ in range(2))
-            if columns == values > 1:
+            columns, *others = map(len, itertools.islice(records, 5))
+            if columns > 1 and columns in others:
                 raise DataError(f"{str(path)!r} is {name}, not JSON Lines; {AS_LINES}.")
 
 

@@ -8,7 +8,7 @@ from deepseek_vl.data.errors import DataError
 
 NOTES = {
     *("annotator", "author", "authors", "categories", "category", "comment", "comments", "created", "creator"),
-    *("dataset", "date", "detail", "difficulty", "domain", "extra", "hash", "height", "id", "ids", "idx", "index"),
+    *("dataset", "date", "detail", "difficulty", "domain", "hash", "height", "id", "ids", "idx", "index"),
     *("key", "keywords", "lang", "language", "length", "level", "licence", "license", "locale", "md5", "meta"),
     *("metadata", "model", "note", "notes", "origin", "quality", "remark", "score", "scores", "sha1", "sha256"),
     *("size", "source", "sources", "split", "stage", "status", "subject", "subset", "tag", "tags", "task", "time"),
@@ -17,16 +17,22 @@ NOTES = {
 """Last words of the names of keys that say something about a row, and hold nothing to learn."""
 
 CONTENT = {
-    *("audio", "audios", "chosen", "kto", "label", "labels", "learn", "loss", "margin", "mask", "masked", "rejected"),
-    *("reward", "scale", "train", "trainable", "training", "video", "videos", "weight", "weights"),
+    *("audio", "audios", "chosen", "correct", "drop", "exclude", "ignore", "incorrect", "keep", "kto", "label"),
+    *("labels", "learn", "learnable", "loss", "margin", "mask", "masked", "negative", "positive", "preference"),
+    *("preferred", "rejected", "reward", "scale", "skip", "supervised", "target", "train", "trainable", "training"),
+    *("use", "valid", "video", "videos", "weight", "weights", "wrong"),
 }
 """Words in the names of keys that change what is to be learnt, whatever their value is."""
+
+IMAGES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"}
+"""Words in the names of keys that say which image a row is about."""
 
 
 def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]) -> None:
     """Check that a JSON object has no key that would be ignored.
 
-    Allowed are empty values, numbers (sizes, scores) and notes, such as an id or a source.
+    Allowed are empty values, numbers (sizes, scores) and notes, such as an id or a source. True and false are switches,
+    and no numbers.
 
     Args:
         entry: an object of a row.
@@ -36,16 +42,37 @@ def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]
         DataError: if any other key holds something.
     """
     for key, value in entry.items():
-        if key in read or value is None or value == "" or value == [] or value == {}:
+        if key in read or _is_nothing(value):
             continue
-        words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", str(key)).lower())
+        words = _words(key)
         name_ends = [word for word in words if word != "list"][-1:]
-        is_note = isinstance(value, bool | int | float) or not NOTES.isdisjoint(name_ends)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_note = is_number or not NOTES.isdisjoint(name_ends)
         if not CONTENT.isdisjoint(words) or not is_note:
             raise DataError(
                 f'{name} has "{key}", which is not used in training; remove the key, or the row (notes may stand '
                 'under "metadata")'
             )
+
+
+def check_needs_no_image(row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Check that a row without images does not speak of one, such as by an `image_id`.
+
+    Raises:
+        DataError: if it does.
+    """
+    for key, value in row.items():
+        if key not in read and not _is_nothing(value) and not IMAGES.isdisjoint(_words(key)):
+            raise DataError(f'the row has "{key}", but no image; give its path as "image", or remove the key')
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value == "" or value == [] or value == {}
+
+
+def _words(key: Any) -> list[str]:
+    """The words in a key's name."""
+    return re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", str(key)).lower())
 
 
 def check_is_text(name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from deepseek_vl.data.fields import check_all_is_read, check_is_text, kind
 ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 WEIGHTS = ("weight", "loss", "loss_scale")
 """OpenAI's and ms-swift's keys of an answer that say whether it is learnt."""
+IMAGE_PARTS = ("image", "image_url", "input_image")
 SOURCES = ("path", "url", "image", "image_url")
 """Keys under which an object has an image's path, if it does not have its bytes."""
 
@@ -29,12 +30,13 @@ def read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: 
     if role is None:
         raise DataError(f"the role of {name} is {entry[role_key]!r}; it must be user, assistant or system")
 
+    check_all_is_read(name, entry, (role_key, text_key, "images", *WEIGHTS))
     content = entry.get(text_key)
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     text, images = "", []
     for part in parts:
         part_type = part.get("type") if isinstance(part, dict) else None
-        if part_type in ("image", "image_url", "input_image"):
+        if part_type in IMAGE_PARTS:
             text += image_tag
             images.append(_source(part, directory, f"the image of {name}"))
         elif part_type in ("text", "input_text", "output_text"):
@@ -54,9 +56,17 @@ def read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: 
     if own:
         check_tags(name, images.count(None), len(own), tag)
         images = fill(images, iter(own))
-    check_all_is_read(name, entry, (role_key, text_key, "images", *WEIGHTS))
     message = {"role": role, "content": text, "images": images}
     return message if _is_learnt(name, role, entry) else {**message, "weight": 0}
+
+
+def has_images(entry: Any) -> bool:
+    """Whether a message of a row holds images itself."""
+    if not isinstance(entry, dict):
+        return False
+    parts = entry.get("content")
+    types = [part.get("type") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return bool(entry.get("images")) or any(part_type in IMAGE_PARTS for part_type in types)
 
 
 def _is_learnt(name: str, role: str, entry: Mapping[str, Any]) -> bool:
@@ -103,9 +113,10 @@ def _source(value: Any, directory: Path, name: str) -> str | bytes | None:
                 return base64.b64decode(value["bytes"], validate=True)
             except (TypeError, ValueError) as error:
                 raise DataError(f'"bytes" of {name} is not base64 text') from error
-        inner = (value.get(key) for key in SOURCES)
-        value = next((item for item in inner if item is not None), None)
-        return None if value is None else _source(value, directory, name)
+        given = {key: value[key] for key in SOURCES if value.get(key) is not None}
+        if len(given) > 1:
+            raise DataError(f"{name} has {' and '.join(map(repr, given))}; keep one of them")
+        return next((_source(item, directory, name) for item in given.values()), None)
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):

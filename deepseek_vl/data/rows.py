@@ -27,8 +27,8 @@ from typing import Any
 
 from deepseek_vl.data.decoding import data_files, decoded_rows
 from deepseek_vl.data.errors import BadRow, DataError
-from deepseek_vl.data.fields import check_all_is_read, check_is_text, kind
-from deepseek_vl.data.messages import check_tags, fill, read_message, read_sources
+from deepseek_vl.data.fields import check_all_is_read, check_is_text, check_needs_no_image, kind
+from deepseek_vl.data.messages import check_tags, fill, has_images, read_message, read_sources
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 ROW_IMAGE_TAG = "<image>"
@@ -100,10 +100,7 @@ def parse_row(row: Any, directory: Path, origin: str, image_tag: str = IMAGE_TAG
     if len(beside) == 2:
         raise DataError('the row has both "image" and "images"; give its images under one of them')
     row_images = read_sources(beside[0] if beside else None, directory, "the row")
-    messages_hold_images = isinstance(row, list) or any(
-        isinstance(entry, dict) and (entry.get("images") is not None or isinstance(entry.get("content"), list))
-        for entry in entries
-    )
+    messages_hold_images = isinstance(row, list) or any(map(has_images, entries))
     tag = image_tag if messages_hold_images and not row_images else ROW_IMAGE_TAG
     messages = [read_message(i, entry, directory, tag, image_tag) for i, entry in enumerate(entries, 1)]
 
@@ -120,6 +117,8 @@ def parse_row(row: Any, directory: Path, origin: str, image_tag: str = IMAGE_TAG
     _place_row_images(messages, row_images, offset, tag)
     for message in messages[1::2]:
         del message["images"]
+    if not any(message["images"] for message in messages[::2]):
+        check_needs_no_image(fields, ("image", "images"))
     if not any(message.get("weight", 1) for message in messages[1::2]):
         raise DataError("there is nothing to learn: no answer has a weight")
     return TrainingRow(messages, system, _types(fields.get("type"), len(messages) // 2), origin)

@@ -68,14 +68,16 @@ def _run(args: argparse.Namespace) -> None:
     directory = os.path.realpath(os.path.expanduser(args.model_path))  # noqa: PTH111  Path's raises for unknown users
     if Path(directory, "config.json").is_file():
         args.model_path = directory  # absolute: the next command, or an actor, may start elsewhere
-    pictures = find_pictures(args.paths, args.image_column)
+    output = os.path.abspath(args.output)  # noqa: PTH100
+    found = find_pictures(args.paths, args.image_column)
+    pictures = [picture for picture in found if picture.file != output]  # a shell's glob may name it
     if args.export is not None:
-        check_export(args.export, {os.path.abspath(args.output), *(picture.file for picture in pictures)})  # noqa: PTH100
+        check_export(args.export, {output, *(picture.file for picture in pictures)})
     if args.sidecar:
         check_sidecars(pictures)
     if args.ray is not None:
         check_ray()
-    with Journal(args.output, _question(args)) as journal:
+    with Journal(args.output, _question(args, pictures)) as journal:
         left = [picture for picture in pictures if picture.key not in journal]
         logger.info("%d pictures, %d of them to be asked about.", len(pictures), len(left))
         if left:
@@ -89,10 +91,11 @@ def _run(args: argparse.Namespace) -> None:
         logger.info("%s has %d rows, %d of them errors.", args.output, journal.rows, journal.errors)
 
 
-def _question(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that must be the same for all answers in one output file."""
+def _question(args: argparse.Namespace, pictures: Sequence[PictureSource]) -> dict[str, Any]:
+    """What must be the same for all answers in one output file; where paths are relative, also the current folder."""
+    folder = None if all(os.path.isabs(picture.name) for picture in pictures) else str(Path.cwd())  # noqa: PTH117
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
-    return {"model": args.model_path, **{name: getattr(args, name) for name in names}}
+    return {"model": args.model_path, "folder": folder, **{name: getattr(args, name) for name in names}}
 
 
 def _rows(

@@ -437,6 +437,45 @@ def test_a_run_and_what_is_made_of_it(pictures: Path, capsys: pytest.CaptureFixt
     assert (pictures / "0.txt").exists()
 
 
+def test_the_same_glob_again_asks_about_pictures_only(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(pictures)
+    for _ in range(2):  # the second time, a shell's glob names the captions and the output as well
+        named = sorted(path.name for path in pictures.iterdir() if path.suffix != ".md" and path.name[0] != ".")
+        assert main(in_process(*named, "--output", "out.jsonl", "--sidecar")) == 0
+        assert len(rows_of(Path("out.jsonl"))) == 8
+    assert names(["*.txt", "1.png"]) == ["1.png"]
+    assert (pictures / "deep" / "deeper" / "4.txt").exists()
+
+
+def test_the_same_command_in_another_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        make_picture(tmp_path / folder / "a.png", seed=len(folder))
+        monkeypatch.chdir(tmp_path / folder)
+        assert main(in_process("a.png", "--output", tmp_path / "out.jsonl", "--sidecar")) == (folder == "there")
+    assert f"folder was '{tmp_path / 'here'}', not '{tmp_path / 'there'}'" in capsys.readouterr().err
+    assert not (tmp_path / "there" / "a.txt").exists()
+    assert main(in_process(tmp_path / "there" / "a.png", "--output", tmp_path / "all.jsonl")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(in_process(tmp_path / "there", "--output", tmp_path / "all.jsonl")) == 0, "absolute paths are the same"
+
+
+def test_a_sidecar_that_cannot_be_written_keeps_none_from_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        make_picture(tmp_path / f"{name}.png")
+    (tmp_path / "b.txt").mkdir()
+    assert main(in_process(tmp_path, "--output", tmp_path / "out.jsonl", "--sidecar")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"1 text files cannot be written; one is '{tmp_path / 'b.txt'}' (Is a directory)" in error
+    assert (tmp_path / "a.txt").exists() and (tmp_path / "c.txt").exists()
+
+
 def test_parquet_has_the_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     from deepseek_vl.serve.batch.export import export

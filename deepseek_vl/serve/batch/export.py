@@ -90,22 +90,27 @@ def write_sidecars(journal: str | os.PathLike, pictures: Iterable[PictureSource]
     """Write each caption of these pictures to a `.txt` file beside it. A file with another text is left as it is.
 
     Raises:
-        OSError: if one cannot be written.
+        OSError: if some cannot be written, after all others.
     """
     files = {picture.key: _sidecar(picture.file) for picture in pictures}
-    left = []
+    left, failed = [], []
     for row in read_rows(journal):
         path = files.get(key_of(row["path"]))
         if path is None or row["caption"] is None:
             continue
         text = row["caption"].encode("utf-8", "replace")
-        if not os.path.lexists(path):
-            with whole_file(path) as part:
-                part.write_bytes(text)
-        elif Path(path).read_bytes() != text:
-            left.append(path)
+        try:
+            if not os.path.lexists(path):
+                with whole_file(path) as part:
+                    part.write_bytes(text)
+            elif Path(path).read_bytes() != text:
+                left.append(path)
+        except OSError as error:
+            failed.append(f"{path!r} ({error.strerror})")
     if left:
         logger.warning("%d text files have another text, and are left as they are; one is %r.", len(left), left[0])
+    if failed:
+        raise OSError(f"{len(failed)} text files cannot be written; one is {failed[0]}.")
 
 
 def _sidecar(picture: str) -> str:

@@ -84,7 +84,8 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
 
     Args:
         paths: pictures; folders, whose pictures are found by their names' endings, at any depth; globs; `.txt` files of
-            paths; `.tar` shards; `.parquet` files.
+            paths; `.tar` shards; `.parquet` files. A `.txt` file beside a picture of the same name is its caption, and
+            left out.
         image_column: the pictures' in Parquet files; None for `image`, or else the only one that may have pictures.
 
     Raises:
@@ -93,6 +94,8 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
     """
     found: dict[str, PictureSource] = {}
     for path in paths:
+        if _is_caption(path):  # a shell's glob names these too
+            continue
         count = 0
         for source in _expanded(path, image_column):
             count += 1
@@ -117,9 +120,17 @@ def _expanded(path: str, image_column: str | None) -> Iterator[PictureSource]:
         if not matches:
             raise FileNotFoundError(f"Nothing matches {path!r}.")
         for match in matches:
-            yield from _of_path(os.path.normpath(match), image_column)
+            if not _is_caption(match):
+                yield from _of_path(os.path.normpath(match), image_column)
     else:
         raise FileNotFoundError(f"There is no {path!r}.")
+
+
+def _is_caption(path: str) -> bool:
+    """Whether it is the text file of a picture beside it, as `--sidecar` writes them."""
+    stem, ending = os.path.splitext(path)  # noqa: PTH122
+    endings = (*PICTURES, *map(str.upper, PICTURES))
+    return ending == ".txt" and any(os.path.isfile(stem + other) for other in endings)  # noqa: PTH113
 
 
 def _of_path(path: str, image_column: str | None) -> Iterator[PictureSource]:

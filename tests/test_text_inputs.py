@@ -329,6 +329,18 @@ def test_several_conversations_at_once(loaded, pictures):
     assert [item.input_ids.tolist() for item in alone] == [item.input_ids.tolist() for item in items]
     with pytest.raises(ValueError, match=f"There are 1 images more than {IMAGE_TAG} in the conversations"):
         processor(conversations=conversations[:2], images=pictures[:2])
+    with pytest.raises(ValueError, match="Text 1 has 1 image tags, and 0 images were given for it"):
+        processor(conversations=conversations, images=[[], pictures[:1], pictures[1:]])
+
+
+def test_images_in_a_list_for_each_text_go_to_that_text(loaded, pictures):
+    processor, _ = loaded
+    groups = [pictures[:1], [], pictures[1:]]
+    assert torch.equal(
+        processor(text=TEXTS, images=groups).pixel_values, processor(text=TEXTS, images=pictures).pixel_values
+    )
+    with pytest.raises(ValueError, match="Text 1 has 1 image tags, and 0 images were given for it"):
+        processor(text=TEXTS, images=[[], pictures[:1], pictures[1:]])
 
 
 def test_a_content_may_be_parts_or_none(loaded, pictures):
@@ -363,6 +375,11 @@ def test_other_parts_are_refused_in_words(loaded, content, message):
         ({"conversations": [{"content": "Hi"}]}, "A conversation is a list of messages"),
         ({"conversations": [["Hi"]]}, "A conversation is a list of messages"),
         ({"conversations": ask("Hi"), "truncation": True, "max_length": 3}, "^truncation, max_length: not taken with"),
+        (
+            {"prompt": "Hi", "add_special_tokens": False},
+            "^add_special_tokens: not taken with a prompt or conversations",
+        ),
+        ({"prompt": "Hi", "do_normalize": False}, "^do_normalize: not taken with a prompt or conversations"),
         ({"prompt": "Hi", "padding": "max_length"}, "^padding: not taken with a prompt or conversations"),
         ({"prompt": "Hi", "system_prompt": "S"}, "system_prompt is of conversations; a prompt is used as it is"),
     ],

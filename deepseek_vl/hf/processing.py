@@ -67,7 +67,8 @@ class DeepseekVLProcessor(FromCheckpoint, TextProcessor):
         of_images |= kwargs.pop("images_kwargs", None) or {}
         options = TextOptions.of(kwargs, padding_side=self.tokenizer.padding_side)
         texts = [text] if isinstance(text, str) else list(text)
-        batch, each = self.text_batch(texts, flat_images(images), options)
+        flat = flat_images(images, [each.count(self.image_token) for each in texts])
+        batch, each = self.text_batch(texts, flat, options)
         del batch["mm_token_type_ids"]  # these models find images by their token ids
         if used := [image for group in each for image in group]:
             tensors = options.return_tensors or "pt"

@@ -20,15 +20,28 @@ IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
 IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
 
 
-def flat_images(images: Any) -> list[Any]:
+def flat_images(images: Any, tags: Sequence[int] = ()) -> list[Any]:
     """A flat list, in reading order, of the images in transformers' `ImageInput`: (nested) lists, one image, or None.
 
     Images given by path or address are opened.
+
+    Args:
+        tags: how many images each of the texts has.
+
+    Raises:
+        ValueError: if there is a list of images for each text, and one has more or fewer than its text.
     """
     if images is None:
         return []
     if isinstance(images, (list, tuple)):
-        return [image for item in images for image in flat_images(item)]
+        groups = [flat_images(item) for item in images]
+        if len(groups) == len(tags) and all(isinstance(item, list | tuple) for item in images):
+            for number, (group, count) in enumerate(zip(groups, tags, strict=True), 1):
+                if len(group) != count:
+                    raise ValueError(
+                        f"Text {number} has {count} image tags, and {len(group)} images were given for it."
+                    )
+        return [image for group in groups for image in group]
     if getattr(images, "ndim", 3) == 4:  # an array of images
         return list(images)
     return [load_image(images) if isinstance(images, str) else images]

@@ -26,7 +26,12 @@ from deepseek_vl.utils.conversation import (
     text_of,
 )
 
-NO_CHANGE = {"padding": (None, True, "longest"), "return_tensors": (None, "pt")}
+NO_CHANGE = {
+    "add_special_tokens": (None, True),
+    "padding": (None, True, "longest"),
+    "return_tensors": (None, "pt"),
+    "truncation": (None, False),
+}
 """Arguments of transformers' processors that are accepted with these values, which change nothing."""
 
 
@@ -249,7 +254,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         """
         if (prompt is None) == (conversations is None):
             raise ValueError("Give exactly one of `prompt` and `conversations`.")
-        if refused := [name for name, value in kwargs.items() if value not in NO_CHANGE.get(name, (None, False))]:
+        if refused := [name for name, value in kwargs.items() if value not in NO_CHANGE.get(name, (None,))]:
             raise ValueError(f"{', '.join(refused)}: not taken with a prompt or conversations, but perhaps with text=.")
         if prompt is None:
             messages: Any = conversations
@@ -292,12 +297,12 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         if text is not None:
             return self._process_texts([text] if isinstance(text, str) else text, images, kwargs)
         if conversations and isinstance(conversations[0], list | tuple):
-            remaining = iter(flat_images(images))
+            several = cast(Sequence[Sequence[Mapping[str, Any]]], conversations)
+            tags = [self._count_tags(messages) for messages in several]
+            remaining = iter(flat_images(images, tags))
             outputs = []
-            for messages in cast(Sequence[Sequence[Mapping[str, Any]]], conversations):
-                known = (message for message in messages if isinstance(message, Mapping))  # others are an error below
-                texts = (text_of(message.get("content"), self.image_tag) for message in known)
-                own = list(islice(remaining, sum(each.count(self.image_tag) for each in texts)))
+            for messages, count in zip(several, tags, strict=True):
+                own = list(islice(remaining, count))
                 outputs.append(self.process_one(prompt=prompt, conversations=messages, images=own, **kwargs))
             if left := len(list(remaining)):
                 raise ValueError(f"There are {left} images more than {self.image_tag} in the conversations.")
@@ -305,6 +310,10 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         single: Any = conversations
         output = self.process_one(prompt=prompt, conversations=single, images=images, **kwargs)
         return self.batchify([output]) if force_batchify else output
+
+    def _count_tags(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        known = (message for message in messages if isinstance(message, Mapping))  # `process_one` refuses others
+        return sum(text_of(message.get("content"), self.image_tag).count(self.image_tag) for message in known)
 
     def _process_texts(self, texts: Sequence[str], images: Any, arguments: Mapping[str, Any]) -> BatchFeature:
         """Rendered prompts -> a batch with the keys that transformers' trainers expect.
@@ -315,8 +324,8 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         Raises:
             ValueError: if there are not as many images as tags, or for an argument that is not taken.
         """
-        flat, own_tag = flat_images(images), self.add_special_token
-        batch, each = self.text_batch(texts, flat, TextOptions.of(arguments), own_tag)
+        flat = flat_images(images, [each.count(self.image_tag) for each in texts])
+        batch, each = self.text_batch(texts, flat, TextOptions.of(arguments), self.add_special_token)
         if most := max(map(len, each), default=0):
             pixels = torch.zeros(len(each), most, *self.image_processor.default_shape)
             for slots, group in zip(pixels, each, strict=True):

@@ -124,6 +124,31 @@ def test_a_finished_run_that_is_extended_keeps_to_the_longer_schedule(options, t
     assert moved > sum(extended[20:]) / 10
 
 
+@pytest.mark.parametrize("first", [["--epochs", 0.5], ["--max_steps", 3]])
+def test_a_run_of_a_part_of_an_epoch_goes_on_to_the_whole(options, tmp_path, first, caplog):
+    assert train(*options, "--output", tmp_path / "out", *first) == 0
+    planned = len(log(tmp_path / "out", "loss"))
+    assert train(*options, "--output", tmp_path / "out", "--epochs", 1) == 0
+    assert train(*options, "--output", tmp_path / "whole", "--epochs", 1) == 0
+    steps = len(log(tmp_path / "whole", "loss"))
+    assert len(log(tmp_path / "out", "loss")) == steps > planned
+    assert f"The run was planned for {planned} steps; from here on its learning rate is that of a run of {steps}." in (
+        caplog.messages
+    )
+    caplog.clear()
+    assert train(*options, "--output", tmp_path / "out", "--epochs", 1) == 0
+    assert any(message.endswith("is finished; there is nothing to do.") for message in caplog.messages)
+
+
+def test_the_constant_schedule_has_no_warm_up(options, tmp_path, caplog, capsys):
+    options = [*options, "--schedule", "constant", "--output", tmp_path / "out", "--max_steps", 20]
+    assert train(*options, "--warmup_steps", 4) == 1
+    assert "--schedule constant has no warm-up; use constant_with_warmup." in capsys.readouterr().err
+    assert train(*options) == 0
+    assert any("constant schedule with 0 steps of warm-up" in message for message in caplog.messages)
+    assert set(log(tmp_path / "out", "learning_rate")) == {1e-3}
+
+
 def test_the_first_step_of_an_extended_run_has_the_schedules_rate(options, tmp_path):
     options = [*options, "--schedule", "cosine", "--warmup_steps", 0]
     assert train(*options, "--output", tmp_path / "out", "--max_steps", 2) == 0

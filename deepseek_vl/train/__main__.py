@@ -132,6 +132,8 @@ def _run(args: argparse.Namespace) -> int | None:
         return _check(args)
     if args.output is None:
         raise ValueError("Give --output, the directory for the result.")
+    if args.schedule == "constant" and args.warmup_steps:
+        raise ValueError("--schedule constant has no warm-up; use constant_with_warmup.")
     if missing := [name for name in ("matplotlib", "tensorboard", *(["peft"] * args.lora)) if find_spec(name) is None]:
         raise ValueError(f"Training needs {', '.join(missing)}: pip install 'deepseek_vl[train]'.")
     if Path(args.model_path).is_dir():
@@ -265,7 +267,9 @@ def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         learning_rate=_pick(args.learning_rate, rate),
-        warmup_steps=_pick(args.warmup_steps, min(stage.warmup_steps, steps // 10)),
+        warmup_steps=_pick(
+            args.warmup_steps, 0 if args.schedule == "constant" else min(stage.warmup_steps, steps // 10)
+        ),
         lr_scheduler_type=args.schedule,
         weight_decay=args.weight_decay,
         adam_beta2=0.95,  # the paper's

@@ -219,13 +219,13 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
         raise FileExistsError(f"{str(output)!r} holds a finished run without checkpoints; choose another directory.")
     if checkpoint is None:
         trainer.train()
-    elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
+    elif (state := _state_in(checkpoint)).global_step < (steps := _planned_steps(trainer)):
         logger.warning("Going on from %s.", checkpoint)
-        if trainer.args.max_steps not in (-1, state.max_steps):
+        if steps != state.max_steps:
             logger.warning(
                 "The run was planned for %d steps; from here on its learning rate is that of a run of %d.",
                 state.max_steps,
-                trainer.args.max_steps,
+                steps,
             )
         trainer.train(resume_from_checkpoint=str(checkpoint))
     elif exported:
@@ -246,8 +246,10 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
             part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
-def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether a run has all the steps that are asked for, which may be more than when it was begun."""
-    if args.max_steps > 0:
-        return state.global_step >= args.max_steps
-    return state.global_step >= state.max_steps and args.num_train_epochs <= state.num_train_epochs
+def _state_in(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _planned_steps(trainer: Trainer) -> int:
+    """How many steps the arguments ask for, which may be more than when the run was begun."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]

@@ -60,13 +60,18 @@ def read_message(number: int, entry: Any, directory: Path, tag: str, image_tag: 
     return message if _is_learnt(name, role, entry) else {**message, "weight": 0}
 
 
-def has_images(entry: Any) -> bool:
-    """Whether a message of a row holds images itself."""
+def has_images(entry: Any, are_beside: bool) -> bool:
+    """Whether a message of a row holds images itself, or a list of none.
+
+    Args:
+        are_beside: whether the row has a list of images; an empty one in the message then means nothing.
+    """
     if not isinstance(entry, dict):
         return False
     parts = entry.get("content")
     types = [part.get("type") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-    return bool(entry.get("images")) or any(part_type in IMAGE_PARTS for part_type in types)
+    has_list = bool(entry.get("images")) if are_beside else entry.get("images") is not None
+    return has_list or any(part_type in IMAGE_PARTS for part_type in types)
 
 
 def _is_learnt(name: str, role: str, entry: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from api_server import Server, about
 from conftest import PARROT_ANSWERS, ROOT, data_url, slow_jpeg, wait_until
 from PIL import Image
 
+from deepseek_vl.serve.api.__main__ import main
 from deepseek_vl.serve.listening import names_of
 
 COLOUR = "Colour?"
@@ -349,6 +350,11 @@ def test_a_key_is_asked_for_on_every_route_but_health(serve: Callable[..., Serve
             assert answer.json()["error"]["code"] == "invalid_api_key"
     good = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer säsame".encode()})
     assert good.json()["data"][0]["id"] == "parrot"
+
+
+def test_an_empty_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model_path", "tiny", "--api_key", ""]) == 1
+    assert "--api_key is empty; leave it out to serve everybody." in capsys.readouterr().err
 
 
 def test_a_shutdown_lets_a_short_answer_end(serve: Callable[..., Server]) -> None:

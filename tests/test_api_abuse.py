@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "null": (b"null", 400, "The request: "),
     "a number of 10,000 digits": (b'{"model": ' + b"9" * 10_000 + b"}", 400, "more than 1000 digits"),
     "a fraction of 4 MB": (b'{"model": 0.' + b"9" * 4_000_000 + b"}", 400, "more than 1000 digits"),
-    "infinity": (b'{"model": "parrot", "messages": [], "temperature": 1e999}', 400, "'temperature'"),
+    "infinity": (b'{"model": "parrot", "messages": [], "temperature": 1e999}', 400, "number that is too large: "),
     "no messages": ({"model": "parrot"}, 400, "'messages': Field required"),
     "empty messages": ({"model": "parrot", "messages": []}, 400, "'messages'"),
     "messages as text": ({"model": "parrot", "messages": "hi"}, 400, "'messages'"),
@@ -307,12 +307,15 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "not JSON in UTF-8"),
     "lone surrogate as a key": (b'{"\\udfff": 1}', 400, "not JSON in UTF-8"),
     "a prompt of a million characters": (asking("word " * 200_000), 400, "positions"),
+    "a prompt that is too long to be tokenized": (asking("a" * 4_000_000), 400, "4000"),
+    "a number beyond all": (b'{"model": "parrot", "messages": [], "user": 1e999}', 400, "number that is too large: 1e999."),
     "a body of 100 MB": (b" " * 100_000_000, 413, "larger than 4194304 bytes"),
     "a thousand images": (asking("hi", *[RED] * 1000), 400, "1000 images; at most 16"),
     "decompression bomb": (asking("hi", BOMB), 400, "more than 40000000 pixels"),
     "a bomb below Pillow's limit": (asking("hi", SMALL_BOMB), 400, "more than 40000000 pixels"),
     "SVG": (asking("hi", data_url(b"<svg/>", "image/svg+xml")), 400, "Image 1 cannot be read"),
     "EPS": (asking("hi", data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 400, "Image 1 cannot"),
+    "a million escapes": (asking("hi", "data:image/png," + "%00" * 1_000_001), 400, "Image 1 cannot be read"),
     "truncated JPEG": (asking("hi", data_url(jpeg_cut_off(), "image/jpeg")), 400, "Image 1 cannot be read"),
     "truncated PNG": (asking("hi", data_url(png()[:40])), 400, "Image 1 cannot be read"),
     "the second image": (asking("hi", RED, data_url(b"")), 400, "Image 2 cannot be read"),
@@ -812,6 +815,55 @@ def test_pixels_of_requests_that_wait_are_few(closed: Running, parrot_checkpoint
         server.stop()
     assert texts == [f"It is {colour}." for colour in colours]
     assert 1 <= max(waiting) <= service.limits.prepared
+
+
+def test_a_client_that_leaves_while_pictures_are_embedded_costs_the_rest_nothing(closed: Running) -> None:
+    """What limits such work is held until the picture that is being encoded is done; the others are not begun."""
+    vision, begun, go_on = closed.service.engine.model.vision_model, [], threading.Event()
+
+    def wait(*_: Any) -> None:
+        begun.append(time.monotonic())
+        go_on.wait(30)
+
+    free = closed.service.preparing._value
+    hook = vision.register_forward_pre_hook(wait)
+    try:
+        body = {"model": "parrot", "input": [RED] * 4}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(closed.url.replace("chat/completions", "embeddings"), json=body, timeout=3)
+        assert len(begun) == 1
+        time.sleep(0.5)
+        assert closed.service.preparing._value == free - 1
+        go_on.set()
+        wait_until(lambda: closed.service.preparing._value == free, 10)
+        time.sleep(0.5)
+        assert len(begun) == 1
+    finally:
+        go_on.set()
+        hook.remove()
+    closed.is_well()
+
+
+def test_a_text_does_not_wait_for_pictures(closed: Running) -> None:
+    limited, closed.service.preparing = closed.service.preparing, asyncio.Semaphore(0)
+    try:
+        assert closed.post(message()).status_code == 200
+    finally:
+        closed.service.preparing = limited
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"prompt": "a" * 4_000_000}, "The prompt has 4000000 characters, too many for the"),
+        ({"messages": asking("hi", *[RED] * 17)["messages"]}, "17 images; at most 16"),
+    ],
+)
+def test_too_much_to_tokenize_is_refused(closed: Running, body: dict[str, Any], expected: str) -> None:
+    begun = time.monotonic()
+    answer = httpx.post(closed.url.replace("v1/chat/completions", "tokenize"), json=body, timeout=60)
+    assert answer.status_code == 400 and expected in answer.json()["error"]["message"]
+    assert time.monotonic() - begun < 5
 
 
 def test_retry_after_follows_the_queue(start: Start) -> None:

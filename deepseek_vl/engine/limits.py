@@ -66,6 +66,7 @@ class RequestLimits:
         prepared: number of waiting requests whose pixels are in memory; the others wait without pixels.
         answers: number of answers to one request.
         images: number of images in one message or request.
+        images_seconds: time for fetching and decoding all images of a request.
         pictures: limits of each image.
         decoders: number of images decoded at a time, each in a process of its own.
         fetch_bytes: size of a picture that is fetched by its address.
@@ -88,6 +89,7 @@ class RequestLimits:
     prepared: int = 4
     answers: int = 8
     images: int = 16
+    images_seconds: float = 60.0
     pictures: PictureLimits = PICTURES
     decoders: int = 2
     fetch_bytes: int = 20 << 20
@@ -97,6 +99,9 @@ class RequestLimits:
 
 PAGE_LIMITS = RequestLimits(waiting=256)
 """Limits of the web page."""
+
+PAGE_BODY_BYTES = 8 << 20
+"""The largest body of the web page's requests, except uploads: a whole conversation's text."""
 
 PAGE_ANSWERS = 64
 """The most answers of the web page that are generated or wait for the engine at a time."""

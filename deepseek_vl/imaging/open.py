@@ -10,6 +10,9 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageOps
 
+MOST_ESCAPES = 1_000_000
+"""How many percent-encoded bytes a data URL may have, as decoding them is slow."""
+
 
 class ImageLoadError(OSError, ValueError):
     """An image cannot be read. It is an `OSError`, like Pillow's own errors, and a `ValueError`, as for bad input."""
@@ -127,11 +130,15 @@ def data_url_bytes(url: str) -> bytes:
     """The content of a `data:` URL, decoded as in browsers: percent-encoded or base64, with any media type.
 
     Raises:
-        ImageLoadError: if it has no comma, or claims to be base64 and is not.
+        ImageLoadError: if it has no comma, claims to be base64 and is not, or is percent-encoded and large.
     """
     header, comma, payload = url.partition(",")
     if not comma:
         raise ImageLoadError("Cannot read image in the data URL: it has no comma between its type and its content.")
+    if payload.count("%") > MOST_ESCAPES:
+        raise ImageLoadError(
+            f"Cannot read image in the data URL: it has more than {MOST_ESCAPES} %; write it in base64."
+        )
     content = unquote_to_bytes(payload.partition("#")[0])
     if header.replace(" ", "").lower().endswith(";base64"):
         content = b"".join(content.split())

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="that running answers have to end when the server is told to stop (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--api_key", default=os.environ.get("DEEPSEEK_VL_API_KEY"),
+        "--api_key", default=os.environ.get("DEEPSEEK_VL_API_KEY") or None,
         help="bearer key that clients must give (default: $DEEPSEEK_VL_API_KEY, or none)",
     )  # fmt: skip
     parser.add_argument(
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
+    if args.api_key == "":
+        raise ValueError("--api_key is empty; leave it out to serve everybody.")
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
     origins = [checked_origin(origin) for origin in args.allow_origin]

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
@@ -19,6 +19,25 @@ from deepseek_vl.serve.api.logprobs import ShownTokens, Token
 from deepseek_vl.serve.api.service import Question, Service
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+async def run_to_its_end(
+    function: Callable[..., Result], *arguments: Any, stop: Callable[[], None] = lambda: None
+) -> Result:
+    """Run a function in a thread. A caller that is cancelled waits for its end too, and keeps what limits such work.
+
+    Args:
+        stop: asks the function to end early; called when the caller is cancelled.
+    """
+    running = asyncio.ensure_future(run_in_threadpool(function, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.gather(running, return_exceptions=True)
+        raise
 
 
 class CachedTokens(BaseModel):
@@ -116,15 +135,16 @@ class Answer:
             APIError: for a request that is wrong or too long, for pictures that cannot be read, or at a shutdown.
         """
         service, self._begun = self.service, time.monotonic()
-        questions = await run_in_threadpool(request.questions, service)
-        await service.preparing.acquire()
-        self._is_preparing = True
+        questions = await run_to_its_end(request.questions, service)
+        if any(question.urls for question in questions):  # texts alone take no memory to speak of
+            await service.preparing.acquire()
+            self._is_preparing = True
         service.check_open()
         for question in questions:
             images = await service.images_of(question.urls, question.field)
             self._of_prompts.append(len(self.generations))
             sinks = [partial(self._sink, len(self.generations) + i) for i in range(question.count)]
-            generations = await run_in_threadpool(service.generations, question, images, sinks)
+            generations = await run_to_its_end(service.generations, question, images, sinks)
             self._readers += [
                 _Reader(len(self.generations) + i, generation, question, service)
                 for i, generation in enumerate(generations)

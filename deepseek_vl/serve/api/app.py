@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from deepseek_vl import __version__
-from deepseek_vl.serve.api.answer import Answer
+from deepseek_vl.serve.api.answer import Answer, run_to_its_end
 from deepseek_vl.serve.api.body import Body
 from deepseek_vl.serve.api.chat import ChatCompletion, ChatCompletionRequest, ChatReply
 from deepseek_vl.serve.api.completions import Completion, CompletionReply, CompletionRequest
@@ -139,7 +140,7 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         """The tokens of a text or a conversation."""
         with Body(service) as body:
             asked = await _read(service, request, body, TokenizeRequest)
-            return JSONResponse(await run_in_threadpool(tokenize, service, asked))
+            return await run_in_threadpool(tokenize, service, asked)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -187,7 +188,8 @@ async def _embed(service: Service, request: EmbeddingRequest) -> dict[str, Any]:
     async with service.preparing:  # as for answers: it limits how many pictures are decoded at a time
         service.check_open()
         images = await service.images_of([part.image_url.url for part in request.input], "input")
-        return await run_in_threadpool(embed, service, images, request.encoding_format)
+        has_left = threading.Event()
+        return await run_to_its_end(embed, service, images, request.encoding_format, has_left, stop=has_left.set)
 
 
 async def _answer(

@@ -65,8 +65,8 @@ class CompletionRequest(GenerationRequest, UnusedInCompletions):
         settings = self.settings(service.settings, self.max_tokens or MAX_TOKENS, self.logprobs, form)
         questions = []
         for i, prompt in enumerate(self.prompt):
-            ids = text_ids(service, prompt) if isinstance(prompt, str) else prompt
             field = "prompt" if len(self.prompt) == 1 else f"prompt.{i}"
+            ids = text_ids(service, prompt, field) if isinstance(prompt, str) else prompt
             if not ids:
                 raise APIError("The prompt is empty.", field)
             if max(ids) >= len(service.processor.tokenizer) or service.processor.image_id in ids:
@@ -77,8 +77,13 @@ class CompletionRequest(GenerationRequest, UnusedInCompletions):
         return questions
 
 
-def text_ids(service: Service, text: str) -> list[int]:
-    """A client's text as token ids, with the begin token in front; special tokens in it are ordinary text."""
+def text_ids(service: Service, text: str, field: str) -> list[int]:
+    """A client's text as token ids, with the begin token in front; special tokens in it are ordinary text.
+
+    Raises:
+        APIError: naming the field, if it is too long to be tokenized.
+    """
+    service.check_text(text, field)
     return service.processor.encode(Rendered(text, literal=((0, len(text)),) if text else ()))[0]
 
 

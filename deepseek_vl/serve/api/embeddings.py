@@ -1,6 +1,7 @@
 """`POST /v1/embeddings`: pictures as vectors."""
 
 import base64
+import threading
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from deepseek_vl.engine.features import embed_images
 from deepseek_vl.engine.limits import RequestLimits
+from deepseek_vl.serve.api.errors import APIError
 from deepseek_vl.serve.api.fields import Strict
 from deepseek_vl.serve.api.messages import ImagePart
 from deepseek_vl.serve.api.service import Service
@@ -70,9 +72,24 @@ class EmbeddingList(BaseModel):
     usage: EmbeddingUsage
 
 
-def embed(service: Service, images: list[Image.Image], encoding: str | None) -> dict[str, Any]:
-    """The answer's body; it takes long to compute, so call it in a thread."""
-    vectors = embed_images(service.engine.model, service.processor, images, open_image=lambda image: image)
+def embed(
+    service: Service, images: list[Image.Image], encoding: str | None, has_left: threading.Event
+) -> dict[str, Any]:
+    """The answer's body; it takes long to compute, so call it in a thread.
+
+    Args:
+        has_left: set when the client has gone; no further picture is encoded then.
+
+    Raises:
+        APIError: if the client has gone.
+    """
+
+    def still_wanted(image: Image.Image) -> Image.Image:
+        if has_left.is_set():
+            raise APIError("The client has closed the connection.")
+        return image
+
+    vectors = embed_images(service.engine.model, service.processor, images, open_image=still_wanted)
     vectors = torch.nn.functional.normalize(vectors, dim=-1)
     data = [
         base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()

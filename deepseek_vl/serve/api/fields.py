@@ -88,7 +88,7 @@ Unused = create_model(
         prompt_cache_key=str,
         prompt_cache_retention=str,
         prompt_cache_options=Labels,
-        service_tier=Literal["auto", "default", "flex", "priority"],
+        service_tier=Literal["auto", "default", "flex", "scale", "priority"],
         request_id=str,
         priority=int,
         # Values that ask for what is done anyway.

@@ -1,6 +1,7 @@
 """Parsing a request's body into its model, within limits, with an error that names what is wrong."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def parse(body: bytes | bytearray, model: type[Body], limits: RequestLimits | No
     """
     _check_shape(body, limits or RequestLimits())
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in body:  # the only way to write a lone surrogate, which is no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
@@ -104,6 +105,12 @@ def _check_shape(body: bytes | bytearray, limits: RequestLimits) -> None:
 def _cut(name: str) -> str:
     """A name that a client chose, short enough for an answer."""
     return name if len(name) <= 64 else f"{name[:64]}…"
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):  # 1e999, which would be Infinity in an answer
+        raise APIError(f"The body has a number that is too large: {_cut(number)}.")
+    return value
 
 
 def _no_constant(name: str) -> Any:

@@ -63,6 +63,8 @@ class Service:
     def __post_init__(self) -> None:
         self._is_closing = False
         self.token_bytes = TokenBytes(self.processor.tokenizer)
+        # Longer texts fill more than all positions, as no token has more characters than its name.
+        self._most_characters = self.engine.positions * max(map(len, self.processor.tokenizer.get_vocab()))
         self.preparing = asyncio.Semaphore(self.limits.prepared)
         self.decoder = PictureDecoder(self.limits.pictures, self.limits.decoders)
         self._decoding = anyio.CapacityLimiter(self.limits.decoders)  # so that waiting requests take no thread
@@ -103,6 +105,15 @@ class Service:
             seconds = time.monotonic() - begun
             self.seconds_in_place += (seconds - self.seconds_in_place) * (0.1 if self.seconds_in_place else 1)
 
+    def check_images(self, urls: Sequence[str], field: str) -> None:
+        """Check the number of a request's images.
+
+        Raises:
+            APIError: for too many.
+        """
+        if len(urls) > self.limits.images:
+            raise APIError(f"The request has {len(urls)} images; at most {self.limits.images} are taken.", field)
+
     async def images_of(self, urls: Sequence[str], field: str) -> list[Image.Image]:
         """Fetch and decode pictures.
 
@@ -110,13 +121,18 @@ class Service:
             field: the one of the request that has them.
 
         Raises:
-            APIError: for too many, or one that cannot be fetched or read.
+            APIError: for too many, one that cannot be fetched or read, or if all of them take too long.
         """
-        if len(urls) > self.limits.images:
-            raise APIError(f"The request has {len(urls)} images; at most {self.limits.images} are taken.", field)
+        self.check_images(urls, field)
         client = self.decoder.client()
         try:
-            return [await self._image(client, number, url, field) for number, url in enumerate(urls, 1)]
+            async with asyncio.timeout(self.limits.images_seconds):
+                return [await self._image(client, number, url, field) for number, url in enumerate(urls, 1)]
+        except TimeoutError as error:
+            message = (
+                f"The images cannot be read within {self.limits.images_seconds:g} seconds; send fewer or smaller ones."
+            )
+            raise APIError(message, field, "invalid_image") from error
         finally:
             client.leave()  # gives up a picture that is being decoded when the client has gone
 
@@ -149,9 +165,17 @@ class Service:
             )
             raise APIError(message, field, "invalid_image") from error
 
-    def prompt_of(self, conversation: Conversation) -> Rendered:
-        """A conversation's prompt; special tokens in what clients wrote are ordinary text."""
+    def prompt_of(self, conversation: Conversation, field: str) -> Rendered:
+        """A conversation's prompt; special tokens in what clients wrote are ordinary text.
+
+        Args:
+            field: the one of the request that has the messages.
+
+        Raises:
+            APIError: if it is too long to be tokenized.
+        """
         prompt = self.processor.render(conversation.messages, untrusted=True)
+        self.check_text(prompt.text, field)
         if conversation.unfinished is None:
             return prompt
         return replace(prompt, text=prompt.text[: prompt.literal[-1][1]])  # without what ends the message
@@ -167,13 +191,26 @@ class Service:
         Raises:
             APIError: if it is too long.
         """
-        prompt = self.prompt_of(conversation)
+        prompt = self.prompt_of(conversation, field)
         ids, _ = self.processor.encode(prompt)
         self.check_length(self.processor.count_tokens(prompt, ids), field)  # before any picture is decoded
         settings = settings.with_stop_words(self.processor.new_chat_template().stop_str)
         unfinished = conversation.unfinished
         goes_on = unfinished is not None and unfinished == unfinished.rstrip()
         return Question(prompt.text, ids, conversation.urls, settings, field, count, goes_on)
+
+    def check_text(self, text: str, field: str) -> None:
+        """Check that a text is short enough to be tokenized, which takes long.
+
+        Raises:
+            APIError: if it has more tokens than the model has positions, however it is tokenized.
+        """
+        if len(text) > self._most_characters:
+            message = (
+                f"The prompt has {len(text)} characters, too many for the {self.engine.positions} positions that it "
+                "and the answer share."
+            )
+            raise APIError(message, field, "context_length_exceeded")
 
     def check_length(self, tokens: int, field: str) -> None:
         """Check that a prompt of so many tokens leaves room for an answer.

@@ -1,7 +1,6 @@
 """`POST /tokenize`: the tokens of a text or a conversation, as vLLM gives them."""
 
-from typing import Any
-
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from deepseek_vl.serve.api.completions import text_ids
@@ -34,11 +33,12 @@ class Tokens(BaseModel):
     token_strs: list[str] | None = None
 
 
-def tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
-    """Tokenize a text or a conversation; returns the answer's body.
+def tokenize(service: Service, request: TokenizeRequest) -> JSONResponse:
+    """Tokenize a text or a conversation. A long one takes long, so call it in a thread.
 
     Raises:
-        APIError: for both a prompt and messages, messages that are no conversation, or fields that contradict.
+        APIError: for both a prompt and messages, messages that are no conversation, fields that contradict, or a text
+            with more tokens than any prompt may have.
     """
     processor = service.processor
     if request.messages is not None:
@@ -49,13 +49,16 @@ def tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
             message = "continue_final_message and add_generation_prompt cannot both be true."
             raise APIError(message, "add_generation_prompt")
         answers = request.add_generation_prompt is not False
-        prompt = service.prompt_of(conversation_of(turns_of(request.messages), goes_on, answers))
+        conversation = conversation_of(turns_of(request.messages), goes_on, answers)
+        service.check_images(conversation.urls, "messages")
+        prompt = service.prompt_of(conversation, "messages")
         ids, _ = processor.encode(prompt)
     else:
-        ids = text_ids(service, request.prompt or "")
+        ids = text_ids(service, request.prompt or "", "prompt")
     if request.add_special_tokens is False:
         ids = ids[len(processor.tokenizer.encode("")) :]
     copies = processor.positions_per_image
     ids = [token for token in ids for _ in range(copies if token == processor.image_id else 1)]
     names = [text_of(Token(service.token_bytes(token), 0.0)) for token in ids] if request.return_token_strs else None
-    return Tokens(count=len(ids), max_model_len=service.engine.positions, tokens=ids, token_strs=names).model_dump()
+    tokens = Tokens(count=len(ids), max_model_len=service.engine.positions, tokens=ids, token_strs=names)
+    return JSONResponse(tokens.model_dump())

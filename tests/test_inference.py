@@ -470,6 +470,30 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(siglip_checkpoint
         list(session.ask("y" * 1500))
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 30, 3000])
+def test_as_few_turns_are_dropped_as_must_be(siglip_checkpoint: Path, turns: int) -> None:
+    tokenizer, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    session = ChatSession(Engine(model, tokenizer), processor, GenerationSettings(max_new_tokens=4), 200)
+    question, answer = {"role": "User", "content": "word " * 10, "images": []}, {"role": "Assistant", "content": "So."}
+    session.messages = [question, answer] * turns
+    list(session.ask("Why?"))
+    asked = [{**question, "content": "Why?"}, {**answer, "content": ""}]
+
+    def length(kept: int) -> int:
+        return session.count_tokens([*[question, answer] * kept, *asked])
+
+    kept = turns - session.dropped_turns
+    assert length(kept) <= 200 and (kept == turns or length(kept + 1) > 200)
+
+
+def test_a_message_that_is_too_long_opens_no_picture(session: ChatSession) -> None:
+    opened = []
+    session.open_image = opened.append
+    with pytest.raises(ValueError, match="no room for an answer"):
+        list(session.ask("y" * 100_000, ["a.png"]))
+    assert opened == []
+
+
 def test_count_tokens_is_the_processors_length(session: ChatSession, colours: dict[str, Path]) -> None:
     messages = messages_of("<image_placeholder>Colour?", load_image(colours["red"]))
     inputs = session.processor(conversations=messages, images=messages[0]["images"])

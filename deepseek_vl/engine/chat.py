@@ -1,5 +1,6 @@
 """A user's chat session: the messages so far, and the next answer. The terminal and the page hold one per user."""
 
+import bisect
 import itertools
 import json
 import os
@@ -208,6 +209,7 @@ class ChatSession:
         question = {**question, "role": "User"}
         answer = {"role": "Assistant", "content": ""}
         messages, prompt, ids = self._fit([*history, question, answer])
+        self.engine.check_prompt(self.processor.count_tokens(prompt, ids))  # before any picture is opened
         inputs = self.processor(prompt=prompt, ids=ids, images=load_pil_images(messages, self.open_image))
         inputs = inputs.to("cpu", dtype=self.engine.model.dtype)  # the engine moves what it computes with
         pieces: list[str] = []
@@ -239,15 +241,23 @@ class ChatSession:
         room = positions - min(self.settings.max_new_tokens, positions // 2)
         if self.max_history_tokens is not None:
             room = min(room, self.max_history_tokens)
-        self.dropped_turns = 0
         first = int(messages[0]["role"].lower() == "system")
-        while True:
-            prompt = self._render(messages)
-            ids, _ = self.processor.encode(prompt)
-            if len(messages) <= first + 2 or self.processor.count_tokens(prompt, ids) <= room:
-                return messages, prompt, ids
-            messages = messages[:first] + messages[first + 2 :]
-            self.dropped_turns += 1
+
+        def without(turns: int) -> tuple[list[dict[str, Any]], Rendered, list[int]]:
+            left = messages[:first] + messages[first + 2 * turns :]
+            prompt = self._render(left)
+            return left, prompt, self.processor.encode(prompt)[0]
+
+        def is_short(turns: int) -> bool:
+            return self.processor.count_tokens(*without(turns)[1:]) <= room
+
+        whole, most = without(0), (len(messages) - first) // 2 - 1
+        self.dropped_turns = 0
+        if most < 1 or self.processor.count_tokens(*whole[1:]) <= room:
+            return whole
+        # By halves, as there may be thousands of turns.
+        self.dropped_turns = bisect.bisect_left(range(most), True, 1, key=is_short)
+        return without(self.dropped_turns)
 
     def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """The length of the prompt for `messages`, image features included."""

@@ -251,6 +251,20 @@ def test_a_hand_made_request_can_name_no_address_and_no_file(address: str) -> No
             assert "def " not in events.text
 
 
+@pytest.mark.parametrize("path", ["queue/join", "run/predict"])
+def test_a_body_that_is_too_large_is_refused(address: str, path: str) -> None:
+    def body() -> Iterator[bytes]:
+        for _ in range(9):
+            yield b"[" + b"0," * ((1 << 19) - 1) + b"0"
+
+    try:
+        status = httpx.post(f"{address}/gradio_api/{path}", content=body(), timeout=60).status_code
+    except httpx.WriteError:  # it closed the connection while the body came
+        status = 413
+    assert status == 413
+    assert httpx.get(f"{address}/config").status_code == 200
+
+
 def test_what_a_user_types_is_no_html(tab: Tab) -> None:
     tab.send("<b id='bold'>bold</b> <image_placeholder>?")
     expect(tab.questions).to_contain_text("<b id='bold'>bold</b> <image_placeholder>?")
@@ -313,7 +327,7 @@ def test_a_server_that_ends_takes_its_own_uploads_and_no_others() -> None:
         first.send_signal(signal.SIGINT)
         first.wait(60)
         assert [file.exists() for file in files] == [False, True]
-        second.send_signal(signal.SIGINT)
+        second.send_signal(signal.SIGTERM)
         second.wait(60)
         assert not files[1].exists()
 

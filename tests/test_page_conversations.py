@@ -132,6 +132,19 @@ def test_an_edited_and_a_removed_turn_stay_so(tab: Tab) -> None:
     expect(tab.titles()).to_have_count(0)
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_stays_deleted(tab: Tab, parrot: Served) -> None:
+    tab.choose_parrot()
+    tab.open_side("Conversations")
+    tab.send("Sing.")
+    expect(tab.titles()).to_have_text(["Sing."])
+    tab.press("Delete Sing.")
+    expect(tab.titles()).to_have_count(0)
+    expect(tab.questions).to_have_count(0)
+    wait_until(lambda: not parrot[0].running, 10.0)
+    tab.page.wait_for_timeout(500)
+    expect(tab.titles()).to_have_count(0)
+
+
 def test_past_conversations_can_be_opened_renamed_and_deleted(tab: Tab) -> None:
     tab.send(SHAPES, IMAGES / "shapes.png")
     tab.sees(re.compile("blue"))

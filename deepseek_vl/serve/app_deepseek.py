@@ -8,8 +8,10 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,6 +68,8 @@ def _run(args: argparse.Namespace) -> None:
             page, args.host, args.port, auth, names, share=args.share, root_path=args.root_path.rstrip("/")
         )
         logger.info("The page is at %s; Ctrl-C ends it. %s", address, _advice(args))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: uploads are deleted
         page.block_thread()
     end_within(END_SECONDS)
 

@@ -72,6 +72,7 @@ function titleOf(record) {
 const textOf = (record) => JSON.stringify([record.messages.map((m) => m.content), record.unsent?.text]);
 
 async function keep(record) {
+  if (deleted.has(record.id)) return;
   current(record.id);
   const old = await store.get(record.id);
   if (!record.messages.length && !record.unsent) {
@@ -86,6 +87,7 @@ async function keep(record) {
   await draw();
 }
 
+const deleted = new Set(); // ids, of which records may still arrive
 let newest = null;
 let isKeeping = false;
 let isAnswered = false; // whether a record has come from the server
@@ -225,6 +227,7 @@ function rename(item, { id, title }) {
 }
 
 async function remove(id) {
+  deleted.add(id);
   await store.remove(id);
   if (id === current()) trigger("forget");
   await draw();

@@ -1,12 +1,15 @@
-"""Guards of the page's server: against fetching addresses for strangers, and against guessing passwords."""
+"""Guards of the page's server: against fetching addresses for strangers, large bodies, and guessing passwords."""
 
+import asyncio
+import time
 from pathlib import Path
 
 import gradio as gr
 from gradio.components import Component
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepseek_vl.engine.limits import PAGE_LIMITS
+from deepseek_vl.engine.limits import PAGE_BODY_BYTES, PAGE_LIMITS
 from deepseek_vl.serve.listening import Patience
 
 
@@ -23,6 +26,38 @@ def take_no_addresses(component: Component) -> None:
         return await take(url_or_file_path)
 
     component.async_move_resource_to_block_cache = guarded
+
+
+class BoundedBodies:
+    """Middleware that refuses requests whose body is too large, or does not arrive in time."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_upload = scope["path"].endswith("/upload")
+        most = PAGE_LIMITS.images * PAGE_LIMITS.body_bytes if is_upload else PAGE_BODY_BYTES
+        deadline = time.monotonic() + PAGE_LIMITS.body_seconds
+        size, is_whole = 0, False
+
+        async def bounded() -> Message:
+            nonlocal size, is_whole
+            if is_whole:  # what comes now is the client's leaving
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise HTTPException(408, "The body did not arrive in time.") from error
+            size += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if size > most:
+                raise HTTPException(413, f"The body is larger than {most} bytes.")
+            return message
+
+        await self.app(scope, bounded, send)
 
 
 class SlowLogin:

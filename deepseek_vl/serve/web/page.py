@@ -15,7 +15,7 @@ from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.serve.arguments import SAMPLING
 from deepseek_vl.serve.listening import OwnNames
 from deepseek_vl.serve.web.chat import WebChat
-from deepseek_vl.serve.web.guards import SlowLogin, take_no_addresses
+from deepseek_vl.serve.web.guards import BoundedBodies, SlowLogin, take_no_addresses
 
 TITLE = "DeepSeek-VL"
 INVITATION = "## Show it pictures\nand talk about them. Add your own below, or begin with one of these."
@@ -199,7 +199,7 @@ def launch(
     Raises:
         OSError: if the port is not free.
     """
-    middleware = [Middleware(SlowLogin)]
+    middleware = [Middleware(BoundedBodies), Middleware(SlowLogin)]
     if names is not None:
         refusal = PlainTextResponse("This server does not go by that name; see --allowed_host.\n", 421)
         middleware.insert(0, Middleware(OwnNames, names=names, refusal=refusal))

@@ -55,6 +55,15 @@ def test_one_shot_prints_the_answer_and_nothing_else(parrot_checkpoint: Path, co
         assert (result.returncode, result.stdout, result.stderr) == (0, f"It is {name}.\n", "")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_traceback(parrot_checkpoint: Path, closed: str) -> None:
+    command = f"{sys.executable} cli_chat.py --model_path {parrot_checkpoint} --temperature 0 --dtype float32 "
+    command += f"--prompt 'Greet me.' {closed}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=180, check=False, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("Gr" in result.stdout) == (closed in ("<&-", "2>&-"))
+
+
 def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
     result = run_cli(
         "--model_path", parrot_checkpoint, "--temperature", 0, "--dtype", "float32", "--prompt", "Greet me."

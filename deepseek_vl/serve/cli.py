@@ -52,6 +52,7 @@ def _name() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the terminal chat; returns the exit code."""
     args = build_parser().parse_args(arguments)
+    _open_closed_streams()
     stdin, *outputs = cast(list[io.TextIOWrapper], [sys.stdin, sys.stdout, sys.stderr])
     stdin.reconfigure(errors="surrogateescape")  # see `check_text`
     for stream in outputs:
@@ -67,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _open_closed_streams() -> None:
+    """Give the process nothing to read, or nowhere to write, where its parent closed a standard stream."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ ARCHITECTURE = checkpoints.Architecture(_weights, tower_fields, DEEPSEEK_CHAT_TE
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="python -m deepseek_vl.convert", description="Write a checkpoint in another layout.")
-    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, or tiny")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, its id on the Hub, or tiny")
     parser.add_argument("destination", metavar="DST", help="a directory that does not exist yet")
     layouts = (*LAYOUTS, GGUF)
     parser.add_argument("--to", choices=layouts, required=True, help="DeepSeek's own, transformers', or llama.cpp's")

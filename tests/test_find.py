@@ -33,6 +33,7 @@ from deepseek_vl import (
     VLMImageProcessor,
 )
 from deepseek_vl.checkpoints.find import HUB_SECONDS
+from deepseek_vl.convert import main as convert_command
 from deepseek_vl.utils.io import load_pretrained_model
 
 ID = "some-owner/some-model"
@@ -164,6 +165,15 @@ def test_a_model_is_downloaded_once_and_keeps_its_name(hub: Hub, siglip_checkpoi
     assert MultiModalityCausalLM.from_pretrained(ID).config.name_or_path == ID
     assert DeepseekVLForConditionalGeneration.from_pretrained(ID).config.name_or_path == ID
     assert not hub.downloads
+
+
+def test_a_model_of_the_hub_is_converted_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    assert convert_command([ID, str(tmp_path / "reference"), "--to", "transformers"]) == 0
+    assert load_pretrained_model(tmp_path / "reference", device="cpu")[2].num_parameters() > 0
+    assert convert_command([ID, str(tmp_path / "gguf"), "--to", "gguf"]) == 0
+    name = gguf.GGUFReader(tmp_path / "gguf" / "model-f16.gguf").fields["general.name"].contents()
+    assert name == ID.rpartition("/")[2]
 
 
 def test_without_safetensors_the_bin_file_is_downloaded(hub: Hub, siglip_checkpoint: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from deepseek_vl.checkpoints import layout_configs as configs
-from deepseek_vl.checkpoints.find import bundled_or_same, read_json
+from deepseek_vl.checkpoints.find import find_checkpoint, read_json
 from deepseek_vl.checkpoints.names import (
     PLACES,
     REFERENCE,
@@ -62,7 +62,7 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
     Memory holds one shard at a time. `destination` appears when it is complete.
 
     Args:
-        source: a checkpoint's directory, or the name of a bundled model.
+        source: a checkpoint's directory, the name of a bundled model, or an id on the Hub.
         destination: a directory that does not exist yet.
         layout: `reference` or `transformers`.
         architecture: of the model.
@@ -76,7 +76,7 @@ def convert(source: str | Path, destination: str | Path, layout: str, architectu
         ValueError: if the source is in this layout already, lacks weights, or has settings or weights that the layout
             has no place for; and if what was written is not what was read.
     """
-    source, destination = Path(bundled_or_same(str(source))), Path(destination)
+    source, destination = Path(find_checkpoint(source)), Path(destination)
     check_places(source, destination)
     config = read_json(source / CONFIG)
     if configs.is_transformers(config) == (layout == TRANSFORMERS):

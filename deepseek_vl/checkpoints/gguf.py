@@ -30,7 +30,7 @@ from deepseek_vl.checkpoints.convert import (
     check_weights,
     weight_files,
 )
-from deepseek_vl.checkpoints.find import bundled_or_same, read_json
+from deepseek_vl.checkpoints.find import find_checkpoint, read_json
 from deepseek_vl.checkpoints.names import as_reference
 from deepseek_vl.checkpoints.read import unread_weights
 from deepseek_vl.checkpoints.special_tokens import checkpoint_special_tokens
@@ -87,7 +87,7 @@ def export(
     `destination` appears when it is complete.
 
     Args:
-        source: a checkpoint's directory in either layout, or the name of a bundled model.
+        source: a checkpoint's directory in either layout, the name of a bundled model, or an id on the Hub.
         destination: a directory that does not exist yet.
         architecture: of the model.
         file_type: of the language model's matrices, one of `GGUF_TYPES`. The rest of it is float32, the vision tower's
@@ -103,9 +103,10 @@ def export(
         ValueError: for what llama.cpp cannot run, for numbers that float16 does not hold, if the source lacks weights,
             and if what was read back is not what was written.
     """
-    source, destination = Path(bundled_or_same(str(source))), Path(destination)
+    name = Path(source).resolve().name  # a Hub id's last part; its files are under a revision's hash
+    source, destination = Path(find_checkpoint(source)), Path(destination)
     check_places(source, destination)
-    checkpoint = _read(source, architecture)
+    checkpoint = _read(name, source, architecture)
     files = {f"model-{file_type}.gguf": _language_file(checkpoint, file_type)}
     if not language_only:
         files["mmproj-f16.gguf"] = _vision_file(checkpoint, architecture.tower_fields)
@@ -120,7 +121,7 @@ class _Checkpoint:
     """A checkpoint to export.
 
     Attributes:
-        name: the name of its directory.
+        name: the last part of its path, or of its id on the Hub.
         config, images: the model's and its image processor's settings, in the reference's layout.
         language: the language model's settings, with transformers' defaults for what `config` leaves out.
         tokenizer: `tokenizer.json`.
@@ -139,8 +140,8 @@ class _Checkpoint:
     tensors: Mapping[str, Slice | torch.Tensor]
 
 
-def _read(source: Path, architecture: Architecture) -> _Checkpoint:
-    config, images, processor = (read_json(source / name) for name in (CONFIG, IMAGES, PROCESSOR))
+def _read(name: str, source: Path, architecture: Architecture) -> _Checkpoint:
+    config, images, processor = (read_json(source / file) for file in (CONFIG, IMAGES, PROCESSOR))
     images = images or processor.get("image_processor", {})
     if configs.is_transformers(config):
         config = configs.to_reference(config, images, architecture.tower_fields)
@@ -150,7 +151,7 @@ def _read(source: Path, architecture: Architecture) -> _Checkpoint:
     check_weights(source, model, tensors, tensors.keys() - model.keys())
     language = LlamaConfig(**config["language_config"])
     return _Checkpoint(
-        source.resolve().name,
+        name,
         config,
         {**configs.IMAGE_DEFAULTS, **images},
         language,

@@ -183,6 +183,7 @@ KINDS = {
     # name: machine, vendor, its features; kernels of float32, bfloat16 and float16 products, of few queries, of int8
     "Xeon, AVX2": ("x86_64", "GenuineIntel", "avx2", "plain widening widening plain fbgemm-7-bit"),
     "Xeon, AVX2 and VNNI": ("x86_64", "GenuineIntel", "avx2 vnni", "plain widening widening plain onednn"),
+    "Core, AVX2 and VNNI": ("x86_64", "GenuineIntel", "avx2 avx_vnni", "plain widening widening plain onednn"),
     "Xeon, AVX-512": ("AMD64", "GenuineIntel", "avx2 avx512 vnni bf16", "plain widening widening plain onednn"),
     "Xeon, AVX-512 bf16": (
         *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 bf16 fp16"),
@@ -216,7 +217,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     def become(kind: str, has_onednn: bool = True) -> None:
         machine, vendor, told, _ = KINDS[kind]
         monkeypatch.setattr("platform.machine", lambda: machine)
-        monkeypatch.setattr("deepseek_vl.kernels.policy._vendor", lambda: f"vendor_id : {vendor}")
+        told_by_linux = {"vendor_id": vendor, "flags": f"fpu {told} sse"}
+        monkeypatch.setattr("deepseek_vl.kernels.policy.cpu_info", told_by_linux.__getitem__)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
         for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in told.split())

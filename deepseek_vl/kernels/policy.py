@@ -90,7 +90,7 @@ def features() -> frozenset[str]:
     `avx2`, `vnni`, `avx512`, `avx512_bf16`, `amx`, `amx_fp16`.
     """
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    vendor = _vendor()
+    vendor = cpu_info("vendor_id")
     found = {"x86": is_x86, "arm": not is_x86, "amd": "AuthenticAMD" in vendor, "intel": "GenuineIntel" in vendor}
     found["fbgemm"] = (
         "fbgemm" in torch.backends.quantized.supported_engines
@@ -104,17 +104,14 @@ def features() -> frozenset[str]:
             "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
             "avx2": torch.cpu._is_avx2_supported(),
-            "vnni": torch.cpu._is_vnni_supported(),
+            # PyTorch knows of AVX-512's alone; AVX2 may have it too, as on Intel's client processors since 2021.
+            "vnni": torch.cpu._is_vnni_supported() or "avx_vnni" in cpu_info("flags").split(),
             "avx512": torch.cpu._is_avx512_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
             "amx": torch.cpu._is_amx_tile_supported(),
             "amx_fp16": torch.cpu._is_amx_fp16_supported(),
         }
     return frozenset(name for name, is_there in found.items() if is_there)
-
-
-def _vendor() -> str:
-    return cpu_info("vendor_id")
 
 
 def cpu_info(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import torch
 from llama_cpp import mtmd_cpp
 
 Part = Sequence[int] | np.ndarray
@@ -28,13 +29,14 @@ class LlamaCpp:
     Args:
         model, mmproj: the GGUF files of the language model and of the tower.
         positions: the most positions of a prompt and its answer together.
-        threads: the number of CPU threads.
+        threads: the number of CPU threads; None for as many as PyTorch takes.
 
     Raises:
         OSError: if llama.cpp cannot load a file.
     """
 
-    def __init__(self, model: Path, mmproj: Path | None = None, positions: int = 1024, threads: int = 2):
+    def __init__(self, model: Path, mmproj: Path | None = None, positions: int = 1024, threads: int | None = None):
+        threads = threads or torch.get_num_threads()
         llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(0))
         mtmd_cpp.mtmd_log_set(_say_nothing, ctypes.c_void_p(0))
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())

@@ -191,7 +191,7 @@ def check_images(checkpoint: Checkpoint) -> str:
     images = checkpoint.processor.image_processor
     vision = checkpoint.config.vision_config.params
     side = vision.get("high_res_cfg", vision).get("image_size")
-    known = checkpoint.published.images if checkpoint.published else {"image_size": side}
+    known = checkpoint.published.images if checkpoint.published else {"image_size": side or images.image_size}
     for name, value in known.items():
         actual = getattr(images, name)
         if (tuple(actual) if isinstance(value, tuple) else actual) != value:

@@ -27,7 +27,7 @@ expect.set_options(timeout=30_000)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A server that ends deletes its files, and several that share a folder have the same ones."""
+    """Give these tests an upload folder of their own, as a server that ends deletes its whole folder."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         yield
@@ -155,7 +155,7 @@ class Tab:
         self.press("Send")
 
     def is_idle(self, answers: int | None = None) -> None:
-        """Wait until no answer comes; behind a click at Send only with how many answers there are then."""
+        """Wait until no answer comes. Right after a click at Send, say how many answers there will be."""
         if answers is not None:
             expect(self.answers).to_have_count(answers)
         expect(self.page.get_by_role("button", name="Send", exact=True)).to_be_visible()

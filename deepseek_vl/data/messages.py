@@ -94,7 +94,7 @@ def _is_learnt(name: str, role: str, entry: Mapping[str, Any]) -> bool:
 
 
 def fill(images: Sequence[Any], sources: Iterator[Any]) -> list[Any]:
-    """The images, with the next source in place of each None."""
+    """The images, each None among them replaced by the next of the sources."""
     return [next(sources) if image is None else image for image in images]
 
 

@@ -152,7 +152,7 @@ def _open_row(row: Any) -> tuple[dict[str, Any], list[Any]]:
 
 
 def _turns_of(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
-    """The messages of a row that has its last question and answer under two keys, and older ones as pairs."""
+    """The messages of a row that has its last question and answer under two keys, and older pairs under "history"."""
     for key in (asked, answered):
         check_is_text(f'"{key}"', row.get(key))
     question = row[asked]

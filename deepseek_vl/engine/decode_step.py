@@ -93,7 +93,7 @@ class CompiledStep(Step):
         return logits
 
     def _run(self, numbers: torch.Tensor, buffers: Sequence[Buffers]) -> torch.Tensor:
-        """The function that is compiled. It takes only tensors, as code is compiled for the values of Python numbers.
+        """The function that is compiled. It takes only tensors: new values of Python numbers would compile it anew.
 
         Args:
             numbers: int64 [1, 2]: the row's token, and its position, which is also its index in the buffers.

@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedSibling(nn.Module):
-    """One of several layers with the same input, as a part of their common `QuantizedLinear`, which runs once.
+    """One of several layers with the same input. Their weights are one `QuantizedLinear`, which runs once for all.
 
     Args:
         whole: the layer that the siblings share.

@@ -191,11 +191,11 @@ KINDS = {
     ),
     "Xeon, AMX": (
         *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 amx_tile bf16 fp16"),
-        "plain plain widening plain onednn",
+        "plain plain widening plain fbgemm",
     ),
     "Xeon, AMX fp16": (
         *("x86_64", "GenuineIntel", "avx2 avx512 vnni avx512_bf16 amx_tile amx_fp16 bf16 fp16"),
-        "plain plain plain plain onednn",
+        "plain plain plain plain fbgemm",
     ),
     "EPYC, AVX2": ("x86_64", "AuthenticAMD", "avx2", "plain widening widening widening fbgemm-7-bit"),
     "EPYC, AVX-512 bf16": (

@@ -15,7 +15,7 @@ QUANTISED_ELEMENTS = 2**20
 SMALLEST = 2.0**-100
 """The smallest maximum that rows are scaled by, so that dividing by the scale cannot overflow."""
 
-LEVELS = {"onednn": 127, "onednn-7-bit": 63, "fbgemm-7-bit": 63}
+LEVELS = {"onednn": 127, "onednn-7-bit": 63, "fbgemm": 127, "fbgemm-7-bit": 63}
 """Inputs are quantised to whole numbers from minus this to this, by the name of the kernel."""
 
 
@@ -83,7 +83,7 @@ class OneDNNProduct:
 
 
 class FBGEMMProduct:
-    """Inputs times int8 weights by FBGEMM, which on x86 without VNNI is several times faster with one row.
+    """Inputs times int8 weights by FBGEMM, which on some processors is several times faster with one row.
 
     The arguments are those of `OneDNNProduct`. PyTorch may drop FBGEMM: the quantised tensors that its weights are
     packed from are deprecated.

@@ -9,6 +9,7 @@ import torch
 from conftest import messages_of
 from PIL import Image
 
+from deepseek_vl.engine import attribution
 from deepseek_vl.engine.attribution import TokenAttribution, attribute_answer
 from deepseek_vl.engine.chat import ChatSession
 from deepseek_vl.engine.engine import Engine
@@ -30,11 +31,16 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in noise]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "at_a_time"), [(1, attribution.SCORES), (2, attribution.SCORES), (2, 1)])
 def test_it_is_the_attention_of_the_model(
-    own_model: MultiModalityCausalLM, processor: VLChatProcessor, count: int
+    own_model: MultiModalityCausalLM,
+    processor: VLChatProcessor,
+    count: int,
+    at_a_time: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Maps equal the attention that transformers' eager implementation returns, averaged over layers and heads."""
+    monkeypatch.setattr(attribution, "SCORES", at_a_time)
     messages = answered("<image_placeholder>" * count + "What is this?", "A boat, and two more.", *pictures(count))
     tokens = attribute_answer(own_model, processor, messages)
     assert "".join(token.text for token in tokens) == "A boat, and two more."

@@ -14,6 +14,9 @@ from deepseek_vl.engine.decoder import Decoder
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.utils.io import load_pil_images
 
+SCORES = 1 << 24
+"""The most attention scores, of all heads, that are computed at a time."""
+
 
 @dataclass(frozen=True)
 class TokenAttribution:
@@ -96,20 +99,22 @@ def _attention(model: MultiModalityCausalLM, inputs_embeds: torch.Tensor, rows: 
     (embeds,) = inputs_embeds
     positions = torch.arange(len(embeds), device=embeds.device)
     asked = positions[list(rows)]
-    is_hidden = positions > asked[:, None]  # [R, T]
-    totals: list[torch.Tensor] = []
+    total = torch.zeros(len(asked), len(positions), device=embeds.device)
 
     def attend(
         attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # [heads, T, head_dim]
         shared = len(query) // len(key)
-        scores = (query[:, asked] @ key.repeat_interleave(shared, 0).transpose(1, 2)).float() * attention.scaling
-        totals.append(scores.masked_fill(is_hidden, -torch.inf).softmax(-1).mean(0))
+        keys = key.repeat_interleave(shared, 0).transpose(1, 2)
+        step = max(1, SCORES // (len(query) * len(positions)))
+        for part, sums in zip(asked.split(step), total.split(step), strict=True):
+            scores = (query[:, part] @ keys).float().mul_(attention.scaling)
+            sums += scores.masked_fill_(positions > part[:, None], -torch.inf).softmax(-1).mean(0)
         attended = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, enable_gqa=shared > 1
         )
         return attended[0].transpose(0, 1)
 
     Decoder().run(model.language_model, embeds, positions, attend)
-    return torch.stack(totals).mean(0)
+    return total / model.config.language_config.num_hidden_layers

@@ -20,8 +20,11 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 """Ray's name for a cluster of this machine alone, which ends with the command."""
 
-PICTURES_PER_TASK = 32
-"""How many rows reach the driver at a time, and how many pictures are asked about again when an actor dies."""
+BATCHES_PER_TASK = 4
+"""The size of a task in full batches. Its rows reach the driver together, and are asked for again if its actor dies.
+
+At its end the batch runs empty, so that smaller tasks are slower.
+"""
 
 MOST_TASKS = 10_000
 """The most tasks; with more pictures than fit into them, each task has more."""
@@ -95,7 +98,7 @@ def caption_on_ray(
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context.max_errored_blocks = -1  # their pictures are asked about again below
-        left, per_task, reason = set(range(len(pictures))), PICTURES_PER_TASK, "their actors die"
+        left, per_task, reason = set(range(len(pictures))), BATCHES_PER_TASK * args.max_batch, "their actors die"
         while left:
             before, has_failed = len(left), False
             try:

@@ -72,8 +72,8 @@ TABLE = (
     ("attention_few", NARROW, "", "widening"),
     # x86 without VNNI adds products in pairs in 16 bits, where products of 8 by 8 bits overflow. One row through the 24
     # layers of the 1.3B model: 65 ms with FBGEMM, 231 with oneDNN. AMD EPYC (Zen 2), two cores.
-    # oneDNN's product in tiles (AMX) is slow with few rows: 1, 8 and 640 through these layers take 161, 181 and 2,349 ms,
-    # with FBGEMM, which adds by VNNI in 32 bits, 85, 138 and 3,329. Sapphire Rapids, two cores.
+    # oneDNN's product in tiles (AMX) is slow with few rows: 1, 8 and 640 through these layers take 161, 181 and 2,349
+    # ms. FBGEMM, which adds by VNNI in 32 bits, takes 85, 138 and 3,329 ms. Sapphire Rapids, two cores.
     ("int8", (torch.int8,), "amx vnni fbgemm", "fbgemm"),
     ("int8", (torch.int8,), "vnni", "onednn"),
     ("int8", (torch.int8,), "x86 fbgemm", "fbgemm-7-bit"),

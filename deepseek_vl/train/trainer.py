@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
 
     Raises:
         FileExistsError: if the directory has the result of a run, but no checkpoint to go on from.
+        ValueError: if the run was begun with fewer processes, with which it would have more steps.
         DataError: if a row cannot be used.
     """
     output = Path(trainer.args.output_dir)
@@ -219,7 +221,13 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
         raise FileExistsError(f"{str(output)!r} holds a finished run without checkpoints; choose another directory.")
     if checkpoint is None:
         trainer.train()
-    elif (state := _state_in(checkpoint)).global_step < (steps := _planned_steps(trainer)):
+    elif not _is_finished(state := TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), trainer.args):
+        steps = _planned_steps(trainer)
+        if steps <= state.global_step:
+            raise ValueError(
+                f"The run has done {state.global_step} steps of its own {state.max_steps}, and with this number of "
+                f"processes it would have {steps}; start as many as it began with."
+            )
         logger.warning("Going on from %s.", checkpoint)
         if steps != state.max_steps:
             logger.warning(
@@ -246,10 +254,17 @@ def train(trainer: Any, stored_in: torch.dtype | None = None) -> None:
             part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
-def _state_in(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+def _is_finished(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether a run has all that is asked for, which may be more than when it was begun."""
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return (state.epoch or 0.0) >= args.num_train_epochs
 
 
 def _planned_steps(trainer: Trainer) -> int:
-    """How many steps the arguments ask for, which may be more than when the run was begun."""
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    """How many steps the arguments ask for."""
+    plan: Any = trainer.set_initial_training_values
+    # transformers 5.0 wants to be told the size of a batch of all processes.
+    has_size = "total_train_batch_size" in signature(plan).parameters
+    size = [trainer.get_total_train_batch_size(trainer.args)] if has_size else []
+    return plan(trainer.args, trainer.get_train_dataloader(), *size)[-1]

@@ -145,6 +145,7 @@ FORMS = {
     "notes and empty values": {
         "messages": [{**message, "turn_id": "a", "tool_calls": None} for message in SWIFT], "images": IMAGES,
         "videos": [], "tools": None, "image_id": "x", "datasetName": "", "source": "web", "width_list": [1, 2],
+        "has_image": True, "skip_prompt_formatting": False, "target_language": "de", "use_case": 3,
         "metadata": {"by": "hand"}, "quality_score": 0.5, "rows": 3, "system": None, "type": None,
     },
     "weights of 1": {
@@ -237,6 +238,7 @@ def test_where_the_messages_hold_the_images_the_short_tag_is_text():
         ({"instruction": "", "input": "1 + 1", "output": "Yes."}, "1 + 1"),
         ({"prompt": "Hi", "completion": "Yes."}, "Hi"),
         ({"question": "Hi", "answer": "Yes.", "question_id": "7"}, "Hi"),
+        ({"question": "Hi", "answer": "Yes.", "num_images": 0, "has_image": False, "redacted": False}, "Hi"),
     ],
 )
 def test_a_question_and_its_answer_may_have_keys_of_their_own(row, question):
@@ -353,6 +355,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "lost images": ({"messages": [user("<image>What?", images=[]), answer()], "images": []},
                     "message 1 has 1 tag <image> and no images; give one image per tag"),
     "lost parts": ({"messages": [user([text("<image>What?")]), answer()]}, "message 1 has 1 tag <image> and no images"),
+    "an image that is said to be there": ({"messages": HI, "has_image": True}, 'the row has "has_image", but no image'),
     "an image by number": ({"question": "What?", "answer": "A cat.", "image_id": 7},
                            'the row has "image_id", but no image; give its path as "image", or remove the key'),
     "an image by name": ({"messages": HI, "pictureSource": "a.png"}, 'the row has "pictureSource", but no image'),

@@ -17,22 +17,31 @@ NOTES = {
 """Last words of the names of keys that say something about a row, and hold nothing to learn."""
 
 CONTENT = {
-    *("audio", "audios", "chosen", "correct", "drop", "exclude", "ignore", "incorrect", "keep", "kto", "label"),
-    *("labels", "learn", "learnable", "loss", "margin", "mask", "masked", "negative", "positive", "preference"),
-    *("preferred", "rejected", "reward", "scale", "skip", "supervised", "target", "train", "trainable", "training"),
-    *("use", "valid", "video", "videos", "weight", "weights", "wrong"),
+    *("audio", "audios", "chosen", "kto", "label", "labels", "learn", "loss", "margin", "mask", "masked", "rejected"),
+    *("reward", "scale", "train", "trainable", "training", "video", "videos", "weight", "weights"),
 }
 """Words in the names of keys that change what is to be learnt, whatever their value is."""
+
+VERDICTS = {
+    *("bad", "correct", "drop", "exclude", "excluded", "good", "ignore", "ignored", "incorrect", "invalid", "keep"),
+    *("learnable", "learned", "learnt", "negative", "positive", "preferred", "skip", "skipped", "supervised"),
+    *("target", "use", "used", "valid", "wrong", "is", "be", "should", "to"),
+}
+"""Names of keys, or parts of such as `is_correct`, that say whether something is to be learnt."""
 
 IMAGES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"}
 """Words in the names of keys that say which image a row is about."""
 
 
+ROW = "the row"
+"""What errors call a row, which has more notes than its messages."""
+
+
 def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]) -> None:
     """Check that a JSON object has no key that would be ignored.
 
-    Allowed are empty values, numbers (sizes, scores) and notes, such as an id or a source. True and false are switches,
-    and no numbers.
+    Allowed are empty values, numbers (sizes, scores) and notes, such as an id or a source. In a message, true and false
+    are switches, and no notes.
 
     Args:
         entry: an object of a row.
@@ -42,13 +51,13 @@ def check_all_is_read(name: str, entry: Mapping[str, Any], read: Collection[str]
         DataError: if any other key holds something.
     """
     for key, value in entry.items():
-        if key in read or _is_nothing(value):
+        if key in read or is_nothing(value):
             continue
         words = _words(key)
         name_ends = [word for word in words if word != "list"][-1:]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_note = is_number or not NOTES.isdisjoint(name_ends)
-        if not CONTENT.isdisjoint(words) or not is_note:
+        is_switch = isinstance(value, bool) and name != ROW
+        is_note = (isinstance(value, int | float) and not is_switch) or not NOTES.isdisjoint(name_ends)
+        if not is_note or not CONTENT.isdisjoint(words) or (words and VERDICTS.issuperset(words)):
             raise DataError(
                 f'{name} has "{key}", which is not used in training; remove the key, or the row (notes may stand '
                 'under "metadata")'
@@ -62,11 +71,11 @@ def check_needs_no_image(row: Mapping[str, Any], read: Collection[str]) -> None:
         DataError: if it does.
     """
     for key, value in row.items():
-        if key not in read and not _is_nothing(value) and not IMAGES.isdisjoint(_words(key)):
+        if key not in read and value and not IMAGES.isdisjoint(_words(key)):
             raise DataError(f'the row has "{key}", but no image; give its path as "image", or remove the key')
 
 
-def _is_nothing(value: Any) -> bool:
+def is_nothing(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.request import url2pathname
 
 from deepseek_vl.data.errors import DataError
-from deepseek_vl.data.fields import check_all_is_read, check_is_text, kind
+from deepseek_vl.data.fields import check_all_is_read, check_is_text, is_nothing, kind
 
 ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 WEIGHTS = ("weight", "loss", "loss_scale")
@@ -118,10 +118,11 @@ def _source(value: Any, directory: Path, name: str) -> str | bytes | None:
                 return base64.b64decode(value["bytes"], validate=True)
             except (TypeError, ValueError) as error:
                 raise DataError(f'"bytes" of {name} is not base64 text') from error
-        given = {key: value[key] for key in SOURCES if value.get(key) is not None}
-        if len(given) > 1:
+        given = {key: value[key] for key in SOURCES if not is_nothing(value.get(key))}
+        sources = [_source(item, directory, name) for item in given.values()]
+        if any(source != sources[0] for source in sources):
             raise DataError(f"{name} has {' and '.join(map(repr, given))}; keep one of them")
-        return next((_source(item, directory, name) for item in given.values()), None)
+        return sources[0] if sources else None
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):

@@ -27,7 +27,7 @@ from typing import Any
 
 from deepseek_vl.data.decoding import data_files, decoded_rows
 from deepseek_vl.data.errors import BadRow, DataError
-from deepseek_vl.data.fields import check_all_is_read, check_is_text, check_needs_no_image, kind
+from deepseek_vl.data.fields import ROW, check_all_is_read, check_is_text, check_needs_no_image, kind
 from deepseek_vl.data.messages import check_tags, fill, has_images, read_message, read_sources
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
@@ -140,7 +140,7 @@ def _open_row(row: Any) -> tuple[dict[str, Any], list[Any]]:
                 f'"messages"; give the messages under one of them{keys}'
             )
         read = names or (*pair, "input", "history")
-        check_all_is_read("the row", row, (*read, "image", "images", "system", "type"))
+        check_all_is_read(ROW, row, (*read, "image", "images", "system", "type"))
         fields, entries = row, row[names[0]] if names else _turns_of(row, *pair)
         if not isinstance(entries, list):
             raise DataError(f'"{names[0]}" is {kind(entries)}, not a list of messages')

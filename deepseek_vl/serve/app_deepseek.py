@@ -63,13 +63,13 @@ def _run(args: argparse.Namespace) -> None:
     # The name of the public address is not known before.
     names = None if args.share else names
     with _own_uploads():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: uploads are deleted
         page = create_page(models, settings)
         address = launch(
             page, args.host, args.port, auth, names, share=args.share, root_path=args.root_path.rstrip("/")
         )
         logger.info("The page is at %s; Ctrl-C ends it. %s", address, _advice(args))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: uploads are deleted
         page.block_thread()
     end_within(END_SECONDS)
 

@@ -81,13 +81,19 @@ async function keep(record) {
     const time = old && textOf(old) === textOf(record) ? old.time : Date.now();
     const title = old?.isRenamed ? old.title : titleOf(record);
     const rest = { title, isRenamed: !!old?.isRenamed, time };
-    await store.put({ id: record.id, ...rest, ...(await withImages(record, picture)) });
+    await put({ id: record.id, ...rest, ...(await withImages(record, picture)) });
     for (const { id } of (await store.all()).slice(MOST)) await store.remove(id);
   }
   await draw();
 }
 
 const deleted = new Set(); // ids, of which records may still arrive
+
+async function put(conversation) {
+  await store.put(conversation);
+  if (deleted.has(conversation.id)) await store.remove(conversation.id); // meanwhile
+}
+
 let newest = null;
 let isKeeping = false;
 let isAnswered = false; // whether a record has come from the server
@@ -212,7 +218,7 @@ function rename(item, { id, title }) {
     field.remove();
     const conversation = await store.get(id);
     if (isWanted && conversation && field.value.trim()) {
-      await store.put({ ...conversation, title: field.value.trim(), isRenamed: true });
+      await put({ ...conversation, title: field.value.trim(), isRenamed: true });
     }
     await draw();
     list.querySelector(`[data-id="${CSS.escape(id)}"] .title`)?.focus();

@@ -7,6 +7,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.components import Component
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_vl.engine.limits import PAGE_BODY_BYTES, PAGE_LIMITS
@@ -40,8 +41,12 @@ class BoundedBodies:
             return
         is_upload = scope["path"].endswith("/upload")
         most = PAGE_LIMITS.images * PAGE_LIMITS.body_bytes if is_upload else PAGE_BODY_BYTES
-        deadline = time.monotonic() + PAGE_LIMITS.body_seconds
+        deadline = time.monotonic() + PAGE_LIMITS.body_seconds * (PAGE_LIMITS.images if is_upload else 1)
         size, is_whole = 0, False
+
+        def refusal(status: int, message: str) -> Exception:
+            # With this one, Gradio deletes what has come of an upload.
+            return MultiPartException(message) if is_upload else HTTPException(status, message)
 
         async def bounded() -> Message:
             nonlocal size, is_whole
@@ -50,11 +55,11 @@ class BoundedBodies:
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except TimeoutError as error:
-                raise HTTPException(408, "The body did not arrive in time.") from error
+                raise refusal(408, "The body did not arrive in time.") from error
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if size > most:
-                raise HTTPException(413, f"The body is larger than {most} bytes.")
+                raise refusal(413, f"The body is larger than {most} bytes, the maximum allowed size.")
             return message
 
         await self.app(scope, bounded, send)

@@ -19,7 +19,7 @@ from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
 from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
 from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
-from deepseek_vl.serve.batch.journal import Journal, row_of
+from deepseek_vl.serve.batch.journal import OF_RELATIVE_PATHS, Journal, row_of
 from deepseek_vl.serve.batch.ray import LOCAL, caption_on_ray, check_ray
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
@@ -93,9 +93,13 @@ def _run(args: argparse.Namespace) -> None:
 
 def _question(args: argparse.Namespace, pictures: Sequence[PictureSource]) -> dict[str, Any]:
     """What must be the same for all answers in one output file; where paths are relative, also the current folder."""
-    folder = None if all(os.path.isabs(picture.name) for picture in pictures) else str(Path.cwd())  # noqa: PTH117
+    are_absolute = all(os.path.isabs(picture.name) for picture in pictures)  # noqa: PTH117
+    # From the output's folder, so that all of it may be moved.
+    folder = (
+        {} if are_absolute else {OF_RELATIVE_PATHS: os.path.relpath(Path.cwd(), Path(args.output).absolute().parent)}
+    )
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
-    return {"model": args.model_path, "folder": folder, **{name: getattr(args, name) for name in names}}
+    return {"model": args.model_path, **folder, **{name: getattr(args, name) for name in names}}
 
 
 def _rows(

@@ -13,6 +13,8 @@ from deepseek_vl.command_line import one_line
 from deepseek_vl.serve.batch.inputs import key_of
 
 FORMAT = "deepseek-vl captions 1"
+OF_RELATIVE_PATHS = "folder"
+"""A part of the question that counts only if both commands have it: the folder that their relative paths begin at."""
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -146,7 +148,10 @@ class Journal:
             is_ours = False
         if not is_ours:
             raise ValueError(_is_none(self.path, 1))
-        names = [name for name in dict.fromkeys([*earlier, *header]) if earlier.get(name) != header.get(name)]
+        names = dict.fromkeys([*earlier, *header])
+        if not earlier.keys() & header.keys() >= {OF_RELATIVE_PATHS}:
+            names.pop(OF_RELATIVE_PATHS, None)
+        names = [name for name in names if earlier.get(name) != header.get(name)]
         return "; ".join(f"{name} was {earlier.get(name)!r}, not {header.get(name)!r}" for name in names)
 
 

@@ -132,7 +132,7 @@ class Service:
             message = (
                 f"The images cannot be read within {self.limits.images_seconds:g} seconds; send fewer or smaller ones."
             )
-            raise APIError(message, field, "invalid_image") from error
+            raise APIError(message, field, "images_too_slow", 503, {"Retry-After": "10"}) from error
         finally:
             client.leave()  # gives up a picture that is being decoded when the client has gone
 

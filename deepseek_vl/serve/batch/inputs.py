@@ -95,6 +95,7 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
     found: dict[str, PictureSource] = {}
     for path in paths:
         if _is_caption(path):  # a shell's glob names these too
+            logger.info("%r is the caption of a picture beside it, and left out.", path)
             continue
         count = 0
         for source in _expanded(path, image_column):

@@ -157,6 +157,7 @@ def _asked(
     items = [{"pictures": pickle.dumps({number: pictures[number] for number in task})} for task in tasks]
     # A task is a block of one row, as is its result: all of its answers arrive, or none.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    own: Any = {"num_gpus": 1} if gpus else {"num_cpus": cores}
     with warnings.catch_warnings():
         # Ray Data deprecates an actor's options in favour of its own, which it does not have yet for these two.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -167,5 +168,5 @@ def _asked(
             compute=ray.data.ActorPoolStrategy(size=actors),
             max_restarts=-1,
             max_task_retries=RETRIES,
-            **({"num_gpus": 1} if gpus else {"num_cpus": cores}),
+            **own,
         )

@@ -830,8 +830,9 @@ def test_a_client_that_leaves_while_pictures_are_embedded_costs_the_rest_nothing
     try:
         body = json.dumps({"model": "parrot", "input": [RED] * 4}).encode()
         with socket.create_connection(("127.0.0.1", closed.port)) as client:
-            head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-            client.sendall(head.encode() + body)
+            head = ["POST /v1/embeddings HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+            head += [f"Content-Length: {len(body)}", "", ""]
+            client.sendall("\r\n".join(head).encode() + body)
             wait_until(lambda: len(begun) == 1, 60)
         time.sleep(0.5)
         assert closed.service.preparing._value == free - 1

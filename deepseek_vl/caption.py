@@ -93,13 +93,12 @@ def _run(args: argparse.Namespace) -> None:
 
 def _question(args: argparse.Namespace, pictures: Sequence[PictureSource]) -> dict[str, Any]:
     """What must be the same for all answers in one output file; where paths are relative, also the current folder."""
-    are_absolute = all(os.path.isabs(picture.name) for picture in pictures)  # noqa: PTH117
-    # From the output's folder, so that all of it may be moved.
-    folder = (
-        {} if are_absolute else {OF_RELATIVE_PATHS: os.path.relpath(Path.cwd(), Path(args.output).absolute().parent)}
-    )
     names = ("prompt", "dtype", "quantize", "image_column", "max_gen_len", "temperature", "top_p", "repetition_penalty")
-    return {"model": args.model_path, **folder, **{name: getattr(args, name) for name in names}}
+    question = {"model": args.model_path, **{name: getattr(args, name) for name in names}}
+    if not all(os.path.isabs(picture.name) for picture in pictures):  # noqa: PTH117
+        # From the output's folder, so that all of it may be moved.
+        question[OF_RELATIVE_PATHS] = os.path.relpath(Path.cwd(), Path(args.output).absolute().parent)
+    return question
 
 
 def _rows(

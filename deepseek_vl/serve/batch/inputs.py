@@ -93,16 +93,20 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
         ValueError: if there are no pictures at all, or Parquet cannot be read.
     """
     found: dict[str, PictureSource] = {}
+    captions = 0
     for path in paths:
-        if _is_caption(path):  # a shell's glob names these too
-            logger.info("%r is the caption of a picture beside it, and left out.", path)
-            continue
+        matches = _matches(path)
+        wanted = [match for match in matches if not _is_caption(match)]  # a glob names these too
+        captions += len(matches) - len(wanted)
         count = 0
-        for source in _expanded(path, image_column):
-            count += 1
-            found.setdefault(source.key, source)
-        if not count:
+        for match in wanted:
+            for source in _of_path(match, image_column):
+                count += 1
+                found.setdefault(source.key, source)
+        if wanted and not count:
             logger.warning("There are no pictures in %r.", path)
+    if captions:
+        logger.info("%d text files are captions of pictures beside them, and left out.", captions)
     if not found:
         named = ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")
         raise ValueError(
@@ -112,19 +116,21 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
     return list(found.values())
 
 
-def _expanded(path: str, image_column: str | None) -> Iterator[PictureSource]:
+def _matches(path: str) -> list[str]:
+    """What a path, which may be a glob, stands for.
+
+    Raises:
+        FileNotFoundError: if that is nothing.
+    """
     path = os.path.expanduser(path)  # noqa: PTH111  Path's raises for unknown users
     if os.path.lexists(path):
-        yield from _of_path(os.path.normpath(path), image_column)
-    elif glob.has_magic(path):
-        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  Path's knows no absolute patterns
-        if not matches:
-            raise FileNotFoundError(f"Nothing matches {path!r}.")
-        for match in matches:
-            if not _is_caption(match):
-                yield from _of_path(os.path.normpath(match), image_column)
-    else:
+        return [os.path.normpath(path)]
+    if not glob.has_magic(path):
         raise FileNotFoundError(f"There is no {path!r}.")
+    matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  Path's knows no absolute patterns
+    if not matches:
+        raise FileNotFoundError(f"Nothing matches {path!r}.")
+    return list(map(os.path.normpath, matches))
 
 
 def _is_caption(path: str) -> bool:

@@ -148,10 +148,9 @@ class Journal:
             is_ours = False
         if not is_ours:
             raise ValueError(_is_none(self.path, 1))
-        names = dict.fromkeys([*earlier, *header])
-        if not earlier.keys() & header.keys() >= {OF_RELATIVE_PATHS}:
-            names.pop(OF_RELATIVE_PATHS, None)
-        names = [name for name in names if earlier.get(name) != header.get(name)]
+        both = earlier.keys() & header.keys()
+        counting = [name for name in dict.fromkeys([*earlier, *header]) if name in both or name != OF_RELATIVE_PATHS]
+        names = [name for name in counting if earlier.get(name) != header.get(name)]
         return "; ".join(f"{name} was {earlier.get(name)!r}, not {header.get(name)!r}" for name in names)
 
 

@@ -109,14 +109,19 @@ class Checkpoint:
             return MultiModalityConfig.from_pretrained(self.directory)
 
     @cached_property
-    def expected(self) -> dict[str, torch.Tensor]:
-        """The weights that the config asks for, on the meta device.
+    def model(self) -> MultiModalityCausalLM:
+        """The model that the config describes, without weights.
 
         Raises:
-            OSError, ValueError: if no model can be built from the config.
+            OSError, ValueError: if it cannot be built.
         """
         with errors_that_name(self.name, self.directory), torch.device("meta"):
-            return MultiModalityCausalLM(self.config).state_dict()
+            return MultiModalityCausalLM(self.config)
+
+    @cached_property
+    def expected(self) -> dict[str, torch.Tensor]:
+        """The weights that the config asks for, on the meta device; raises as `model`."""
+        return self.model.state_dict()
 
     @cached_property
     def parameters(self) -> int:
@@ -189,9 +194,9 @@ def check_tokenizer(checkpoint: Checkpoint) -> str:
 def check_images(checkpoint: Checkpoint) -> str:
     """Check the image processor's settings: the published ones, or for other models, the tower's image size."""
     images = checkpoint.processor.image_processor
-    vision = checkpoint.config.vision_config.params
-    side = vision.get("high_res_cfg", vision).get("image_size")
-    known = checkpoint.published.images if checkpoint.published else {"image_size": side or images.image_size}
+    vision: Any = checkpoint.model.vision_model
+    side = getattr(vision, "vision_tower_high", vision).image_size
+    known = checkpoint.published.images if checkpoint.published else {"image_size": side}
     for name, value in known.items():
         actual = getattr(images, name)
         if (tuple(actual) if isinstance(value, tuple) else actual) != value:

@@ -37,7 +37,7 @@ OTHERS = {
     b"%PDF": "a PDF document, not rows",
     b"\x89PNG": "an image; a row names it",
     b"\xff\xd8\xff": "an image; a row names it",
-    PARQUET: "compressed Parquet; decompress it",
+    PARQUET: "compressed Parquet; decompress it",  # as it is, it can be read
     b"\x80": "a Python pickle; write its rows as JSON Lines",
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
@@ -142,17 +142,22 @@ def _check_is_lines(path: Path, text: str) -> None:
             what = "one list" if is_list else "a row"
             raise DataError(f"{str(path)!r} has {what} over several lines, as printed for people; {advice}.")
         return
-    if path.suffix.lower() == ".csv":
-        raise DataError(f"{str(path)!r} is CSV, not JSON Lines; {AS_LINES}.")
+    if form := "CSV" if path.suffix.lower() == ".csv" else _form_of(text):
+        raise DataError(f"{str(path)!r} is {form}, not JSON Lines; {AS_LINES}.")
+
+
+def _form_of(text: str) -> str | None:
+    """What a text that is no JSON is, by its first lines; None if it cannot be told."""
     for start, name in (("<", "XML or HTML"), ("---", "YAML"), ("- ", "YAML")):
         if text.startswith(start):
-            raise DataError(f"{str(path)!r} is {name}, not JSON Lines; {AS_LINES}.")
+            return name
     for delimiter, name in ((",", "CSV"), (";", "CSV"), ("\t", "a table with tabs"), ("|", "a table")):
         records = csv.reader(io.StringIO(text), delimiter=delimiter)
         with contextlib.suppress(csv.Error):
             columns, *others = map(len, itertools.islice(records, 5))
             if columns > 1 and columns in others:
-                raise DataError(f"{str(path)!r} is {name}, not JSON Lines; {AS_LINES}.")
+                return name
+    return None
 
 
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,6 @@ VERDICTS = {
 IMAGES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"}
 """Words in the names of keys that say which image a row is about."""
 
-
 ROW = "the row"
 """What errors call a row, which has more notes than its messages."""
 
@@ -72,10 +71,11 @@ def check_needs_no_image(row: Mapping[str, Any], read: Collection[str]) -> None:
     """
     for key, value in row.items():
         if key not in read and value and not IMAGES.isdisjoint(_words(key)):
-            raise DataError(f'the row has "{key}", but no image; give its path as "image", or remove the key')
+            raise DataError(f'{ROW} has "{key}", but no image; give its path as "image", or remove the key')
 
 
 def is_nothing(value: Any) -> bool:
+    """Whether a value says no more than a key that is left out: null, or an empty text, list or object."""
     return value is None or value == "" or value == [] or value == {}
 
 

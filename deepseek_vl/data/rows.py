@@ -99,7 +99,7 @@ def parse_row(row: Any, directory: Path, origin: str, image_tag: str = IMAGE_TAG
     beside = [fields[key] for key in ("image", "images") if fields.get(key) is not None]
     if len(beside) == 2:
         raise DataError('the row has both "image" and "images"; give its images under one of them')
-    row_images = read_sources(beside[0] if beside else None, directory, "the row")
+    row_images = read_sources(beside[0] if beside else None, directory, ROW)
     messages_hold_images = isinstance(row, list) or any(has_images(entry, are_beside=bool(beside)) for entry in entries)
     tag = image_tag if messages_hold_images and not row_images else ROW_IMAGE_TAG
     messages = [read_message(i, entry, directory, tag, image_tag) for i, entry in enumerate(entries, 1)]

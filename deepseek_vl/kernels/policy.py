@@ -70,11 +70,11 @@ TABLE = (
     # Rapids: an eighth of it for one, a quarter for 20. On AMD's EPYC float32 is the faster.
     ("attention_few", NARROW, "intel", "plain"),
     ("attention_few", NARROW, "", "widening"),
+    # oneDNN's product in tiles (AMX) is slow with few rows: 1, 8 and 640 through the 24 layers of the 1.3B model take
+    # 161, 181 and 2,349 ms. FBGEMM, which adds by VNNI in 32 bits, takes 85, 138 and 3,329. Sapphire Rapids, two cores.
+    ("int8", (torch.int8,), "amx avx512 vnni fbgemm", "fbgemm"),
     # x86 without VNNI adds products in pairs in 16 bits, where products of 8 by 8 bits overflow. One row through the 24
     # layers of the 1.3B model: 65 ms with FBGEMM, 231 with oneDNN. AMD EPYC (Zen 2), two cores.
-    # oneDNN's product in tiles (AMX) is slow with few rows: 1, 8 and 640 through these layers take 161, 181 and 2,349
-    # ms. FBGEMM, which adds by VNNI in 32 bits, takes 85, 138 and 3,329 ms. Sapphire Rapids, two cores.
-    ("int8", (torch.int8,), "amx avx512 vnni fbgemm", "fbgemm"),
     ("int8", (torch.int8,), "vnni", "onednn"),
     ("int8", (torch.int8,), "x86 fbgemm", "fbgemm-7-bit"),
     ("int8", (torch.int8,), "x86", "onednn-7-bit"),

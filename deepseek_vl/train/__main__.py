@@ -259,6 +259,7 @@ def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int,
     per_step = args.batch_size * args.gradient_accumulation * PROCESSES
     steps = args.max_steps or max(1, math.ceil(rows * args.epochs / per_step))
     rate = LORA_LEARNING_RATE if args.lora else stage.learning_rate
+    warmup_steps = 0 if args.schedule == "constant" else min(stage.warmup_steps, steps // 10)
     training_arguments = TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -267,9 +268,7 @@ def _training_arguments(args: argparse.Namespace, dtype: torch.dtype, rows: int,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         learning_rate=_pick(args.learning_rate, rate),
-        warmup_steps=_pick(
-            args.warmup_steps, 0 if args.schedule == "constant" else min(stage.warmup_steps, steps // 10)
-        ),
+        warmup_steps=_pick(args.warmup_steps, warmup_steps),
         lr_scheduler_type=args.schedule,
         weight_decay=args.weight_decay,
         adam_beta2=0.95,  # the paper's

@@ -179,6 +179,7 @@ def test_a_broken_file_gives_a_message_and_the_session_goes_on(tab: Tab, tmp_pat
     expect(tab.input).to_have_value("What is this?")  # the typed message is kept
     tab.press("Remove")
     expect(tab.questions).to_have_count(0)
+    tab.is_kept("What is this?", 0)
     tab.page.reload()
     tab.input.wait_for()
     tab.send("What colour is the star?", IMAGES / "shapes.png")

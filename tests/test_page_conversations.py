@@ -97,6 +97,43 @@ def test_a_reload_before_the_first_token_keeps_the_question(
     tab.sees("It is red.")
 
 
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_what_is_written_right_after_a_reload_is_not_replaced(tab: Tab, tmp_path: Path, is_sent: bool) -> None:
+    """The pictures of the old conversation are still on their way when its user writes on."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    tab.choose_parrot()
+    tab.send("Greet me.")
+    tab.sees(PARROT_ANSWERS["Greet me."])
+    tab.is_idle()
+    tab.send("And this?", tmp_path / "broken.png")
+    tab.sees(PARROT_ANSWERS["Greet me."], re.compile("cannot be read"))
+    tab.is_kept("broken.png")
+    held = []
+    tab.page.route("**/upload*", lambda route: held.append(route))
+    reload(tab)
+    if is_sent:
+        tab.choose_parrot()
+        tab.send("Sing.")
+        expect(tab.answers).to_contain_text("la la la la")
+    else:
+        tab.input.fill("Sing.")
+    assert held
+    for route in held:
+        route.continue_()
+    tab.page.unroute("**/upload*")
+    if is_sent:
+        tab.page.wait_for_timeout(1000)  # for what is not to happen
+        expect(tab.questions).to_have_text(["Sing."])
+        tab.press("Stop")
+        tab.is_idle()
+        tab.open_side("Conversations")
+        expect(tab.titles()).to_have_text(["Sing.", "Greet me."])
+    else:
+        tab.sees(PARROT_ANSWERS["Greet me."])
+        expect(tab.input).to_have_value("Sing.")
+        expect(tab.page.locator("#message .thumbnail-item")).to_have_count(0)
+
+
 def test_what_comes_all_at_once_is_shown_and_kept(tab: Tab) -> None:
     """A slow browser finds several of the server's messages before it has shown the first."""
     tab.page.route("**/queue/data*", lambda route: route.fulfill(response=route.fetch()))
@@ -120,12 +157,12 @@ def test_an_edited_and_a_removed_turn_stay_so(tab: Tab) -> None:
         tab.is_idle()
     tab.press("Remove")
     expect(tab.answers).to_have_count(1)
-    tab.page.wait_for_timeout(500)
+    tab.is_kept("Greet me.", 2)  # and one is the title
     reload(tab)
     expect(tab.answers).to_have_count(1)
     tab.press("Remove")
     expect(tab.answers).to_have_count(0)
-    tab.page.wait_for_timeout(500)
+    tab.is_kept("Greet me.", 0)
     reload(tab)
     expect(tab.page.locator("#chat .example").first).to_be_visible()
     tab.open_side("Conversations")

@@ -191,10 +191,10 @@ class Tab:
         """The names of the conversations that are kept."""
         return self.page.locator("#conversations .title")
 
-    def is_kept(self, text: str) -> None:
-        """Wait until the browser has kept an answer (or a question) with this text."""
+    def is_kept(self, text: str, times: int | None = None) -> None:
+        """Wait until the browser has kept an answer (or a question) with this text; or has the text so many times."""
         self.page.wait_for_function(
-            """async (text) => {
+            """async ([text, times]) => {
                 const database = await new Promise((resolve) => {
                     const request = indexedDB.open("deepseek-vl", 1);
                     request.onsuccess = () => resolve(request.result);
@@ -205,9 +205,10 @@ class Tab:
                     request.onsuccess = () => resolve(request.result);
                 });
                 database.close();
-                return JSON.stringify(kept).includes(text);
+                const found = JSON.stringify(kept).split(text).length - 1;
+                return times === null ? found > 0 : found === times;
             }""",
-            arg=text,
+            arg=[text, times],
         )
 
 

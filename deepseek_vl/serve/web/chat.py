@@ -159,15 +159,21 @@ class WebChat:
         self._abandon(request.session_hash)
         return _shown(Conversation(), "", SEND)
 
-    def open(self, request: gr.Request, record: Any) -> Shown:
-        """Go on with a conversation that the browser has kept, or that comes from a file; see `Conversation.of`."""
+    def open(self, request: gr.Request, record: Any, current: Conversation | None) -> Shown:
+        """Go on with a conversation that the browser has kept, or that comes from a file; see `Conversation.of`.
+
+        After a reload it comes by itself, with `isRestored`; whoever has written meanwhile goes on with that.
+        """
+        tab = request.session_hash
+        if record.get("isRestored") and (tab in self._sent or tab in self._running or (current and current.turns)):
+            return SAME
         try:
             conversation, unsent = Conversation.of(record), Turn.of(record.get("unsent"))
         except ValueError as error:
             gr.Warning(html.escape(str(error)), 2 * MOMENT)
             return SAME
-        self._abandon(request.session_hash)
-        return _shown(conversation, "", {**SEND, **({"value": unsent.message} if unsent else {})}, unsent)
+        self._abandon(tab)
+        return _shown(conversation, "", SEND, unsent)
 
     def look(self, conversation: Conversation | None, *controls: Any) -> Any:
         """What `looked.js` shows of where the last answer looked; nothing if there is none about a picture."""

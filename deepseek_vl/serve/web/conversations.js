@@ -100,8 +100,9 @@ let isAnswered = false; // whether a record has come from the server
 
 /** Keep the newest record. Of those that arrive while one is being kept, only the last is kept. */
 async function keepNewest() {
-  newest = Array.isArray(props.value) ? props.value[0] : null;
-  isAnswered ||= newest !== null;
+  if (!Array.isArray(props.value)) return; // it is what is to be shown
+  newest = props.value[0];
+  isAnswered = true;
   if (isKeeping) return;
   isKeeping = true;
   while (newest) {
@@ -131,19 +132,19 @@ async function asFile({ name, blob }) {
   return { path, orig_name: name, mime_type: blob.type, meta: { _type: "gradio.FileData" } };
 }
 
-async function show(id) {
+async function show(id, isRestored = false) {
   const conversation = await store.get(id);
   if (!conversation) return;
   const { messages, system, unsent } = await withImages(conversation, asFile);
   const row = messages.length ? { messages, ...(system == null ? {} : { system }) } : null;
-  props.value = { id, row, unsent };
+  props.value = { id, row, unsent, isRestored };
   trigger("open");
 }
 
-/** Show this tab's conversation again after a reload. A page that is still being set up may miss the event. */
+/** Show this tab's conversation again after a reload, unless another has begun meanwhile. A page that is still being set up may miss the event. */
 async function restore(id) {
   for (let tries = 0; tries < 5 && !isAnswered; tries++) {
-    await show(id);
+    await show(id, true);
     await new Promise((resolve) => setTimeout(resolve, 3000));
   }
 }

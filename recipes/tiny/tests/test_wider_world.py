@@ -140,7 +140,7 @@ def test_what_is_beside_is_said_in_order_and_not_asked_if_it_is_not_clear() -> N
     assert beside(picture, star, "right of") == []
     assert beside(replace(picture, shapes=(*things, near)), star, "left of") is None
     answers = {turn.answer for seed in range(300) if (turn := ask_beside(picture, random.Random(seed)))}
-    assert "A red circle, the green square and a red circle are left of the star." in answers
+    assert "A red circle, a green square and a red circle are left of the star." in answers
     assert "Nothing is right of the star." in answers
 
 
@@ -266,7 +266,7 @@ INTENT = {
     "colour": r"colou?r|how is",
     "shape": r"shape|form|what is|what's|whats|thing|object|drawn",
     "place": r"where|position|locat|place|find|locate",
-    "reading": r"read|say|text|word|writ|number|transcribe|stands|what's|what is",
+    "reading": r"read|say|text|word|writ|number|transcribe|stands|what'?s|what is",
     "background": r"background|behind|on what colou?r",
     "tallest": r"tallest|highest|biggest|largest|longest|greatest height",
     "shortest": r"shortest|lowest|smallest|least height",

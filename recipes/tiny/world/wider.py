@@ -27,7 +27,7 @@ from recipes.tiny.world.wordings import mistype, reword
 ELSEWHERE = 0.12
 """The fraction of conversations that are about pictures of other things."""
 
-PAINTED = 0.22
+PAINTED = 0.3
 """The fraction of the world's pictures that `paint` draws, in other styles."""
 
 REWORDED = 0.5
@@ -37,8 +37,8 @@ KINDS = {"shapes": 36, "words": 26, "chart": 12, "mixed": 8, "two": 16, "talk": 
 """What the world's conversations are about, and how often, in percent."""
 
 MORE: Askers = (
-    (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 3), (ask_repeated, 3), (ask_list, 1), (ask_beside, 3),
-    (ask_beside_absent, 0.15), (ask_total, 1.2), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 3),
+    (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 4), (ask_repeated, 1.5), (ask_list, 1), (ask_beside, 3),
+    (ask_beside_absent, 0.15), (ask_total, 1.2), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 2.5),
 )  # fmt: skip
 """Askers besides the usual ones."""
 

@@ -3,7 +3,6 @@
 import colorsys
 import itertools
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from recipes.tiny.world.questions import (
@@ -139,7 +138,7 @@ def ask_beside(picture: Picture, rng: random.Random) -> Turn | None:
     full = [item for item in clear if item[2]]
     if not clear:
         return None
-    name, relation, found = rng.choice(full if full and rng.random() < 0.8 else clear)
+    name, relation, found = rng.choice(full if full and rng.random() < 0.6 else clear)
     where = rng.choice({"left of": ("left of", "to the left of", "on the left of"),
                         "right of": ("right of", "to the right of", "on the right of"),
                         "above": ("above",), "below": ("below", "under")}[relation])  # fmt: skip
@@ -149,20 +148,14 @@ def ask_beside(picture: Picture, rng: random.Random) -> Turn | None:
         f"Which shapes are {where} the {name}?",
         f"What do you see {where} the {name}?",
     )
-    return Turn(question, f"{_sentence_start(picture, found)} {relation} the {name}.", "beside")
+    return Turn(question, f"{_sentence_start(found)} {relation} the {name}.", "beside")
 
 
-def _sentence_start(picture: Picture, found: list[Shape]) -> str:
-    """`Nothing is`, `The red star is`, `A red circle and the blue star are`."""
+def _sentence_start(found: list[Shape]) -> str:
+    """`Nothing is`, `A red star is`, `A red circle and a blue star are`."""
     if not found:
         return "Nothing is"
-    often = Counter((shape.colour, shape.kind) for shape in picture.shapes)
-    names = [
-        article(name) if often[shape.colour, shape.kind] > 1 else f"the {name}"
-        for shape in found
-        for name in [f"{shape.colour} {shape.kind}"]
-    ]
-    text = join(names)
+    text = join([article(f"{shape.colour} {shape.kind}") for shape in found])
     return f"{text[0].upper()}{text[1:]} {'is' if len(found) == 1 else 'are'}"
 
 

@@ -354,7 +354,7 @@ def mistype(question: str, rng: random.Random) -> str:
     question += rng.choice(MARKS)
     if rng.random() < 0.02:
         question = question.replace(" ", "  ", 1)
-    return question.upper() if rng.random() < 0.1 else question
+    return question.upper() if rng.random() < 0.15 else question
 
 
 def _slip(question: str, rng: random.Random) -> str:

@@ -15,7 +15,7 @@ from deepseek_vl.kernels import int4
 from deepseek_vl.kernels.device import check_quantization
 from deepseek_vl.kernels.int4 import Int4Linear
 from deepseek_vl.kernels.int8 import LEVELS, Int8Linear
-from deepseek_vl.kernels.policy import features, set_kernels
+from deepseek_vl.kernels.policy import INT4_WIDENED_ROWS, features, set_kernels
 from deepseek_vl.kernels.quantized import QuantizedLinear, quantize_layers
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.train.evaluate import evaluate
@@ -147,7 +147,7 @@ def group_errors(linear: nn.Linear) -> torch.Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 5, int4.MANY_ROWS, 200])
+@pytest.mark.parametrize("rows", [1, 5, INT4_WIDENED_ROWS, 200])
 @pytest.mark.parametrize("outputs", [24, 64, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -171,7 +171,7 @@ def test_an_int4_layer_multiplies_with_the_nearest_of_sixteen_levels(
 def test_few_and_many_rows_are_multiplied_with_the_same_weights() -> None:
     torch.manual_seed(0)
     layer = Int4Linear(nn.Linear(5504, 1000))  # widened in several parts
-    rows = torch.randn(int4.MANY_ROWS, 5504)
+    rows = torch.randn(INT4_WIDENED_ROWS, 5504)
     few = torch.cat([layer(part) for part in rows.split(7)])
     assert error(layer(rows), few) < 0.01
 

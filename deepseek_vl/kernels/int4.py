@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepseek_vl.kernels.layers import CHUNK_ELEMENTS, scratch
-from deepseek_vl.kernels.policy import multiplies_fast
+from deepseek_vl.kernels.policy import INT4_WIDENED_ROWS, multiplies_fast
 from deepseek_vl.kernels.quantized import QuantizedLinear
 
 GROUP = 32
 """The size of a group: this many consecutive inputs of an output share a scale and a zero point."""
-
-MANY_ROWS = 96
-"""From this many rows on, widening takes less time than PyTorch's kernel."""
 
 WIDENED_ELEMENTS = 2**21
 """The most elements of a weight widened at a time."""
@@ -57,7 +54,7 @@ class Int4Linear(QuantizedLinear):
         return self._packed.nbytes + self._scales.nbytes
 
     def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
-        output = self._few(rows) if len(rows) < MANY_ROWS else self._many(rows)
+        output = self._few(rows) if len(rows) < INT4_WIDENED_ROWS else self._many(rows)
         output = output[:, : self.out_features]
         return output if self._bias is None else output + self._bias
 
@@ -69,25 +66,27 @@ class Int4Linear(QuantizedLinear):
     def _many(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply with widened weights: [rows, in_features] -> [rows, outputs of whole blocks]."""
         rows = rows.to(torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32)
-        output = rows.new_empty(len(rows), len(self._packed) * block_size())
+        output = rows.new_empty(len(rows), len(self._packed), 2, block_size() // 2)
         step = max(1, WIDENED_ELEMENTS // (self.in_features * block_size()))
         for start in range(0, len(self._packed), step):
-            part = slice(start * block_size(), (start + step) * block_size())
-            weight = self._widened(self._packed[start : start + step], part, rows.dtype)
-            output[:, part] = torch.mm(rows, weight, out=scratch("product", (len(rows), weight.shape[1]), rows.dtype))
-        return output
+            weight = self._widened(slice(start, start + step), rows.dtype)
+            product = torch.mm(rows, weight, out=scratch("product", (len(rows), weight.shape[1]), rows.dtype))
+            output[:, start : start + step] = product.view(len(rows), 2, -1, block_size() // 2).transpose(1, 2)
+        return output.flatten(1)
 
-    def _widened(self, packed: torch.Tensor, outputs: slice, dtype: torch.dtype) -> torch.Tensor:
-        """The widened weights of some blocks, whose outputs are the slice `outputs`: [in_features, outputs]."""
-        blocks, groups = len(packed), self.in_features // GROUP
-        halves = (groups, -1, blocks, 2, block_size() // 2)  # with a -1 for the inputs of a group
-        widened = scratch("widened", (self.in_features, blocks * block_size()), dtype)
-        scales, zeros = (numbers.reshape(halves).to(dtype) for numbers in self._scales[:, outputs].unbind(-1))
+    def _widened(self, blocks: slice, dtype: torch.dtype) -> torch.Tensor:
+        """The widened weights of some blocks: [in_features, outputs], first each block's first half of outputs."""
+        # By inputs instead of by blocks, so that all that follows runs through memory in order.
+        packed = self._packed[blocks].transpose(0, 1)
+        packed = scratch("packed", packed.shape, torch.uint8).copy_(packed).flatten(1)
+        groups, outputs = len(self._scales), packed.shape[1]
+        numbers = self._scales.view(groups, -1, 2, block_size() // 2, 2)[:, blocks].to(dtype)
+        widened = scratch("widened", (groups, GROUP, 2, outputs), dtype)
         for half in (0, 1):
-            levels = scratch("levels", packed.shape, dtype).copy_(_half(packed, half))
-            levels = levels.view(blocks, groups, GROUP, -1).permute(1, 2, 0, 3)
-            torch.addcmul(zeros[..., half, :], levels, scales[..., half, :], out=widened.view(halves)[..., half, :])
-        return widened
+            levels = scratch("levels", packed.shape, dtype).copy_(_half(packed, half)).view(groups, GROUP, outputs)
+            scales, zeros = numbers[:, :, half].flatten(1, 2)[:, None].unbind(-1)
+            torch.addcmul(zeros.contiguous(), levels, scales.contiguous(), out=widened[:, :, half])
+        return widened.view(self.in_features, 2 * outputs)
 
 
 def check_int4() -> None:

@@ -31,6 +31,10 @@ that fits counts. With AVX2 alone each further row of a narrow product takes as 
 layers of the 1.3B model take 805 ms in float16, 529 widened, and 420 in float32. Sapphire Rapids limited to AVX2, two
 cores."""
 
+INT4_WIDENED_ROWS = 48
+"""The number of rows from which int4 weights are widened. PyTorch's kernel takes 0.7 ms for each row of a layer of 2048
+by 11008, widening it 33. Sapphire Rapids, one core; with AVX2 alone it was not measured."""
+
 DTYPES = (
     ("bf16", torch.bfloat16),
     # One row through the 24 layers of the 1.3B model takes 143 ms in float16, in which it is published, 185 in

@@ -5,7 +5,7 @@ Each data set is a directory with `data.jsonl` for `python -m deepseek_vl.train.
 - `world-1`, `world-2`: the synthetic world in its own words, of two seeds; the README's table is of these;
 - `wider-1`, `wider-2`: the wider world, with other wordings, further questions and other styles of drawing;
 - `things`: questions about things that no conversation for training names;
-- `samples`: this repository's own sample pictures, with all questions, in all orders;
+- `samples`: this repository's own sample pictures, with all questions, in all orders; these pictures are trained on;
 - `elsewhere`: drawn pictures that are not of the world;
 - `drawings`: this repository's own drawings of other things;
 - `photographs`: photographs, if there are any.
@@ -16,9 +16,7 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -27,28 +25,22 @@ from deepseek_vl.command_line import OneLineParser, positive, run_command
 from deepseek_vl.data.rows import TrainingRow
 from recipes.tiny.photographs import image_files
 from recipes.tiny.world import (
-    COLOURS,
     SOMETHING_ELSE,
-    Chart,
     Conversations,
     Picture,
-    Shape,
     SyntheticWorld,
     WiderConversations,
-    Word,
-    draw,
     sample_picture,
     write_conversations,
 )
-from recipes.tiny.world.dataset import TAG, take_turns
-from recipes.tiny.world.questions import Turn, ask
-from recipes.tiny.world.two_pictures import ask_shared, ask_two
-from recipes.tiny.world.wider import MORE, reword_some
+from recipes.tiny.world.dataset import TAG
+from recipes.tiny.world.questions import Turn
+from recipes.tiny.world.samples import IMAGES
+from recipes.tiny.world.wider import reword_some, sample_about_samples
 from recipes.tiny.world.wider_questions import UNSEEN_THINGS, ask_unknown_thing
 
 logger = logging.getLogger(__name__)
 
-IMAGES = Path(__file__).parents[2] / "images"
 SEEDS = (1, 2)
 """The seeds of the worlds to evaluate on; nothing is trained on these."""
 
@@ -64,87 +56,6 @@ OTHER_DRAWINGS = (
     "dog_a.png", "dog_b.png", "dog_c.png", "dog_d.png", "serving.png", "training_pipelines.png",
 )  # fmt: skip
 """Files in `images` that are not of the world."""
-
-
-@dataclass(frozen=True)
-class SamplePicture(Picture):
-    """A sample picture of this repository, described as the world's pictures are.
-
-    Attributes:
-        file: its file in `images`.
-    """
-
-    file: str = ""
-
-
-@draw.register
-def open_sample(picture: SamplePicture) -> Image.Image:
-    """The picture as an RGB image."""
-    with Image.open(IMAGES / picture.file) as image:
-        return image.convert("RGB")
-
-
-def _sample(file: str, page: tuple[int, int, int], **things: Any) -> SamplePicture:
-    return SamplePicture(480, 360, (page, page), "plain", 0, **things, file=file)
-
-
-def _shape(kind: str, colour: str, x: float, y: float, radius: float) -> Shape:
-    return Shape(kind, colour, COLOURS[colour][0], x, y, radius, 0)
-
-
-SAMPLES: dict[str, SamplePicture] = {
-    "shapes": _sample(
-        "shapes.png",
-        (244, 241, 232),
-        shapes=(
-            _shape("circle", "red", 110, 100, 62),
-            _shape("star", "blue", 350, 110, 78),
-            _shape("square", "green", 115, 270, 78),
-            _shape("circle", "red", 300, 270, 58),
-        ),
-    ),
-    "more_shapes": _sample(
-        "more_shapes.png",
-        (231, 239, 248),
-        shapes=(_shape("triangle", "yellow", 120, 140, 80), _shape("diamond", "purple", 330, 225, 75)),
-    ),
-    "chart": _sample(
-        "chart.png",
-        (255, 255, 255),
-        chart=Chart(
-            ("red", "blue", "green", "orange"),
-            tuple(COLOURS[name][0] for name in ("red", "blue", "green", "orange")),
-            tuple(height / 290 for height in (120, 255, 180, 70)),
-            (50, 30, 440, 320),
-            0.3,
-            False,
-            False,
-            (48, 48, 48),
-        ),
-    ),
-    "word": _sample(
-        "word.png",
-        (255, 255, 255),
-        words=(Word("HELLO", "blue", COLOURS["blue"][0], 240, 180, 400, 80, 0, 0, None),),
-    ),
-}
-"""The sample pictures by what they show, as `images/draw.py` draws them."""
-
-KIND_OF_SAMPLE = {"shapes": "shapes", "more_shapes": "shapes", "chart": "chart", "word": "words"}
-
-
-def sample_about_samples(rng: random.Random, turns: int) -> tuple[list[Picture], list[Turn]]:
-    """Questions about the sample pictures, in the world's words or reworded; a sampler for `Conversations`."""
-    if rng.random() < 0.2:
-        names = ["shapes", rng.choice(("more_shapes", "more_shapes", "chart", "word"))]
-        rng.shuffle(names)
-        pictures: list[Picture] = [SAMPLES[name] for name in names]
-        questions = ask_two(pictures, rng, ((ask_shared, 2.5),))
-    else:
-        name = rng.choice(("shapes", "shapes", "more_shapes", "chart", "word"))
-        pictures = [SAMPLES[name]]
-        questions = ask(pictures[0], KIND_OF_SAMPLE[name], rng, MORE)
-    return pictures, reword_some(take_turns(questions, turns), rng)
 
 
 def sample_unseen_thing(rng: random.Random, turns: int) -> tuple[list[Picture], list[Turn]]:

@@ -17,11 +17,11 @@ from deepseek_vl.data.checks import load_data
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.utils.io import load_pretrained_model
 from recipes.tiny import evaluation, refine
-from recipes.tiny.evaluation import IMAGES, KIND_OF_SAMPLE, SAMPLES
 from recipes.tiny.photographs import SOURCES, Source, fetch, image_files, is_photograph
 from recipes.tiny.photographs import main as fetch_all
 from recipes.tiny.world import COLOURS, SOMETHING_ELSE, Elsewhere, SyntheticWorld, draw
 from recipes.tiny.world.draw import bars
+from recipes.tiny.world.samples import IMAGES, KIND_OF_SAMPLE, SAMPLES
 from recipes.tiny.world.wider_questions import UNSEEN_THINGS
 
 ROOT = Path(__file__).parents[3]

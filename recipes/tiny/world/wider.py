@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from recipes.tiny.world.dataset import Conversations, sample_conversation
+from recipes.tiny.world.dataset import Conversations, sample_conversation, take_turns
 from recipes.tiny.world.elsewhere import SOMETHING_ELSE, Elsewhere
 from recipes.tiny.world.paint import sample_painted
-from recipes.tiny.world.questions import Askers, Turn, ask, ask_absent, ask_count, ask_place, ask_repeated
+from recipes.tiny.world.questions import (
+    Askers,
+    Turn,
+    ask,
+    ask_absent,
+    ask_count,
+    ask_place,
+    ask_repeated,
+    place,
+    unique_shapes,
+)
+from recipes.tiny.world.samples import KIND_OF_SAMPLE, SAMPLES
 from recipes.tiny.world.scene import Picture, sample_picture
-from recipes.tiny.world.two_pictures import ask_shared
+from recipes.tiny.world.two_pictures import ask_shared, ask_two
 from recipes.tiny.world.wider_questions import (
     ask_background,
     ask_beside,
@@ -21,11 +32,15 @@ from recipes.tiny.world.wider_questions import (
     ask_order,
     ask_total,
     ask_unknown_thing,
+    ask_word_colour,
 )
 from recipes.tiny.world.wordings import mistype, reword
 
 ELSEWHERE = 0.12
 """The fraction of conversations that are about pictures of other things."""
+
+ABOUT_SAMPLES = 0.04
+"""The fraction of the others that are about this repository's sample pictures, which users see first."""
 
 PAINTED = 0.3
 """The fraction of the world's pictures that `paint` draws, in other styles."""
@@ -33,12 +48,13 @@ PAINTED = 0.3
 REWORDED = 0.5
 """The fraction of questions that are reworded."""
 
-KINDS = {"shapes": 36, "words": 26, "chart": 12, "mixed": 8, "two": 16, "talk": 2}
+KINDS = {"shapes": 35, "words": 30, "chart": 11, "mixed": 8, "two": 14, "talk": 2}
 """What the world's conversations are about, and how often, in percent."""
 
 MORE: Askers = (
     (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 4), (ask_repeated, 1.5), (ask_list, 1), (ask_beside, 3),
     (ask_beside_absent, 0.15), (ask_total, 1.2), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 2.5),
+    (ask_word_colour, 0.7),
 )  # fmt: skip
 """Askers besides the usual ones."""
 
@@ -77,6 +93,24 @@ def sample_elsewhere(
     ]
 
 
+def sample_about_samples(rng: random.Random, turns: int) -> tuple[list[Picture], list[Turn]]:
+    """Questions about the sample pictures, in the world's words or reworded; a sampler for `Conversations`."""
+    if rng.random() < 0.2:
+        names = ["shapes", rng.choice(("more_shapes", "more_shapes", "chart", "word"))]
+        rng.shuffle(names)
+        pictures: list[Picture] = [SAMPLES[name] for name in names]
+        questions = ask_two(pictures, rng, ((ask_shared, 2.5),))
+    else:
+        name = rng.choice(("shapes", "shapes", "more_shapes", "chart", "word"))
+        pictures = [SAMPLES[name]]
+        questions = ask(pictures[0], KIND_OF_SAMPLE[name], rng, MORE)
+        if (shapes := unique_shapes(pictures[0])) and rng.random() < 0.15:  # `MORE` leaves out what is near a border
+            shape = rng.choice(shapes)
+            turn = Turn(f"Where is the {shape.kind}?", f"The {shape.kind} is {place(pictures[0], shape)}.", "place")
+            questions = itertools.chain([[turn]], questions)
+    return pictures, reword_some(take_turns(questions, turns), rng)
+
+
 def sample_wider(
     rng: random.Random, turns: int, photographs: tuple[Path, ...] = (), elsewhere: float = ELSEWHERE
 ) -> tuple[list[Picture | Elsewhere], list[Turn]]:
@@ -89,6 +123,8 @@ def sample_wider(
     """
     if rng.random() < elsewhere:
         pictures, asked = sample_elsewhere(rng, turns, photographs)
+    elif rng.random() < ABOUT_SAMPLES:
+        return sample_about_samples(rng, turns)
     else:
         pictures, asked = sample_conversation(
             rng, turns, KINDS, MORE, ((ask_shared, 2.5),), alike=0.4, sample=sample_wider_picture

@@ -248,6 +248,16 @@ def ask_background(picture: Picture, rng: random.Random) -> Turn | None:
     return Turn(question, f"The background is {names.pop()}.", "background")
 
 
+def ask_word_colour(picture: Picture, rng: random.Random) -> Turn | None:
+    """What colour the only word is."""
+    if len(picture.words) != 1:
+        return None
+    (word,) = picture.words
+    noun = rng.choice(("word", "text") if word.text.isalpha() else ("number", "text"))
+    question = worded(rng, f"What colour is the {noun}?", f"What is the colour of the {noun}?")
+    return Turn(question, f"The {noun} is {word.colour}.", "colour")
+
+
 def ask_order(picture: Picture, rng: random.Random) -> Turn | None:
     """The bars by their height."""
     if not picture.chart:

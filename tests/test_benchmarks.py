@@ -147,3 +147,18 @@ def test_operations_are_at_least_two_per_weight_and_token(
     assert encode >= 2 * tokens * siglip + attention
     assert 2 * 40 * layers + 2 * head < language < 2.2 * 40 * layers + 2 * head
     assert contenders.bytes_per_token(model) >= 4 * (layers + head)
+
+
+def test_where_the_time_goes_is_said_by_part(siglip_checkpoint: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "where_time_goes.py"), "--model_path", str(siglip_checkpoint)]
+    result = subprocess.run([*command, "--tokens", "4", "--dtype", "float32"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        [f"{name}, float32", phase] for name in ("ours", "transformers") for phase in ("first token", "per token")
+    ]
+    for _, phase, *numbers in rows:
+        vision, language_model, _, rest, whole = map(float, numbers)
+        assert (vision > 0) == (phase == "first token")
+        assert 0 < language_model < whole
+        assert rest > 0

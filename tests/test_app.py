@@ -302,8 +302,8 @@ def guarded(parrot_checkpoint: Path) -> Iterator[int]:
         wait_until(lambda: answers_at(f"http://127.0.0.1:{port}/", process), 120)
         yield port
     finally:
-        process.kill()
-        process.wait(10)
+        process.terminate()  # so that it takes its uploads with it
+        process.wait(60)
 
 
 def test_a_server_that_ends_takes_its_own_uploads_and_no_others() -> None:
@@ -344,8 +344,8 @@ def below_a_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int
         wait_until(lambda: answers_at(f"http://127.0.0.1:{port}/", process), 120)
         yield port, log
     finally:
-        process.kill()
-        process.wait(10)
+        process.terminate()  # so that it takes its uploads with it
+        process.wait(60)
 
 
 def proxy(port: int, removes_path: bool) -> Starlette:

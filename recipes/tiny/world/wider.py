@@ -29,6 +29,7 @@ from recipes.tiny.world.wider_questions import (
     ask_beside,
     ask_beside_absent,
     ask_list,
+    ask_mixed,
     ask_order,
     ask_total,
     ask_unknown_thing,
@@ -39,7 +40,7 @@ from recipes.tiny.world.wordings import mistype, reword
 ELSEWHERE = 0.12
 """The fraction of conversations that are about pictures of other things."""
 
-ABOUT_SAMPLES = 0.04
+ABOUT_SAMPLES = 0.06
 """The fraction of the others that are about this repository's sample pictures, which users see first."""
 
 PAINTED = 0.3
@@ -54,7 +55,7 @@ KINDS = {"shapes": 35, "words": 30, "chart": 11, "mixed": 8, "two": 14, "talk": 
 MORE: Askers = (
     (ask_place, 0.7), (ask_absent, 0.7), (ask_count, 4), (ask_repeated, 1.5), (ask_list, 1), (ask_beside, 3),
     (ask_beside_absent, 0.15), (ask_total, 1.2), (ask_unknown_thing, 0.7), (ask_background, 0.6), (ask_order, 2.5),
-    (ask_word_colour, 0.7),
+    (ask_word_colour, 0.7), (ask_mixed, 1),
 )  # fmt: skip
 """Askers besides the usual ones."""
 

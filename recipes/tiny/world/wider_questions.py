@@ -248,6 +248,19 @@ def ask_background(picture: Picture, rng: random.Random) -> Turn | None:
     return Turn(question, f"The background is {names.pop()}.", "background")
 
 
+def ask_mixed(picture: Picture, rng: random.Random) -> Turn | None:
+    """A question about a kind and a colour that both occur, but not together."""
+    pairs = {(shape.colour, shape.kind) for shape in picture.shapes}
+    colours, kinds = (sorted(set(words)) for words in zip(*pairs, strict=True)) if pairs else ([], [])
+    mixed = [f"{colour} {kind}" for colour in colours for kind in kinds if (colour, kind) not in pairs]
+    if not mixed:
+        return None
+    name = rng.choice(mixed)
+    if rng.random() < 0.3:
+        return Turn(is_there_question(rng, name), f"No, there is no {name} in the picture.", "absence")
+    return Turn(how_many_question(rng, name), f"There are no {plural(name)} in the picture.", "absence")
+
+
 def ask_word_colour(picture: Picture, rng: random.Random) -> Turn | None:
     """What colour the only word is."""
     if len(picture.words) != 1:

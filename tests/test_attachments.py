@@ -31,7 +31,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("{here}/a.png {here}/b.JPG Which?", "Which?", ["{here}/a.png", "{here}/b.JPG"]),
         ("a.png Which? b.JPG", "Which?", ["a.png", "b.JPG"]),
         ("Is a.png like 'red square.png', or not?", f"Is {TAG} like {TAG}, or not?", ["a.png", "red square.png"]),
-        ("b.JPG\nIs it like ./a.png ?", f"Is it like {TAG} ?", ["b.JPG", "./a.png"]),
+        ("b.JPG\nIs it like ./a.png ?", f"{TAG}\nIs it like {TAG} ?", ["b.JPG", "./a.png"]),
+        ("Which has the star? b.JPG, a.png", "Which has the star?", ["b.JPG", "a.png"]),
+        ("b.JPG,a.png, Which?", "Which?", ["b.JPG", "a.png"]),
+        ("Compare b.JPG and a.png", f"Compare {TAG} and {TAG}", ["b.JPG", "a.png"]),
+        (
+            "How do b.JPG, 'red square.png' and a.png differ?",
+            f"How do {TAG}, {TAG} and {TAG} differ?",
+            ["b.JPG", "red square.png", "a.png"],
+        ),
+        ("b.JPG and a.png: which is red?", f"{TAG} and {TAG}: which is red?", ["b.JPG", "a.png"]),
+        ('Why is it called "my a.png" here?', 'Why is it called "my a.png" here?', []),
         (f"{TAG}What? a.png", f"{TAG}What?", ["a.png"]),
         ("What is in (a.png)?", f"What is in ({TAG})?", ["a.png"]),
         ("{here}/it\\'s\\ \\(1\\).webp", "", ["{here}/it's (1).webp"]),
@@ -50,7 +60,10 @@ def test_images_are_taken_out_of_the_text(text: str, expected: str, sources: lis
     assert result == (expected, [source.replace("{here}", str(here)) for source in sources])
 
 
-@pytest.mark.parametrize("path", ["/no/such.png", "./such.png", "~/no/such.jpeg", "'/no such/a.png'", "file:///no.gif"])
+@pytest.mark.parametrize(
+    "path",
+    ["/no/such.png", "./such.png", "~/no/such.jpeg", "'/no such/a.png'", "file:///no.gif", "no/a.png", '"my a.png"'],
+)
 def test_a_path_that_leads_nowhere_is_an_error(path: str, here: Path) -> None:
     with pytest.raises(ImageLoadError, match="there is no such file"):
         take_images(f"What is {path}?", TAG)

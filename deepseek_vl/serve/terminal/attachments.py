@@ -31,9 +31,10 @@ SILENT_SECONDS = TERMINAL_LIMITS.fetch_seconds / 3
 _NAME_END = re.compile(rf"\.(?:{'|'.join(EXTENSIONS)})(?=$|[\s'\"`,;:.!?)\]}}>])", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s'\"<>`]+", re.IGNORECASE)
 _QUOTES = "'\"`"
-_BEFORE = f"{string.whitespace}{_QUOTES}(<"
-_AROUND = f"{_BEFORE}.,;:!?)>"
-_LOOKS_LIKE_A_PATH = re.compile(r"(?:~|\.{1,2})?/|file://|[A-Za-z]:[\\/]")
+_BEFORE = f"{string.whitespace}{_QUOTES}(<,;"
+_AROUND = f"{_BEFORE}.:!?)>"
+_SEPARATORS = f"{string.whitespace},;"
+_LOOKS_LIKE_A_PATH = re.compile(r"(?:~|\.{1,2})?/|file://|[A-Za-z]:[\\/]|[^\s/<>]+/")
 
 
 def open_image(source: str) -> Image.Image:
@@ -86,34 +87,23 @@ def _cause(error: ImageLoadError) -> str:
 def take_images(text: str, tag: str) -> tuple[str, list[str]]:
     """Recognise the images that a message names: addresses, and paths as they are typed, quoted, pasted or dropped.
 
-    Images at the message's beginning or end belong to it as a whole; one inside the text is replaced by an image tag.
-    If the text has tags of its own, all images are for those.
+    If all of them stand at the message's beginning and end, with nothing but commas between them, they belong to it as
+    a whole. Otherwise an image tag replaces each. If the text has tags of its own, all images are for those.
 
     Returns:
-        The text without the images' names, and the sources for `open_image`: those without a tag first, then the others
-        in the order of their tags.
+        The text without the images' names, and the sources for `open_image`, in the order in which they are named.
 
     Raises:
         ImageLoadError: if what can only be the path of an image is no file.
     """
     if not (spans := list(_spans(text))):
         return text, []
-    between = [
-        text[end:begin]
-        for end, begin in zip([0, *(e for _, e, _ in spans)], [*(b for b, *_ in spans), len(text)], strict=True)
-    ]
-    with_it: list[str] = []
-    amid: list[str] = []
-    result = between[0]
-    for i, (_, _, source) in enumerate(spans):
-        at_an_end = not "".join(between[: i + 1]).strip() or not "".join(between[i + 1 :]).strip()
-        if tag in text or at_an_end:
-            with_it.append(source)
-            result = f"{result.rstrip()} {between[i + 1].lstrip()}"
-        else:
-            amid.append(source)
-            result += tag + between[i + 1]
-    return result.strip(), with_it + amid
+    begins, ends, sources = zip(*spans, strict=True)
+    between = [text[end:begin] for end, begin in zip((0, *ends), (*begins, len(text)), strict=True)]
+    said = [part.strip(_SEPARATORS) for part in between]
+    if tag in text or sum(map(bool, said)) <= 1:
+        return " ".join(filter(None, said)), list(sources)
+    return tag.join(between).strip(), list(sources)
 
 
 def _spans(text: str) -> Iterator[tuple[int, int, str]]:
@@ -152,11 +142,13 @@ def _file_span(text: str, position: int, end: int) -> tuple[int, int, str] | Non
         quoted = begin > position and text[begin - 1] in _QUOTES and text[end : end + 1] == text[begin - 1]
         if path := _as_file(raw):
             return (begin - 1, end + 1, path) if quoted else (begin, end, path)
-        whole = quoted or not re.search(r"(?<!\\)\s", raw)
+        is_path = quoted or (_LOOKS_LIKE_A_PATH.match(raw) and not re.search(r"(?<!\\)\s", raw))
         # Inside the text, what looks like a path may be plain text.
         at_an_end = not text[:begin].strip(_AROUND) or not text[end:].strip(_AROUND)
-        if whole and at_an_end and _LOOKS_LIKE_A_PATH.match(raw):
+        if is_path and at_an_end:
             raise ImageLoadError(f"Cannot read image {raw!r}: there is no such file.")
+        if quoted:  # the end of a quoted name is no name
+            return None
     return None
 
 

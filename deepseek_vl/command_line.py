@@ -11,6 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+EXTRAS = {
+    "gradio": "gradio",
+    **dict.fromkeys(("fastapi", "httpcore", "prometheus_client", "pydantic", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("matplotlib", "peft"), "train"),
+}
+"""The optional parts of this package that install the packages which some commands need."""
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument as one line, with the exit code of every other error."""
@@ -40,8 +47,12 @@ def run_command(
     except Exception as error:
         if is_disk_full(error):
             message = f"nothing more can be written ({one_line(error)}); make room, then give the same command again"
+        elif isinstance(error, OSError) and error.strerror and error.filename:
+            message = f"{str(error.filename)!r}: {error.strerror}"
         elif isinstance(error, OSError | ValueError):
             message = str(error)
+        elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            message = f"this needs the package {error.name}: pip install '.[{EXTRAS[error.name]}]'"
         else:
             raise
         print(f"{parser.prog}: error: {message}", file=sys.stderr)

@@ -15,11 +15,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepseek_vl.command_line import OneLineParser, run_command
+from deepseek_vl.command_line import OneLineParser, run_command, starting
 from deepseek_vl.kernels.memory import share_memory_between_threads
-from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
+from deepseek_vl.serve.arguments import DEFAULT_MODEL, PAGE_DEFAULTS, add_arguments, open_engine, settings_of
 from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, end_within, names_of
-from deepseek_vl.serve.web.page import DEFAULTS, create_page, launch
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="app_deepseek.py", description="A web page to chat with DeepSeek-VL models.")
-    add_arguments(parser, DEFAULTS, action="append")
+    add_arguments(parser, PAGE_DEFAULTS, action="append")
     add_listening(parser, 8122)
     parser.add_argument(
         "--root_path", default="", metavar="PATH",
@@ -52,6 +51,9 @@ def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
+    with starting():
+        from deepseek_vl.serve.web.page import create_page, launch
+
     share_memory_between_threads()
     models = {}
     for path in dict.fromkeys(args.model_path or [DEFAULT_MODEL]):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "deepseek-ai/deepseek-vl-7b-chat"
+PAGE_DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
+"""The initial values of the web page's sliders, which are the reference's."""
 
 
 class SamplingParameter(NamedTuple):

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int | None:
     if args.schedule == "constant" and args.warmup_steps:
         raise ValueError("--schedule constant has no warm-up; use constant_with_warmup.")
     if missing := [name for name in ("matplotlib", "tensorboard", *(["peft"] * args.lora)) if find_spec(name) is None]:
-        raise ValueError(f"Training needs {', '.join(missing)}: pip install 'deepseek_vl[train]'.")
+        raise ValueError(f"Training needs {', '.join(missing)}: pip install '.[train]'.")
     if Path(args.model_path).is_dir():
         args.model_path = str(Path(args.model_path).absolute())  # so that a run is resumed with the same model
     if IS_FIRST:

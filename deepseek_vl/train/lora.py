@@ -6,10 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from deepseek_vl.checkpoints.read import checkpoint_dtype
@@ -18,6 +17,9 @@ from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train.stages import PARTS, parts_of
 from deepseek_vl.utils.io import load_pretrained_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ LAYERS: dict[str, str] = {
 
 def add_lora(
     model: MultiModalityCausalLM, parts: Iterable[str], rank: int = 16, alpha: int = 32, dropout: float = 0.05
-) -> PeftModel:
+) -> "PeftModel":
     """Freeze the model and put adapters on the linear layers of some parts.
 
     Args:
@@ -44,6 +46,8 @@ def add_lora(
     Raises:
         ValueError: for a part that the model does not have.
     """
+    from peft import LoraConfig, get_peft_model
+
     parts = tuple(parts)
     for part in parts:
         if part not in parts_of(model):
@@ -58,7 +62,7 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
+def note_base(adapted: "PeftModel", model_path: str, output: Path) -> None:
     """Record an adapter's base model: a name as it is, a directory relative to `output`, where the adapter is saved."""
     base = Path(os.path.relpath(model_path, output)).as_posix() if Path(model_path).is_dir() else model_path
     model: Any = adapted.get_base_model()
@@ -69,6 +73,8 @@ def note_base(adapted: PeftModel, model_path: str, output: Path) -> None:
 
 def find_base(adapter: Path) -> str:
     """The base model of an adapter, or of a checkpoint of its training: an existing directory, or the recorded name."""
+    from peft import PeftConfig
+
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     places = (adapter / name, adapter.parent / name)
     return next((str(place) for place in places if (place / "config.json").is_file()), name)
@@ -82,6 +88,8 @@ def write_card(adapter: Path, rows: int, steps: int) -> None:
         rows: how many conversations it was trained on.
         steps: for how many optimizer steps.
     """
+    from peft import PeftConfig
+
     config = PeftConfig.from_pretrained(str(adapter))
     # The config may name several layers by one pattern.
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -132,6 +140,8 @@ def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
         OSError: if the adapter or the base model is not there.
         ValueError: if they do not fit together.
     """
+    from peft import PeftModel
+
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{str(adapter)!r} is no LoRA adapter: it has no adapter_config.json.")
     if output.exists() and any(output.iterdir()):

@@ -12,7 +12,7 @@ from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.limits import PAGE_ANSWERS, PAGE_LIMITS
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.models import VLChatProcessor
-from deepseek_vl.serve.arguments import SAMPLING
+from deepseek_vl.serve.arguments import PAGE_DEFAULTS, SAMPLING
 from deepseek_vl.serve.listening import OwnNames
 from deepseek_vl.serve.web.chat import WebChat
 from deepseek_vl.serve.web.guards import BoundedBodies, SlowLogin, take_no_addresses
@@ -33,9 +33,6 @@ LATEX = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
-DEFAULTS = GenerationSettings(temperature=0.1, max_new_tokens=2048)
-"""The sliders' initial values, which are the reference's."""
-
 MOST_TOKENS = 4096
 """The maximum of the sliders of tokens; the model's positions, if those are fewer."""
 
@@ -45,7 +42,7 @@ GIVE_BACK = """(kept, box) =>
 
 
 def create_page(
-    models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings = DEFAULTS
+    models: Mapping[str, tuple[Engine, VLChatProcessor]], settings: GenerationSettings = PAGE_DEFAULTS
 ) -> gr.Blocks:
     """Build the page for some models.
 

@@ -165,6 +165,23 @@ def test_arguments_of_the_wrong_kind(more: list[str], tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_another_evaluation_and_foreign_files_are_not_replaced(
+    parrot_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl", turn("Greet me.", GREETING))
+    output = tmp_path / "result"
+    output.mkdir()
+    (output / "answers.jsonl").write_text("mine")
+    assert main(arguments(parrot_checkpoint, data, "--output", output)) == 1
+    assert "has the answers.jsonl of something else" in capsys.readouterr().err
+    assert (output / "answers.jsonl").read_text() == "mine"
+    (output / "answers.jsonl").unlink()
+    for _ in range(2):
+        assert main(arguments(parrot_checkpoint, data, "--output", output)) == 0
+    assert main(arguments(parrot_checkpoint, data, "--output", output, "--history", "reference")) == 1
+    assert json.loads((output / "summary.json").read_text())["history"] == "generated"
+
+
 def test_bad_rows_are_listed_or_left_out(
     parrot_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

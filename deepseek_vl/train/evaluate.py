@@ -5,6 +5,7 @@ file's, outer white space aside.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HISTORIES = ("generated", "reference")
+OUTPUT_FILES = ("answers.jsonl", "summary.json", "table.md", "confusion.png")
 UNTYPED = "answer"
 """The type of all answers where no row has types."""
 MOST_WORDS = 30
@@ -348,8 +350,8 @@ def build_parser() -> argparse.ArgumentParser:
     description = "Ask a DeepSeek-VL model the questions of a file, and count the answers that are the file's."
     parser = OneLineParser(prog="python -m deepseek_vl.train.evaluate", description=description)
     add = parser.add_argument
-    add("--model_path", required=True, help="checkpoint: a directory or a Hub id")
-    add("--data", nargs="+", action="extend", required=True, metavar="FILE", help="conversations, .jsonl or .json")
+    add("--model_path", required=True, help="checkpoint: a directory, a Hub id, or tiny")
+    add("--data", nargs="+", action="extend", required=True, metavar="FILE", help="conversations, as for training")
     add("--output", type=Path, metavar="DIR", help="directory for all answers, the table and a plot")
     add("--skip-bad", action="store_true", help="go on without the bad rows")
     add("--limit", type=int, metavar="N", help="ask in the first N conversations only")
@@ -362,6 +364,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
     add_loading(parser)
     return parser
+
+
+def check_output(directory: Path, about: Mapping[str, Any]) -> None:
+    """Check that an evaluation may be written to a directory: that it replaces none but an earlier one of the same.
+
+    Args:
+        about: as in `Evaluation.write`.
+
+    Raises:
+        FileExistsError: if there is another evaluation, or a file of someone else's.
+    """
+    if not (there := [name for name in OUTPUT_FILES if (directory / name).exists()]):
+        return
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        before = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        if all(before[name] == value for name, value in about.items()):
+            return
+    raise FileExistsError(f"{str(directory)!r} has the {there[0]} of something else; choose another --output.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,7 +399,20 @@ def _run(args: argparse.Namespace) -> None:
     dtype = pick_dtype(device, args.dtype)
     check_quantization(device, args.quantize)
     next(read_rows(args.data), None)
+    about = {
+        "model": args.model_path,
+        "data": args.data,
+        "history": args.history,
+        "limit": args.limit,
+        "max_gen_len": args.max_gen_len,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantize": args.quantize,
+    }
     if args.output:
+        import matplotlib  # noqa: F401  its absence is an error before the first question
+
+        check_output(args.output, about)
         args.output.mkdir(parents=True, exist_ok=True)
     _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
     rows, _ = load_data(args.data, processor, skip_bad=args.skip_bad)
@@ -390,16 +423,6 @@ def _run(args: argparse.Namespace) -> None:
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="replace")
     sys.stdout.write(evaluation.table() + "\n")
     if args.output:
-        about = {
-            "model": args.model_path,
-            "data": args.data,
-            "history": args.history,
-            "limit": args.limit,
-            "max_gen_len": args.max_gen_len,
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantize": args.quantize,
-        }
         evaluation.write(args.output, about)
         logger.info("Wrote answers.jsonl, summary.json, table.md and confusion.png to %s.", args.output)
 

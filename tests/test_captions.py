@@ -472,7 +472,8 @@ def test_a_sidecar_that_cannot_be_written_keeps_none_from_the_others(
     (tmp_path / "b.txt").mkdir()
     assert main(in_process(tmp_path, "--output", tmp_path / "out.jsonl", "--sidecar")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"1 text files cannot be written; one is '{tmp_path / 'b.txt'}' (Is a directory)" in error
+    assert "1 text files cannot be written. " in error
+    assert f"Is a directory: '{tmp_path / 'b.txt'}'" in error
     assert (tmp_path / "a.txt").exists() and (tmp_path / "c.txt").exists()
 
 
@@ -494,16 +495,21 @@ def test_exports_and_sidecars_that_cannot_be_are_refused(tmp_path: Path, capsys:
     shard = shard_of(tmp_path / "shard.tar", {"a.png": content})
     for name in ("a.png", "a.webp", "a.csv"):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "mine.csv").write_text("name,price\n")
+    (tmp_path / "mine.parquet").write_text("no Parquet")
     for arguments, expected in (
         ([shard, "--sidecar"], "shard.tar/a.png' is none"),
         ([tmp_path / "a.png", tmp_path / "a.webp", "--sidecar"], "would share"),
         ([tmp_path / "a.png", "--export", tmp_path / "out.json"], ".csv or .parquet"),
         ([tmp_path / "a.png", "--export", tmp_path / "nothing" / "out.csv"], "make it first"),
         ([tmp_path / "a.png", tmp_path / "a.csv", "--export", tmp_path / "a.csv"], "would replace an input"),
+        ([tmp_path / "a.png", "--export", tmp_path / "mine.csv"], "is no table of captions"),
+        ([tmp_path / "a.png", "--export", tmp_path / "mine.parquet"], "is no table of captions"),
     ):
         assert main(in_process(*arguments, "--output", tmp_path / "out.jsonl")) == 1
         assert expected in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+    assert (tmp_path / "mine.csv").read_text() == "name,price\n"
 
 
 def test_a_prompt_that_is_too_long_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl.command_line import one_line
 from deepseek_vl.data.files import whole_file
 from deepseek_vl.serve.batch.inputs import PictureSource, key_of, parquet_modules
 from deepseek_vl.serve.batch.journal import COLUMNS, read_rows
@@ -34,6 +35,20 @@ def check_export(path: Path, others: Iterable[str]) -> None:
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r} for --export; make it first.")
     if os.path.abspath(path) in others:  # noqa: PTH100
         raise ValueError(f"--export {str(path)!r} would replace an input or the output.")
+    if path.exists() and _columns(path) != list(COLUMNS):
+        raise FileExistsError(f"--export {str(path)!r} exists, and is no table of captions; choose another name.")
+
+
+def _columns(path: Path) -> list[str] | None:
+    """The names of a table's columns; None if it cannot be read."""
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return next(csv.reader(file), [])
+        _, parquet = parquet_modules()
+        return parquet.read_schema(path).names
+    except (OSError, ValueError, csv.Error):  # pyarrow's errors are ValueErrors
+        return None
 
 
 def export(journal: str | os.PathLike, path: Path) -> None:
@@ -106,11 +121,11 @@ def write_sidecars(journal: str | os.PathLike, pictures: Iterable[PictureSource]
             elif Path(path).read_bytes() != text:
                 left.append(path)
         except OSError as error:
-            failed.append(f"{path!r} ({error.strerror})")
+            failed.append(one_line(error))
     if left:
         logger.warning("%d text files have another text, and are left as they are; one is %r.", len(left), left[0])
     if failed:
-        raise OSError(f"{len(failed)} text files cannot be written; one is {failed[0]}.")
+        raise OSError(f"{len(failed)} text files cannot be written. {failed[0]}")
 
 
 def _sidecar(picture: str) -> str:

@@ -323,9 +323,9 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "not base64": (asking("hi", "data:image/png;base64,????"), 400, "Image 1 cannot be read"),
     "no base64": (asking("hi", "data:image/png,abc"), 400, "Image 1 cannot be read"),
     "data of no image": (asking("hi", "data:text/html;base64,aGk="), 400, "Image 1 cannot be read"),
-    "an empty URL": (asking("hi", ""), 400, "not fetched"),
-    "a path": (asking("hi", "/etc/passwd"), 400, "not fetched"),
-    "file://": (asking("hi", "file:///etc/passwd"), 400, "not fetched"),
+    "an empty URL": (asking("hi", ""), 400, "This is no picture"),
+    "a path": (asking("hi", "/etc/passwd"), 400, "This is no picture"),
+    "file://": (asking("hi", "file:///etc/passwd"), 400, "This is no picture"),
     "a URL where none is fetched": (asking("hi", "http://pictures.example/red.png"), 400, "not fetched"),
 }  # fmt: skip
 

@@ -343,7 +343,7 @@ def test_pictures_as_vectors(server: Server, colours: dict[str, Path], parrot_ch
 
 
 def test_what_is_no_picture_has_no_vector(server: Server) -> None:
-    wrong = {"A text.": "not fetched", (): "'input'", (1, 2): "'input.0'", ("data:,a",): "cannot be read"}
+    wrong = {"A text.": "no picture", (): "'input'", (1, 2): "'input.0'", ("data:,a",): "cannot be read"}
     for value, words in wrong.items():
         answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "parrot", "input": value})
         assert answer.status_code == 400

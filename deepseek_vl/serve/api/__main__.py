@@ -12,7 +12,15 @@ from deepseek_vl.command_line import OneLineParser, positive, run_command, start
 from deepseek_vl.engine.limits import EngineLimits, RequestLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
-from deepseek_vl.serve.listening import END_SECONDS, add_listening, check_port, checked_origin, end_within, names_of
+from deepseek_vl.serve.listening import (
+    END_SECONDS,
+    add_listening,
+    check_port,
+    checked_domain,
+    checked_origin,
+    end_within,
+    names_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--api_key is empty; leave it out to serve everybody.")
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
+    domains = [checked_domain(domain) for domain in args.allow_image_urls or ()]
     origins = [checked_origin(origin) for origin in args.allow_origin]
     with starting():
         import uvicorn
@@ -75,7 +84,6 @@ def _run(args: argparse.Namespace) -> None:
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)
     limits = RequestLimits(waiting=args.max_waiting)
-    domains = tuple(domain.lower().strip(".") for domain in args.allow_image_urls or ())
     service = Service(
         name=args.model_name or os.path.basename(os.path.normpath(args.model_path)),  # noqa: PTH119  or a hub id
         engine=engine,

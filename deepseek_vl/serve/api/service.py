@@ -160,8 +160,8 @@ class Service:
         except ImageLoadError as error:
             kinds = ", ".join(limits.formats)
             message = (
-                f"Image {number} cannot be read within {limits.seconds:g} seconds: it must be a whole {kinds} picture, "
-                "here as a base64 data URL."
+                f"Image {number} cannot be read: it must be a whole {kinds} picture that is decoded within "
+                f"{limits.seconds:g} seconds, here as a base64 data URL."
             )
             raise APIError(message, field, "invalid_image") from error
 

@@ -581,7 +581,9 @@ def test_a_loaded_system_text_is_the_sessions(session: ChatSession, tmp_path: Pa
     ("text", "error"),
     [
         ("", "has 0 conversations"),
-        ("[]\n[]\n", "has 2 conversations"),
+        ('{"messages": [{"role": "User", "content": "a"}, {"role": "Assistant", "content": "b"}]}\n' * 2,
+         "has 2 conversations"),
+        ("# Notes\n\nSome text.\n", ":1: not JSON"),
         ("not JSON", "not JSON"),
         ('[{"role": "user", "content": "Hi."}]', "the answer to learn is missing"),
         ('[{"role": "user", "content": "<image_placeholder>", "images": ["none.png"]}, '

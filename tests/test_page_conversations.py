@@ -309,7 +309,9 @@ def test_other_forms_of_rows_can_be_uploaded(tab: Tab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no JSON", "This is no saved conversation"),
+        ("no JSON", "This is no saved conversation: it is not JSON."),
+        ("no JSON\nin two lines", "This is no saved conversation: it is not JSON."),
+        ('{"messages": []}\n{"messages": []}\n', "The file has 2 conversations"),
         ("[]", "This is no saved conversation"),
         ('{"messages": [{"role": "<img src=x>", "content": "a"}]}', "'<img src=x>'"),
         ('[{"messages": []}, {"messages": []}]', "2 conversations"),

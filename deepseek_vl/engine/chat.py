@@ -192,11 +192,12 @@ class ChatSession:
             OSError: if there is no such file.
         """
         rows = list(read_rows(path, self.processor.image_tag))
+        for row in rows:
+            if isinstance(row, BadRow):
+                raise ValueError(str(row))
         if len(rows) != 1:
             raise ValueError(f"{str(path)!r} has {len(rows)} conversations; a chat goes on with one.")
-        row = rows[0]
-        if isinstance(row, BadRow):
-            raise ValueError(str(row))
+        (row,) = rows
         messages = [{**message, "images": load_pil_images([message])} for message in row.messages]
         self.reset()
         self.messages = messages

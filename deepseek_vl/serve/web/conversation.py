@@ -141,6 +141,8 @@ class Conversation:
         row = record.get("row")
         if known and not row:
             return cls(**known)
+        if row is None:
+            raise ValueError("This is no saved conversation: it is not JSON.")
         if isinstance(row, list) and row and not (isinstance(row[0], Mapping) and {"role", "from"} & row[0].keys()):
             if len(row) != 1:
                 raise ValueError(f"The file has {len(row)} conversations; a chat goes on with one.")

@@ -162,12 +162,23 @@ async function lifted(value, key) {
   return asFile({ name: `picture.${blob.type.split("/")[1].split("+")[0]}`, blob });
 }
 
+/** What a file of JSON has, or of JSON Lines. */
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    const lines = text.split("\n").filter((line) => line.trim());
+    if (lines.length < 2) throw error;
+    return lines.map((line) => JSON.parse(line));
+  }
+}
+
 async function showFile(file) {
   let row = null;
   try {
-    row = await lifted(JSON.parse(await file.text()));
+    row = await lifted(parse(await file.text()));
   } catch (error) {
-    console.warn(error); // the server reports that the file is no conversation
+    console.warn(error); // the server reports that the file is not JSON
   }
   props.value = { row };
   trigger("open");

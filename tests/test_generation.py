@@ -119,3 +119,8 @@ def test_an_answer_may_go_on_behind_the_last_position(siglip_checkpoint: Path) -
     model.config.language_config.max_position_embeddings = 12
     ids = torch.arange(10)[None]
     assert model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False).shape == (1, 16)
+
+
+def test_an_output_that_is_not_unpacked_is_said(model, batch):
+    with pytest.raises(ValueError, match=r"generate\(\*\*inputs\)"):
+        model.generate(batch, max_new_tokens=2)

@@ -72,6 +72,11 @@ def test_a_conversation_without_images_gives_none(conversation):
     assert load_pil_images(conversation) == []
 
 
+def test_a_message_instead_of_messages_is_said() -> None:
+    with pytest.raises(ValueError, match="takes a list of messages"):
+        load_pil_images({"role": "User", "content": "Hi"})
+
+
 @pytest.mark.parametrize(
     ("image", "colour"),
     [

@@ -465,11 +465,13 @@ class MultiModalityCausalLM(ImageGenerationMixin, MultiModalityModel):
         ids were given. Generation stops at the checkpoint's own end token.
 
         Raises:
-            ValueError: what `prepare_inputs_embeds` raises; and for assisted decoding of a prompt with images, which
-                transformers would decode without them.
+            ValueError: what `prepare_inputs_embeds` raises; if the processor's output is not unpacked; and for assisted
+                decoding of a prompt with images, which transformers would decode without them.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is not None:
+            if not isinstance(input_ids, torch.Tensor):
+                raise ValueError("The inputs must be token ids; unpack the processor's output: generate(**inputs).")
             self._check_length(input_ids)
             input_ids = input_ids.clamp(min=0)
         images = {

@@ -35,7 +35,11 @@ def load_pil_images(
 
     Raises:
         ImageLoadError: see `load_image`.
+        ValueError: if it is given something else than messages.
     """
+    conversations = list(conversations)
+    if not all(isinstance(message, Mapping) for message in conversations):
+        raise ValueError("load_pil_images takes a list of messages, as [{'role': ..., 'content': ..., 'images': ...}].")
     images = (message.get("images") or () for message in conversations)
     return [
         open_image(source) for group in images for source in (group if isinstance(group, list | tuple) else [group])

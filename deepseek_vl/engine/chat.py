@@ -191,10 +191,11 @@ class ChatSession:
                 stays.
             OSError: if there is no such file.
         """
-        rows = list(read_rows(path, self.processor.image_tag))
-        for row in rows:
+        rows = []
+        for row in read_rows(path, self.processor.image_tag):
             if isinstance(row, BadRow):
                 raise ValueError(str(row))
+            rows.append(row)
         if len(rows) != 1:
             raise ValueError(f"{str(path)!r} has {len(rows)} conversations; a chat goes on with one.")
         (row,) = rows

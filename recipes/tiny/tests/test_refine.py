@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from deepseek_vl.checkpoints.find import find_checkpoint
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.models import VLChatProcessor
 from deepseek_vl.utils.io import load_pretrained_model
-from recipes.tiny import evaluation, refine
+from recipes.tiny import average, evaluation, refine
 from recipes.tiny.photographs import SOURCES, Source, fetch, image_files, is_photograph
 from recipes.tiny.photographs import main as fetch_all
 from recipes.tiny.world import COLOURS, SOMETHING_ELSE, Elsewhere, SyntheticWorld, draw
@@ -114,6 +115,29 @@ def test_a_directory_without_photographs_is_refused(tmp_path: Path, capsys: pyte
     assert refine.main(["--output", str(tmp_path / "out"), "--photographs", str(tmp_path / "none")]) == 1
     assert "There are no pictures in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- the mean of two ---
+
+
+def test_the_mean_of_two_models_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = find_checkpoint("tiny"), tmp_path / "second"
+    shutil.copytree(first, second)
+    weights = load_file(second / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, second / "model.safetensors")
+    assert average.main([str(first), str(second), "--output", str(tmp_path / "mean")]) == 0
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    for name, tensor in weights.items():
+        expected = ((tensor.float() + (tensor + 1).float()) / 2).to(tensor.dtype)
+        assert torch.equal(mean[name], expected), name
+    made = json.loads((tmp_path / "mean" / "made.json").read_text())
+    assert made["mean_of"][0] == hashlib.sha256((Path(first) / "model.safetensors").read_bytes()).hexdigest()
+    load_pretrained_model(str(tmp_path / "mean"), device="cpu")
+
+    save_file({"other": torch.zeros(2)}, second / "model.safetensors")
+    assert average.main([str(first), str(second), "--output", str(tmp_path / "none")]) == 1
+    assert "another model" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 # --- what it is evaluated on ---

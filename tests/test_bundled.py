@@ -1,5 +1,6 @@
 """The bundled model: it is found by its name, it is small, and its answers are right."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,23 @@ def test_a_directory_of_that_name_is_meant_if_there_is_one(
         ("What colour is the star?", ["shapes"], "The star is blue."),
         ("What shape is green?", ["shapes"], "square"),
         ("How many red circles are there?", ["shapes"], "two"),
+        ("How many circles are there?", ["shapes"], "two circles"),
+        ("count the circles", ["shapes"], "two circles"),
+        ("number of circles?", ["shapes"], "two circles"),
+        ("How many squares are there?", ["shapes"], "one square"),
+        ("HOW MANY SQUARES ARE THERE?", ["shapes"], "one square"),
+        ("how many objects are there in total?", ["shapes"], "four"),
+        ("star color?", ["shapes"], "blue"),
+        ("list all shapes", ["shapes"], "a red circle, a green square, a red circle and a blue star"),
+        (
+            "what is left of the star?",
+            ["shapes"],
+            "A red circle, a green square and a red circle are left of the star.",
+        ),
+        ("is there a dog?", ["shapes"], "No, that is not in the picture."),
+        ("what is the background colour?", ["word"], "white"),
+        ("order the bars by height", ["chart"], "blue, green, red and orange"),
+        ("What colour is the word?", ["word"], "blue"),
         ("Where is the square?", ["shapes"], "bottom left"),
         ("Is there a yellow triangle?", ["shapes"], "No, there is no yellow triangle in the picture."),
         ("Which bar is tallest?", ["chart"], "The blue bar is the tallest."),
@@ -75,6 +93,23 @@ def test_it_is_right_about_the_sample_pictures(
     session: ChatSession, question: str, pictures: list[str], answer: str
 ) -> None:
     assert answer in ask(session, question, *pictures)
+
+
+def test_hardly_a_question_about_the_sample_pictures_is_answered_wrongly(tiny: Loaded) -> None:
+    """However it is put, with the pictures before and behind the question."""
+    tokenizer, model, processor = tiny
+    engine, asked, wrong = Engine(model, tokenizer), 0, []
+    for line in (ROOT / "tests" / "pictures" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        pictures = [load_image(IMAGES / f"{name}.png") for name in row["images"]]
+        for question in row["questions"]:
+            for text in (question, question + processor.image_tag * len(pictures)):
+                session = ChatSession(engine, processor, GenerationSettings(max_new_tokens=80))
+                answer = "".join(session.ask(text, pictures)).strip()
+                asked += 1
+                if not all(words in answer for words in row["says"]):
+                    wrong.append((row["images"], text, answer))
+    assert len(wrong) <= 0.03 * asked, wrong
 
 
 def test_a_second_turn_depends_on_the_first(session: ChatSession) -> None:
@@ -94,17 +129,17 @@ def fresh(tiny: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 def test_it_is_right_about_fresh_pictures(fresh: Evaluation) -> None:
     """A sample of 250 pictures; the README's table has 2,000."""
-    assert fresh.total.percent >= 88, fresh.table()
+    assert fresh.total.percent >= 90, fresh.table()
 
 
 def test_it_is_right_about_pictures_by_another_hand(tiny: Loaded) -> None:
     _, model, processor = tiny
     rows, _ = load_data(ROOT / "tests" / "pictures" / "questions.jsonl", processor)
     evaluation = evaluate(model, processor, rows, max_new_tokens=64)
-    assert evaluation.total.percent >= 80, evaluation.table()
+    assert evaluation.total.percent >= 88, evaluation.table()
 
 
-@pytest.mark.parametrize(("name", "least"), [("paraphrases", 76), ("paraphrases_unseen", 70)])
+@pytest.mark.parametrize(("name", "least"), [("paraphrases", 82), ("paraphrases_unseen", 77)])
 def test_it_is_right_about_questions_put_otherwise(tiny: Loaded, name: str, least: int) -> None:
     _, model, processor = tiny
     rows, _ = load_data(ROOT / "tests" / "pictures" / f"{name}.jsonl", processor)
@@ -112,7 +147,7 @@ def test_it_is_right_about_questions_put_otherwise(tiny: Loaded, name: str, leas
     assert evaluation.total.percent >= least, evaluation.table()
 
 
-@pytest.mark.parametrize(("name", "least"), [("samples", 87), ("elsewhere", 92), ("drawings", 85), ("things", 82)])
+@pytest.mark.parametrize(("name", "least"), [("samples", 94), ("elsewhere", 92), ("drawings", 85), ("things", 86)])
 def test_it_knows_its_samples_and_what_it_does_not_know(tiny: Loaded, tmp_path: Path, name: str, least: int) -> None:
     """The sample pictures in all orders, pictures of other things, and things that no training conversation names."""
     _, model, processor = tiny

@@ -90,9 +90,9 @@ class ImageFetcher:
         Raises:
             APIError: if it is not allowed, not public, too large, too slow, or does not answer with status 200.
         """
-        if not url.lower().startswith(("http://", "https://")):
-            raise _refused("This is no picture: send one as a data URL (data:image/png;base64,...).")
         if not self.allowed:
+            if not url.lower().startswith(("http://", "https://")):
+                raise _refused("This is no picture: send one as a data URL (data:image/png;base64,...).")
             raise _refused("Image URLs are not fetched by this server; send the image as a data URL.")
         dialler: Any = self.dialler or httpcore.AnyIOBackend()
         backend = CheckedBackend(self.resolve, dialler)
@@ -121,7 +121,7 @@ class ImageFetcher:
             url = httpx.URL(text)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise _refused("The image URL cannot be understood.") from error
-        if url.scheme not in ("http", "https"):  # it was redirected
+        if url.scheme not in ("http", "https"):
             raise _refused("The image URL is neither http nor https nor a data URL.")
         if url.userinfo:
             raise _refused("The image URL has a user name or password.")

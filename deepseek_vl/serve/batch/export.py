@@ -43,7 +43,7 @@ def _columns(path: Path) -> list[str] | None:
     """The names of a table's columns; None if it cannot be read."""
     try:
         if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 return next(csv.reader(file), [])
         _, parquet = parquet_modules()
         return parquet.read_schema(path).names

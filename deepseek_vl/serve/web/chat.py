@@ -159,10 +159,11 @@ class WebChat:
         self._abandon(request.session_hash)
         return _shown(Conversation(), "", SEND)
 
-    def open(self, request: gr.Request, record: Any, current: Conversation | None) -> Shown:
+    def open(self, request: gr.Request, record: Any, current: Conversation | None, box: dict[str, Any] | None) -> Shown:
         """Go on with a conversation that the browser has kept, or that comes from a file; see `Conversation.of`.
 
-        After a reload it comes by itself, with `isRestored`; whoever has written meanwhile goes on with that.
+        After a reload it comes by itself, with `isRestored`; whoever has written meanwhile goes on with that. What is
+        in the message box stays there.
         """
         tab = request.session_hash
         if record.get("isRestored") and (tab in self._sent or tab in self._running or (current and current.turns)):
@@ -173,7 +174,8 @@ class WebChat:
             gr.Warning(html.escape(str(error)), 2 * MOMENT)
             return SAME
         self._abandon(tab)
-        return _shown(conversation, "", SEND, unsent)
+        is_free = unsent is not None and not (box and (box["text"] or box["files"]))
+        return _shown(conversation, "", {**SEND, "value": unsent.message} if is_free else SEND, unsent)
 
     def look(self, conversation: Conversation | None, *controls: Any) -> Any:
         """What `looked.js` shows of where the last answer looked; nothing if there is none about a picture."""

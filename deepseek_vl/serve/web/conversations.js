@@ -141,10 +141,11 @@ async function show(id, isRestored = false) {
   trigger("open");
 }
 
-/** Show this tab's conversation again after a reload, unless another has begun meanwhile. A page that is still being set up may miss the event. */
+/** Show this tab's conversation again after a reload, unless another has begun meanwhile. A page that is still being set
+ * up may miss the event, or fail to upload. */
 async function restore(id) {
   for (let tries = 0; tries < 5 && !isAnswered; tries++) {
-    await show(id, true);
+    await show(id, true).catch((error) => console.warn("The conversation is not restored:", error));
     await new Promise((resolve) => setTimeout(resolve, 3000));
   }
 }
@@ -289,4 +290,4 @@ draw().catch((error) => {
   console.warn(error);
   none.textContent = "This browser keeps no conversations: it has no IndexedDB for this page.";
 });
-if (current()) restore(current()).catch((error) => console.warn("The conversation is not restored:", error));
+if (current()) restore(current());

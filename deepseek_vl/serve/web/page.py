@@ -118,8 +118,7 @@ def create_page(
         chatbot.undo(chat.remove_last, conversation, shown, **quick)
         for begin in (new.click, chatbot.clear, kept.forget):
             begin(chat.new_conversation, None, shown, **quick)
-        opened = kept.open(chat.open, [kept, conversation], shown, **hidden)
-        opened.then(None, [kept, message], message, js=GIVE_BACK)
+        kept.open(chat.open, [kept, conversation, message], shown, **hidden)
         message.stop(chat.stop, **quick)
         look.click(
             chat.look, [conversation, *controls], looked, concurrency_id="looking", concurrency_limit=1, **hidden

@@ -301,16 +301,21 @@ def describe(picture: Picture, rng: random.Random) -> Turn:
     return Turn(question, " ".join(sentences), "description")
 
 
+def mixed_names(picture: Picture) -> list[str]:
+    """`red square` and the like, of kinds and colours that both occur, but not together: the hardest to deny."""
+    pairs = {(shape.colour, shape.kind) for shape in picture.shapes}
+    colours, kinds = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    return [f"{colour} {kind}" for colour in colours for kind in kinds if (colour, kind) not in pairs]
+
+
 def ask_absent(picture: Picture, rng: random.Random) -> Turn:
     """A question about something that is not in the picture."""
     kinds = {shape.kind for shape in picture.shapes}
     colours = {shape.colour for shape in picture.shapes}
-    pairs = {(shape.colour, shape.kind) for shape in picture.shapes}
     kind = rng.choice([kind for kind in SHAPES if kind not in kinds])
     colour = rng.choice([colour for colour in COLOURS if colour not in colours])
-    # A kind and a colour that both occur, but not together, are the hardest to deny.
-    mixed = [(c, k) for c in sorted(colours) for k in sorted(kinds) if (c, k) not in pairs]
-    pair = " ".join(rng.choice(mixed) if mixed and rng.random() < 0.5 else (colour, kind))
+    mixed = mixed_names(picture)
+    pair = rng.choice(mixed) if mixed and rng.random() < 0.5 else f"{colour} {kind}"
     name = rng.choice((kind, f"{colour} shape", pair))
     options = [
         (is_there_question(rng, name), f"No, there is no {name} in the picture."),

@@ -12,6 +12,7 @@ from recipes.tiny.world.questions import (
     how_many_question,
     is_there_question,
     join,
+    mixed_names,
     plural,
     there_is_no,
     unique_colours,
@@ -250,10 +251,7 @@ def ask_background(picture: Picture, rng: random.Random) -> Turn | None:
 
 def ask_mixed(picture: Picture, rng: random.Random) -> Turn | None:
     """A question about a kind and a colour that both occur, but not together."""
-    pairs = {(shape.colour, shape.kind) for shape in picture.shapes}
-    colours, kinds = (sorted(set(words)) for words in zip(*pairs, strict=True)) if pairs else ([], [])
-    mixed = [f"{colour} {kind}" for colour in colours for kind in kinds if (colour, kind) not in pairs]
-    if not mixed:
+    if not (mixed := mixed_names(picture)):
         return None
     name = rng.choice(mixed)
     if rng.random() < 0.3:

@@ -29,7 +29,7 @@ from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.kernels.device import check_quantization, pick_device, pick_dtype
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
-from deepseek_vl.utils.io import load_pil_images, load_pretrained_model
+from deepseek_vl.utils.io import load_json, load_pil_images, load_pretrained_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -377,9 +377,9 @@ def check_output(directory: Path, about: Mapping[str, Any]) -> None:
     """
     if not (there := [name for name in OUTPUT_FILES if (directory / name).exists()]):
         return
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        before = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        if all(before[name] == value for name, value in about.items()):
+    with contextlib.suppress(OSError, ValueError):  # there is no summary, or it is not JSON
+        before = load_json(directory / "summary.json")
+        if isinstance(before, dict) and about.items() <= before.items():
             return
     raise FileExistsError(f"{str(directory)!r} has the {there[0]} of something else; choose another --output.")
 

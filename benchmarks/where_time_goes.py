@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--dtype", default=default, help="of both contenders (default: %(default)s)")
     parser.add_argument("--contender", choices=CONTENDERS, help="measure this one only, in this process")
     args = parser.parse_args()
+    if args.tokens < 2:
+        parser.error("--tokens must be at least 2")
     if args.contender is None:
         print("| contender | | vision | language model | head | all else | all |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)

@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from deepseek_vl.engine.decode_step import CompiledStep, Step
+from deepseek_vl.engine.decode_step import LayeredStep, Step, runs_in_layers
 from deepseek_vl.engine.decoder import Decoder, after_attention, before_attention
 from deepseek_vl.engine.graphed_step import GraphedStep, can_be_graphed
 from deepseek_vl.engine.kv_cache import RowCache
-from deepseek_vl.kernels.attention import ATTENTION, gpu_attention
+from deepseek_vl.kernels.attention import ROW_ATTENTION, gpu_attention
 from deepseek_vl.kernels.compiling import CompilationError, compiling
 from deepseek_vl.kernels.quantized import QuantizedLinear
 from deepseek_vl.models import MultiModalityCausalLM
@@ -23,8 +24,10 @@ TYPICAL_POSITIONS = 1024
 
 
 def step_for(model: MultiModalityCausalLM) -> Step:
-    """The step for a model that is not compiled: CUDA graphs where they are possible, otherwise `Step`."""
-    return GraphedStep(model.language_model) if can_be_graphed(model.language_model) else Step()
+    """The step for a model that is not compiled: the fastest that can run its language model."""
+    if can_be_graphed(model.language_model):
+        return GraphedStep(model.language_model)
+    return LayeredStep(model.language_model) if runs_in_layers(model.language_model) else Step()
 
 
 def check_compile(device: torch.device, is_quantised: bool) -> None:
@@ -49,12 +52,12 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("A model that is spread over several devices cannot be compiled.")
     attention = model.language_model.config._attn_implementation
-    if attention not in ("sdpa", *ATTENTION.values()):
+    if attention not in ROW_ATTENTION:
         raise ValueError(f"Compiled models attend with sdpa, not with {attention}; leave attn_implementation out.")
     is_gpu = model.device.type == "cuda"
     if is_gpu and not can_be_graphed(model.language_model):
         raise ValueError("On GPUs PyTorch compiles with Triton, which is not installed here.")
-    step = _compiled_graphs(model) if is_gpu else CompiledStep(model.language_model)
+    step = _compiled_step(model.language_model)
     progress("Compiling the language model ...")
     try:
         # In a thread, as in the engine: the number of threads that the caller may use is part of the compiled code.
@@ -65,22 +68,21 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
     return step
 
 
-def _compiled_graphs(model: MultiModalityCausalLM) -> GraphedStep:
-    """A graphed step with compiled layers, in one version for one token and one for several.
+def _compiled_step(language_model: PreTrainedModel) -> LayeredStep:
+    """A step with compiled layers: for one token; and on GPUs, in another version, for several."""
+    if language_model.device.type == "cuda":
+        # Tuned, products of one row are as fast as the weights are read.
+        tuned: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+        return GraphedStep(language_model, _compiled(dynamic=False, options=tuned), _compiled(dynamic=True))
+    return LayeredStep(language_model, _compiled(dynamic=False))
 
-    The version for one token is tuned, so that its products of one row are as fast as the weights are read.
-    """
-    tuned: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
-    one = Decoder(
-        torch.compile(before_attention, dynamic=False, options=tuned),
-        torch.compile(after_attention, dynamic=False, options=tuned),
-    )
-    several = Decoder(torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True))
-    return GraphedStep(model.language_model, one, several)
+
+def _compiled(**options: Any) -> Decoder:
+    return Decoder(torch.compile(before_attention, **options), torch.compile(after_attention, **options))
 
 
 @torch.inference_mode()
-def _answer_nothing(model: MultiModalityCausalLM, step: Step) -> None:
+def _answer_nothing(model: MultiModalityCausalLM, step: LayeredStep) -> None:
     cache, embeddings = RowCache(), model.get_input_embeddings()
     prompt = torch.zeros(1, 3, dtype=torch.long, device=model.device)
     with gpu_attention(model.device):

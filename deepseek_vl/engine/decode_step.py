@@ -1,13 +1,15 @@
-"""The decoding step: one more token for every row of a batch, either uncompiled or, on CPUs, compiled."""
+"""The decoding step: one more token for every row of a batch; and prompts, piece by piece."""
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from deepseek_vl.engine.kv_cache import Buffers, RowCache, RowsCache
-from deepseek_vl.kernels.attention import ATTENTION
+from deepseek_vl.engine.decoder import CausalAttention, Decoder, RowsAttention
+from deepseek_vl.engine.kv_cache import RowCache, RowsCache
+from deepseek_vl.kernels.attention import ATTENTION, ROW_ATTENTION
 from deepseek_vl.models.modeling_vlm import CACHE
 
 
@@ -63,70 +65,71 @@ class Step:
         """Free what is valid only for the present weights. May be called from any thread."""
 
 
-class CompiledStep(Step):
-    """A step for CPUs that is compiled for a single row.
+def runs_in_layers(language_model: PreTrainedModel) -> bool:
+    """Whether `Decoder` can run a language model: a Llama on one device with an attention of `ROW_ATTENTION`."""
+    return (
+        isinstance(language_model, LlamaForCausalLM)
+        and {parameter.device for parameter in language_model.parameters()} == {language_model.device}
+        and language_model.config._attn_implementation in ROW_ATTENTION
+    )
 
-    One compilation serves any number of positions. Several rows run uncompiled, as each number of rows would have to be
-    compiled anew. Results are those of `Step` up to rounding.
+
+def has_hooks(language_model: PreTrainedModel) -> bool:
+    """Whether a Llama has forward hooks on modules that `Decoder` does not call as a whole."""
+    inner: Any = language_model.model
+    modules = (language_model, inner, *inner.layers, *(layer.self_attn for layer in inner.layers))
+    return any(module._forward_pre_hooks or module._forward_hooks for module in modules)  # there is no public list
+
+
+class LayeredStep(Step):
+    """A step that runs one language model's layers by `Decoder`, with less work between them than in transformers.
+
+    Results are those of `Step` up to rounding.
 
     Args:
-        language_model: the model to compile, on a CPU. Other models run uncompiled.
+        language_model: one that `runs_in_layers`. Other models run as in `Step`, and so does this one while it has
+            hooks on its layers.
+        one, several: run its layers for one token, and for several; None for `Decoder()`.
     """
 
-    def __init__(self, language_model: PreTrainedModel):
-        self._language_model = language_model
-        self._compiled = torch.compile(self._run)
+    def __init__(self, language_model: PreTrainedModel, one: Decoder | None = None, several: Decoder | None = None):
+        self._language_model = weakref.ref(language_model)
+        self._device = language_model.device
+        self._decoders = one or Decoder(), several or Decoder()
 
     def __call__(
         self, language_model: PreTrainedModel, token_ids: Sequence[int] | torch.Tensor, caches: Sequence[RowCache]
     ) -> torch.Tensor:
-        if language_model is not self._language_model or len(caches) > 1:
+        if not self._is_for(language_model):
             return super().__call__(language_model, token_ids, caches)
-        (token_id,), (cache,) = token_ids, caches
-        place = cache.get_seq_length()
-        cache.reserve(place + 1)
-        buffers = [layer.buffers for layer in cache.layers]
-        for buffer in (buffer for pair in buffers for buffer in pair):
-            torch._dynamo.mark_dynamic(buffer, 2)  # their capacity
-        logits = self._compiled(torch.tensor([[token_id, place]]), buffers)
-        cache.truncate(place + 1)
-        return logits
-
-    def _run(self, numbers: torch.Tensor, buffers: Sequence[Buffers]) -> torch.Tensor:
-        """The function that is compiled. It takes only tensors: new values of Python numbers would compile it anew.
-
-        Args:
-            numbers: int64 [1, 2]: the row's token, and its position, which is also its index in the buffers.
-            buffers: each layer's.
-
-        Returns:
-            logits [1, vocabulary].
-        """
-        token_ids, places = numbers[:, :, None].unbind(1)  # each [1, 1]
-        columns = torch.arange(buffers[0][0].shape[2], device=numbers.device)
-        is_seen = columns <= places  # [1, capacity]
-        output = self._language_model(
-            input_ids=token_ids,
-            position_ids=places,
-            attention_mask=is_seen[:, None, None],
-            **{CACHE: Cache(layers=[_PlacedLayer(*pair, places[0]) for pair in buffers])},
-            use_cache=True,
+        places = torch.tensor([cache.get_seq_length() for cache in caches], device=self._device)
+        embeds = language_model.get_input_embeddings()(torch.as_tensor(token_ids, device=self._device))
+        return language_model.get_output_embeddings()(
+            self._decoder(len(caches)).run(language_model, embeds, places, RowsAttention(language_model, caches))
         )
-        return output.logits[:, -1]
 
+    def prompt(
+        self,
+        language_model: PreTrainedModel,
+        embed: Callable[[], torch.Tensor],
+        cache: RowCache,
+        token_ids: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        if not self._is_for(language_model):
+            return super().prompt(language_model, embed, cache, token_ids)
+        (embeds,) = embed()
+        start, tokens = cache.get_seq_length(), len(embeds)
+        positions = torch.arange(start, start + tokens, device=self._device)
+        attend = CausalAttention(language_model, cache, positions)
+        hidden = self._decoder(tokens).run(language_model, embeds, positions, attend)
+        return language_model.get_output_embeddings()(hidden[-1:])
 
-class _PlacedLayer(DynamicLayer):
-    """One layer's keys and values in buffers; new ones are written at a position given as a tensor, int64 [1]."""
+    def _is_for(self, language_model: PreTrainedModel) -> bool:
+        return (
+            language_model is self._language_model()
+            and language_model.device == self._device
+            and not has_hooks(language_model)
+        )
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self._place = keys, values, place
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, heads, 1, head_dim]; returns the whole buffers."""
-        self.keys.index_copy_(2, self._place, key_states)
-        self.values.index_copy_(2, self._place, value_states)
-        return self.keys, self.values
+    def _decoder(self, tokens: int) -> Decoder:
+        return self._decoders[tokens > 1]

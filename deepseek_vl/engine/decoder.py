@@ -4,13 +4,16 @@ transformers' own layers take a batch of equal lengths. Here the tokens may be f
 Each layer is split into the parts before and after attention; compiled once, these two functions serve all layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+
+from deepseek_vl.engine.kv_cache import RowCache
+from deepseek_vl.kernels.attention import ROW_ATTENTION
 
 Attention = Callable[[LlamaAttention, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The layer's attention module and number, query, key, value -> output; tensors are [tokens, heads, head_dim]."""
@@ -64,3 +67,48 @@ class Decoder:
             query, key, value = self.before(layer, hidden, cos, sin)
             hidden = self.after(layer, hidden, attend(layer.self_attn, number, query, key, value))
         return model.norm(hidden)
+
+
+class CausalAttention:
+    """Causal attention of a prompt's tokens, whose keys and values are added to a cache.
+
+    Args:
+        language_model: its configuration names the attention, one of `ROW_ATTENTION`.
+        positions: int64 [tokens], the tokens' positions, the first of which is the cache's length.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, cache: RowCache, positions: torch.Tensor):
+        self._attend = ROW_ATTENTION[language_model.config._attn_implementation]
+        self._cache = cache
+        start, tokens = cache.get_seq_length(), len(positions)
+        self._mask = None  # with an empty cache, the attention is causal without a mask
+        if start:
+            self._mask = (torch.arange(start + tokens, device=positions.device) <= positions[:, None])[None, None]
+
+    def __call__(
+        self, attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, T, head_dim]
+        keys, values = self._cache.update(key, value, number)
+        return self._attend(attention, query, keys, values, self._mask, scaling=attention.scaling)[0][0]
+
+
+class RowsAttention:
+    """Attention of one token per row to the row's own cache, to which the token's key and value are added.
+
+    Args:
+        language_model: as in `CausalAttention`.
+        caches: one per row, which hold the tokens before.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, caches: Sequence[RowCache]):
+        self._attend = ROW_ATTENTION[language_model.config._attn_implementation]
+        self._caches = caches
+
+    def __call__(
+        self, attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        added = zip(self._caches, key[:, None, :, None], value[:, None, :, None], strict=True)
+        pairs = [cache.update(*states, number) for cache, *states in added]  # each [1, heads, length, head_dim]
+        keys, values = pairs[0] if len(pairs) == 1 else map(list, zip(*pairs, strict=True))
+        return self._attend(attention, query[:, :, None], keys, values, None, scaling=attention.scaling)[0][:, 0]

@@ -13,6 +13,7 @@ batches, change the order of sums.
 import atexit
 import collections
 import logging
+import math
 import queue
 import threading
 import time
@@ -38,9 +39,9 @@ from deepseek_vl.models import MultiModalityCausalLM
 logger = logging.getLogger(__name__)
 
 
-PIECE = 256
-"""The smallest size of a prompt's pieces, in tokens; the last may be shorter. Smaller ones would take hardly less time,
-as every piece reads all weights."""
+PIECE = 384
+"""The smallest size that a prompt's pieces may have, in tokens; a prompt is split evenly. Smaller ones would take
+hardly less time, as every piece reads all weights."""
 
 LARGEST_PIECE = 4096
 
@@ -334,7 +335,8 @@ class Engine:
             row.cache = self._beginning(row, caches)
             row.generation.cached_tokens = row.cache.get_seq_length()
         model, start = self.model, row.cache.get_seq_length()
-        end = min(start + self._piece, len(row.prompt))
+        left = len(row.prompt) - start
+        end = start + math.ceil(left / math.ceil(left / self._piece))
         piece = row.prompt.part(start, end)
         if missing := [image for image in piece.images if image.key not in row.features]:
             count = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME
@@ -353,8 +355,9 @@ class Engine:
         if end == len(row.prompt):
             row.features = None
             self._advance([row], logits.float())
-        elif end - start == self._piece:  # adapt the next pieces' size to the time they may take
-            is_fast = time.monotonic() - begun < self.limits.prefill_seconds / 2
+        else:  # adapt the next pieces' size to the time they may take
+            seconds = (time.monotonic() - begun) * self._piece / (end - start)
+            is_fast = seconds < self.limits.prefill_seconds / 2
             self._piece = min(2 * self._piece, LARGEST_PIECE) if is_fast else max(self._piece // 2, PIECE)
 
     def _beginning(self, row: _Row, caches: Caches) -> RowCache:

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.decode_step import LayeredStep, runs_in_layers
 from deepseek_vl.engine.decoder import Decoder
 from deepseek_vl.engine.kv_cache import RowCache
-from deepseek_vl.kernels.attention import ATTENTION
 from deepseek_vl.kernels.row_attention import attend_rows, is_available
 
 logger = logging.getLogger(__name__)
@@ -35,30 +33,20 @@ _capturing = threading.Lock()
 
 
 def can_be_graphed(language_model: PreTrainedModel) -> bool:
-    """Whether a language model can run as CUDA graphs: a Llama on one GPU that attends with `sdpa` or `ATTENTION`."""
-    return (
-        is_available()
-        and isinstance(language_model, LlamaForCausalLM)
-        and {parameter.device for parameter in language_model.parameters()} == {language_model.device}
-        and language_model.device.type == "cuda"
-        and language_model.config._attn_implementation in ("sdpa", *ATTENTION.values())
-    )
+    """Whether a language model can run as CUDA graphs: one that `runs_in_layers`, on a GPU."""
+    return is_available() and language_model.device.type == "cuda" and runs_in_layers(language_model)
 
 
-class GraphedStep(Step):
+class GraphedStep(LayeredStep):
     """A step that runs one language model as CUDA graphs.
-
-    Results are those of `Step` up to rounding.
 
     Args:
         language_model: one that `can_be_graphed`. Other models run as in `Step`.
-        one, several: run its layers for one token, and for several; None for `Decoder()`.
+        one, several: as in `LayeredStep`.
     """
 
     def __init__(self, language_model: PreTrainedModel, one: Decoder | None = None, several: Decoder | None = None):
-        self._language_model = weakref.ref(language_model)
-        self._device = language_model.device
-        self._decoders = one or Decoder(), several or Decoder()
+        super().__init__(language_model, one, several)
         # A stream of its own, as a shared one may belong to another GPU.
         self._stream = torch.cuda.Stream(language_model.device)
         self._captured: _Captured | None = None
@@ -85,12 +73,7 @@ class GraphedStep(Step):
             logits = self._run(language_model, token_ids, [cache] * tokens, range(start, start + tokens))
             if logits is not None:
                 return logits[-1:]
-        if not self._is_for(language_model):
-            return super().prompt(language_model, embed, cache, token_ids)
-        (embeds,) = embed()
-        positions = torch.arange(start, start + len(embeds), device=embeds.device)
-        hidden = self._decoders[1].run(language_model, embeds, positions, _Causal(cache, positions))
-        return language_model.get_output_embeddings()(hidden[-1:])
+        return super().prompt(language_model, embed, cache, token_ids)
 
     def capture(self, language_model: PreTrainedModel, rows: int) -> None:
         """Capture the graph for this many rows before it is needed.
@@ -104,9 +87,6 @@ class GraphedStep(Step):
     def forget(self) -> None:
         """Free the graphs, which read weights at fixed addresses. May be called from any thread."""
         self._captured, self._most = None, ROWS[-1]
-
-    def _is_for(self, language_model: PreTrainedModel) -> bool:
-        return language_model is self._language_model() and language_model.device == self._device
 
     def _run(
         self,
@@ -140,40 +120,9 @@ class GraphedStep(Step):
         self._captured = captured = self._captured or _Captured()
         rows = next(rows for rows in ROWS if rows >= tokens)
         if rows not in captured.graphs:
-            decoder = self._decoders[rows > 1]
-            captured.graphs[rows] = _Graph(language_model, decoder, rows, self._stream, captured.pool)
+            graph = _Graph(language_model, self._decoder(rows), rows, self._stream, captured.pool)
+            captured.graphs[rows] = graph
         return captured.graphs[rows]
-
-
-class _Causal:
-    """Causal attention of a prompt's tokens, whose keys and values are added to a cache.
-
-    Args:
-        positions: int64 [tokens], the tokens' positions.
-    """
-
-    def __init__(self, cache: RowCache, positions: torch.Tensor):
-        self._cache = cache
-        start, tokens = cache.get_seq_length(), len(positions)
-        self._mask = None  # with an empty cache, `is_causal` is enough
-        if start:
-            self._mask = torch.arange(start + tokens, device=positions.device) <= positions[:, None]
-
-    def __call__(
-        self, attention: LlamaAttention, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, T, head_dim]
-        keys, values = self._cache.update(key, value, number)
-        attended = F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=self._mask,
-            is_causal=self._mask is None,
-            scale=attention.scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-        return attended[0].transpose(0, 1)
 
 
 @dataclass

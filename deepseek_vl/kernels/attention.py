@@ -86,9 +86,14 @@ def attend(
     return attended, None
 
 
-for (_few, _many), _name in ATTENTION.items():
-    _attend = functools.partial(attend, few=_few == "widening", many=_many == "widening")
-    AttentionInterface.register(_name, _attend)
+ROW_ATTENTION = {
+    name: functools.partial(attend, few=few == "widening", many=many == "widening")
+    for (few, many), name in (*ATTENTION.items(), (("plain", "plain"), "sdpa"))
+}
+"""`attend` by the name of an attention in transformers: those of `ATTENTION`, and `sdpa`."""
+
+for _name in ATTENTION.values():
+    AttentionInterface.register(_name, ROW_ATTENTION[_name])
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 

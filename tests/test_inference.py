@@ -291,6 +291,41 @@ print(next(stream))
     assert (result.returncode, result.stdout.strip()) == (0, "l")
 
 
+def test_a_program_does_not_end_while_the_engine_frees_the_model(parrot_checkpoint: Path) -> None:
+    """The engine's thread is the last that refers to the model; freeing it takes as long as it does for large ones."""
+    code = f"""
+import threading, time
+from deepseek_vl.engine.engine import Engine
+from deepseek_vl.engine.generation import AnswerStream
+from deepseek_vl.serve.inference import GenerationSettings, load_model
+
+begun = threading.Event()
+class Slow:
+    def __del__(self):
+        begun.set()
+        time.sleep(1)
+        print("freed", flush=True)
+
+remember = Engine._remember
+def remember_slowly(engine, row):
+    time.sleep(1)  # meanwhile the other thread forgets the engine
+    remember(engine, row)
+
+Engine._remember = remember_slowly
+def answer():
+    tokenizer, model, processor = load_model({str(parrot_checkpoint)!r}, device="cpu", dtype="float32")
+    model.slow = Slow()
+    messages = [{{"role": "User", "content": "Greet me."}}, {{"role": "Assistant", "content": ""}}]
+    inputs = processor(conversations=messages)
+    print("".join(AnswerStream(Engine(model, tokenizer), inputs, GenerationSettings(max_new_tokens=80))), flush=True)
+
+answer()
+begun.wait(20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (result.returncode, result.stdout.split("\n")[-2:]) == (0, ["freed", ""])
+
+
 def test_a_batch_is_refused(parrot: Loaded) -> None:
     tokenizer, model, processor = parrot
     item = processor(conversations=messages_of("Greet me."), images=None, force_batchify=False)

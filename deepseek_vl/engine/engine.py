@@ -509,6 +509,7 @@ class _Worker(threading.Thread):
         super().__init__(name="deepseek_vl-generate", daemon=True)
         self.calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._engine = weakref.ref(engine)
+        _workers.add(self)
 
     def run(self) -> None:
         engine = self._engine()
@@ -538,11 +539,20 @@ def engine_of(model: MultiModalityCausalLM, tokenizer: PreTrainedTokenizerBase) 
 
 _lock = threading.Lock()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
 _engine_of: weakref.WeakKeyDictionary[MultiModalityCausalLM, Engine] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Close all engines, so that the interpreter does not exit while their threads compute."""
+    """Close all engines, and wait for their threads.
+
+    A thread may be the last that holds an engine which nobody else refers to. If the interpreter exited while PyTorch
+    frees that engine's tensors, the process would abort.
+    """
     for engine in list(_engines):
         engine.close()
+    for worker in list(_workers):
+        worker.calls.put(False)
+        if worker.is_alive():
+            worker.join()

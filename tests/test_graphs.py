@@ -1,6 +1,7 @@
 """Decoding steps on GPUs: attention over rows in Triton, also in its interpreter, and CUDA graphs (GPU only)."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Loaded, make_picture, messages_of
+from torch._dynamo.utils import counters
 
+from deepseek_vl.engine.compiling import vision_blocks
 from deepseek_vl.engine.decode_step import Step
 from deepseek_vl.engine.engine import Engine
 from deepseek_vl.engine.generation import Generation
@@ -18,6 +21,7 @@ from deepseek_vl.engine.graphed_step import GraphedStep
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.imaging.open import load_image
+from deepseek_vl.kernels.compiling import compiling
 from deepseek_vl.kernels.row_attention import attend_rows, is_available
 from deepseek_vl.serve.inference import load_model
 
@@ -121,6 +125,35 @@ def test_answers_of_compiled_graphs_are_those_without(on_gpu: Loaded, tmp_path: 
     engine = Engine(on_gpu[1], on_gpu[0])
     engine.compile()
     assert answers(on_gpu, engine.step, True, tmp_path) == answers(on_gpu, Step(), False, tmp_path)
+
+
+def check_blocks(loaded: Loaded, tmp_path: Path) -> None:
+    """Compare what a tower with compiled blocks sees in one picture and in three; there are few graphs for them all."""
+    _, model, processor = loaded
+    pictures = [load_image(make_picture(tmp_path / f"{seed}.png", seed=seed)) for seed in range(3)]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+    kinds = {type(block) for block in vision_blocks(model)}
+    counters.clear()
+    with torch.inference_mode():
+        expected = model.get_image_features(pixels)
+        with compiling(vision_blocks(model)):
+            found = [model.get_image_features(pixels[:1]), model.get_image_features(pixels)]
+    for block in vision_blocks(model):
+        block._compiled_call_impl = None
+    torch.testing.assert_close(found[0], expected[:1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1], expected, rtol=1e-3, atol=1e-4)
+    assert 0 < counters["stats"]["unique_graphs"] <= 4 * len(kinds)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.long
+def test_compiled_towers_see_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    check_blocks(load_model(str(checkpoint), device="cpu", dtype="float32"), tmp_path)
+
+
+@needs_gpu
+def test_compiled_towers_see_the_same_on_a_gpu(on_gpu: Loaded, tmp_path: Path) -> None:
+    check_blocks(on_gpu, tmp_path)
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from deepseek_vl.engine.decode_step import LayeredStep, Step, runs_in_layers
@@ -61,11 +62,20 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
     progress("Compiling the language model ...")
     try:
         # In a thread, as in the engine: the number of threads that the caller may use is part of the compiled code.
-        with compiling(), ThreadPoolExecutor(1) as thread:
+        with compiling(vision_blocks(model) if is_gpu else ()), ThreadPoolExecutor(1) as thread:
             thread.submit(_answer_nothing, model, step).result()
     except CompilationError as error:
         raise ValueError(f"The model cannot be compiled on this machine: {error}") from error
     return step
+
+
+def vision_blocks(model: MultiModalityCausalLM) -> list[nn.Module]:
+    """The blocks of a model's SigLIP and SAM towers, of which PyTorch compiles one for all that are alike.
+
+    They are compiled on GPUs only: on a CPU with AMX the 24 of SigLIP-L take 0.57 s compiled, and 0.38 otherwise.
+    """
+    kinds = model._no_split_modules or ()
+    return [module for module in model.vision_model.modules() if type(module).__name__ in kinds]
 
 
 def _compiled_step(language_model: PreTrainedModel) -> LayeredStep:
@@ -85,10 +95,14 @@ def _compiled(**options: Any) -> Decoder:
 def _answer_nothing(model: MultiModalityCausalLM, step: LayeredStep) -> None:
     cache, embeddings = RowCache(), model.get_input_embeddings()
     prompt = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    vision: Any = model.vision_model
+    side = getattr(vision, "vision_tower_high", vision).image_size
     with gpu_attention(model.device):
         step.prompt(model.language_model, lambda: embeddings(prompt), cache)
         cache.reserve(TYPICAL_POSITIONS)
         if isinstance(step, GraphedStep):
-            for rows in (1, 2):
-                step.capture(model.language_model, rows)
+            for number in (1, 2):
+                step.capture(model.language_model, number)
+                if vision_blocks(model):  # compiled for one image, and for any other number
+                    model.get_image_features(torch.zeros(number, 3, side, side, device=model.device))
         step(model.language_model, [0], [cache])

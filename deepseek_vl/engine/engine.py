@@ -188,7 +188,7 @@ class Engine:
         return sum(row.reserved_bytes for row in list(self._rows)) + (0 if caches is None else caches.nbytes)
 
     def compile(self, progress: Callable[[str], None] = logger.info) -> None:
-        """Compile the language model's decoding step, and on GPUs its prompts too, with `torch.compile`.
+        """Compile the decoding step, and on GPUs prompts and the vision towers too, with `torch.compile`.
 
         Later answers are faster, and the same up to rounding. Compilation takes less than a minute; PyTorch caches the
         code on disk. Move, cast, quantise or otherwise change the model before compiling, not after.

@@ -395,6 +395,7 @@ def test_a_shutdown_cancels_an_endless_answer(serve: Callable[..., Server]) -> N
         (["--host", "nowhere.invalid"], "--host nowhere.invalid cannot be found"),
         (["--allowed_host", "name:80"], "--allowed_host name:80 is no name"),
         (["--allow-image-urls", "https://foo/"], "--allow-image-urls https://foo/ is no domain: it is as example.org"),
+        (["--allow-image-urls", "ⅳ.org"], "--allow-image-urls ⅳ.org is no domain"),
     ],
 )
 def test_wrong_arguments_are_one_line(parrot_checkpoint: Path, arguments: list[str], message: str) -> None:

@@ -36,7 +36,7 @@ from deepseek_vl.engine.settings import GenerationSettings
 from deepseek_vl.serve.api.app import create_app
 from deepseek_vl.serve.api.connection import connections
 from deepseek_vl.serve.api.errors import APIError
-from deepseek_vl.serve.api.fetch import ImageFetcher, is_public
+from deepseek_vl.serve.api.fetch import ImageFetcher, checked_domain, is_public
 from deepseek_vl.serve.api.service import Service
 from deepseek_vl.serve.inference import load_model
 from deepseek_vl.serve.listening import names_of
@@ -421,6 +421,15 @@ def test_an_allowed_domain_has_subdomains_and_no_lookalikes(start: Start) -> Non
         assert "domain is not among those" in answer.json()["error"]["message"]
     answer = server.post(asking("Colour?", "http://pictures.example/to-elsewhere"))
     assert "domain is not among those" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("allowed", ["Bücher.example", "xn--bcher-kva.example"])
+def test_an_allowed_domain_may_have_letters_beyond_ascii(start: Start, allowed: str) -> None:
+    server = start(allowed=True, domains=(checked_domain(allowed),))
+    Names.table["xn--bcher-kva.example"] = Names.table["bucher.example"] = [PUBLIC]
+    for host in ("bücher.example", "BÜCHER.example", "xn--bcher-kva.example"):
+        assert server.post(asking("Colour?", f"http://{host}/red.png")).status_code == 200
+    assert server.post(asking("Colour?", "http://bucher.example/red.png")).status_code == 400
 
 
 # --- named after advisories against other servers ---

@@ -127,6 +127,29 @@ def test_a_picture_may_have_labels_and_empty_fields(server: Server, colours: dic
         assert answer.json()["choices"][0]["message"]["content"] == "It is red.", answer.text
 
 
+def test_a_picture_may_be_its_address_alone(server: Server, colours: dict[str, Any]) -> None:
+    messages = about("Colour?", colours["red"])
+    part = messages[0]["content"][0]
+    part["image_url"] = part["image_url"]["url"]
+    answer = post(server, "/v1/chat/completions", {"model": "parrot", "messages": messages})
+    assert answer.json()["choices"][0]["message"]["content"] == "It is red.", answer.text
+    part["image_url"] = "red.png"
+    answer = post(server, "/v1/chat/completions", {"model": "parrot", "messages": messages})
+    assert answer.status_code == 400, answer.text
+    assert "This is no picture" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "taken"),
+    [("frequency_penalty", 0.5, 0), ("presence_penalty", -1, 0), ("length_penalty", 2.0, 1), ("best_of", 2, 1)],
+)
+def test_a_number_that_is_not_taken_is_answered_with_the_one_that_is(
+    server: Server, field: str, value: float, taken: int
+) -> None:
+    assert f"'{field}': This server takes {taken} alone" in refuses(server, field, **{field: value})
+    assert "alone" not in refuses(server, field, **{field: "x"})
+
+
 def test_an_answer_goes_back_as_the_client_gives_it(server: Server) -> None:
     """An answer is accepted as a message as `model_dump()` gives it, and with the fields that other servers add."""
     client = server.client()

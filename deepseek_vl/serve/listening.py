@@ -84,18 +84,6 @@ def names_of(host: str, allowed: Collection[str] = ()) -> frozenset[str] | None:
     return frozenset(_canonical(name) for name in ("localhost", "127.0.0.1", "::1", host, *allowed))
 
 
-def checked_domain(domain: str) -> str:
-    """A domain, in lower case.
-
-    Raises:
-        ValueError: if it is none, but an address with a scheme, a port or a path.
-    """
-    plain = domain.strip().strip(".").lower()
-    if re.fullmatch(r"[\w-]+(\.[\w-]+)*", plain) is None:
-        raise ValueError(f"--allow-image-urls {domain} is no domain: it is as example.org, without https:// and path.")
-    return plain
-
-
 def checked_origin(origin: str) -> str:
     """An origin of pages as browsers write it: in lower case, without the scheme's own port.
 

@@ -16,7 +16,6 @@ from deepseek_vl.serve.listening import (
     END_SECONDS,
     add_listening,
     check_port,
-    checked_domain,
     checked_origin,
     end_within,
     names_of,
@@ -69,7 +68,6 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--api_key is empty; leave it out to serve everybody.")
     check_port(args.host, args.port)
     names = names_of(args.host, args.allowed_host)
-    domains = [checked_domain(domain) for domain in args.allow_image_urls or ()]
     origins = [checked_origin(origin) for origin in args.allow_origin]
     with starting():
         import uvicorn
@@ -77,9 +75,10 @@ def _run(args: argparse.Namespace) -> None:
         from deepseek_vl.kernels.memory import share_memory_between_threads
         from deepseek_vl.serve.api.app import create_app
         from deepseek_vl.serve.api.connection import connections
-        from deepseek_vl.serve.api.fetch import ImageFetcher
+        from deepseek_vl.serve.api.fetch import ImageFetcher, checked_domain
         from deepseek_vl.serve.api.service import Service
 
+    domains = [checked_domain(domain) for domain in args.allow_image_urls or ()]
     share_memory_between_threads()
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)

@@ -18,7 +18,7 @@ from deepseek_vl.serve.api.service import Service
 
 def _as_pictures(value: Any) -> Any:
     def picture(item: Any) -> Any:
-        return {"type": "image_url", "image_url": {"url": item}} if isinstance(item, str) else item
+        return {"type": "image_url", "image_url": item} if isinstance(item, str) else item
 
     return [picture(item) for item in value] if isinstance(value, list) else [picture(value)]
 

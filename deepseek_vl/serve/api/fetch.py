@@ -7,6 +7,7 @@ connection is made to an address that was checked.
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -67,13 +68,28 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         return await self._dialler.connect_tcp(addresses[0], port, *args, **kwargs)
 
 
+def checked_domain(domain: str) -> str:
+    """A domain of `--allow-image-urls` as `ImageFetcher` compares it: in lower case, letters beyond ASCII encoded.
+
+    Raises:
+        ValueError: if it is none, but an address with a scheme, a port or a path.
+    """
+    plain = domain.strip().strip(".").lower()
+    try:
+        if re.fullmatch(r"[\w-]+(\.[\w-]+)*", plain) is not None:
+            return httpx.URL(scheme="http", host=plain).raw_host.decode("ascii")
+    except httpx.InvalidURL:
+        pass
+    raise ValueError(f"--allow-image-urls {domain} is no domain: it is as example.org, without https:// and path.")
+
+
 @dataclass(frozen=True)
 class ImageFetcher:
     """Downloads remote pictures.
 
     Args:
         allowed: whether URLs are fetched at all.
-        domains: the only ones allowed, with their subdomains; empty for all.
+        domains: the only ones allowed, with their subdomains, as `checked_domain` gives them; empty for all.
         limits: of one picture; those whose names begin with `fetch` are used.
         resolve, dialler: see `CheckedBackend`.
     """

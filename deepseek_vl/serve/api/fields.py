@@ -74,8 +74,20 @@ def _boolean(value: Any) -> Any:
 Labels = dict[str, Any]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
-Zero = Annotated[float, Field(ge=0, le=0)]  # a `Literal` of a number would take a boolean as well
-One = Annotated[float, Field(ge=1, le=1)]
+
+
+def _only(kind: Any, number: int) -> Any:
+    """The type of a field that takes one number. (A `Literal` of it would take a boolean as well.)"""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value != number:
+            raise PydanticCustomError("unsupported", "This server takes {number} alone", {"number": number})
+        return value
+
+    return Annotated[kind, Field(ge=number, le=number), BeforeValidator(check)]
+
+
+Zero = _only(float, 0)
 
 Unused = create_model(
     "Unused",
@@ -105,11 +117,11 @@ UnusedInCompletions = create_model(
     **optional(
         frequency_penalty=Zero,
         presence_penalty=Zero,
-        length_penalty=One,
-        best_of=Annotated[int, Field(ge=1, le=1)],
+        length_penalty=_only(float, 1),
+        best_of=_only(int, 1),
         use_beam_search=No,
         ignore_eos=No,
-        min_tokens=Annotated[int, Field(ge=0, le=0)],
+        min_tokens=_only(int, 0),
         skip_special_tokens=Yes,
         spaces_between_special_tokens=bool,
         include_stop_str_in_output=No,

@@ -34,11 +34,19 @@ class ImageURL(Labelled):
     format: str | None = None
 
 
+def _as_image_url(url: Any) -> Any:
+    return {"url": url} if isinstance(url, str) else url
+
+
 class ImagePart(Labelled):
-    """An image. `detail` makes no difference to this model."""
+    """An image. `detail` makes no difference to this model.
+
+    Attributes:
+        image_url: where it is; also the address alone, as some clients send it.
+    """
 
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: Annotated[ImageURL, BeforeValidator(_as_image_url, json_schema_input_type=str | ImageURL)]
     uuid: str | None = None
 
 

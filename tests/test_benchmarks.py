@@ -45,7 +45,13 @@ def contenders(benchmarks: None) -> ModuleType:
     return contenders
 
 
-@pytest.mark.parametrize("table", ROWS)
+SHORT = ("first-token", "batch", "load")
+"""The tables that are always tried; the others take as long, and have little of their own."""
+
+
+@pytest.mark.parametrize(
+    "table", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
+)
 def test_a_table_has_its_rows_in_json_and_a_plot(
     table: str, siglip_checkpoint: Path, hybrid_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +73,7 @@ def test_a_table_has_its_rows_in_json_and_a_plot(
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_quantised_and_compiled_models_have_rows_of_their_own(siglip_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--model_path", str(siglip_checkpoint)]
     command += ["--table", "first-token", "--size", "small", "--device", "cpu", "--peer_dtypes", "float32"]

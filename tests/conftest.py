@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.kv_cache import RowCache
 from deepseek_vl.imaging.open import load_image
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
@@ -371,6 +373,37 @@ def one_thread() -> Iterator[None]:
 def picture(tmp_path: Path) -> Path:
     """A PNG file of 90 x 60 pixels."""
     return make_picture(tmp_path / "picture.png")
+
+
+class WatchedStep(Step):
+    """An engine's step, with functions that are called before and after each run.
+
+    Args:
+        step: runs prompts and rows.
+        before: takes the number of a prompt's tokens, or 0 for a step of rows; and the caches.
+        after: takes nothing.
+    """
+
+    def __init__(
+        self, step: Step, before: Callable[[int, Sequence[RowCache]], None], after: Callable[[], None] = lambda: None
+    ):
+        self._step, self._before, self._after = step, before, after
+
+    def __call__(self, language_model: Any, token_ids: Any, caches: Sequence[RowCache]) -> torch.Tensor:
+        self._before(0, caches)
+        logits = self._step(language_model, token_ids, caches)
+        self._after()
+        return logits
+
+    def prompt(self, language_model: Any, embed: Any, cache: RowCache, token_ids: Any = None) -> torch.Tensor:
+        embeds = embed()
+        self._before(embeds.shape[1], [cache])
+        logits = self._step.prompt(language_model, lambda: embeds, cache, token_ids)
+        self._after()
+        return logits
+
+    def forget(self) -> None:
+        self._step.forget()
 
 
 def make_picture(path: Path, size: tuple[int, int] = (90, 60), seed: int = 0) -> Path:

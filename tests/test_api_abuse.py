@@ -425,6 +425,7 @@ def test_an_allowed_domain_has_subdomains_and_no_lookalikes(start: Start) -> Non
 
 @pytest.mark.parametrize("allowed", ["Bücher.example", "xn--bcher-kva.example"])
 def test_an_allowed_domain_may_have_letters_beyond_ascii(start: Start, allowed: str) -> None:
+    assert checked_domain("हिन्दी.भारत") == "xn--j2bd4cyah0f.xn--h2brj9c"  # with marks, which are no letters
     server = start(allowed=True, domains=(checked_domain(allowed),))
     Names.table["xn--bcher-kva.example"] = Names.table["bucher.example"] = [PUBLIC]
     for host in ("bücher.example", "BÜCHER.example", "xn--bcher-kva.example"):

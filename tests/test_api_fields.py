@@ -146,8 +146,8 @@ def test_a_picture_may_be_its_address_alone(server: Server, colours: dict[str, A
 def test_a_number_that_is_not_taken_is_answered_with_the_one_that_is(
     server: Server, field: str, value: float, taken: int
 ) -> None:
-    assert f"'{field}': This server takes {taken} alone" in refuses(server, field, **{field: value})
-    assert "alone" not in refuses(server, field, **{field: "x"})
+    assert f"'{field}': This server takes only {taken} here" in refuses(server, field, **{field: value})
+    assert "only" not in refuses(server, field, **{field: "x"})
 
 
 def test_an_answer_goes_back_as_the_client_gives_it(server: Server) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Loaded, messages_of, wait_until
+from conftest import Loaded, WatchedStep, messages_of, wait_until
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_vl.engine import engine as engine_module
 from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine.decode_step import LayeredStep, Step
+from deepseek_vl.engine.decoder import Decoder, after_attention, before_attention
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import END, Generation
 from deepseek_vl.engine.kv_cache import STEP, RowCache
@@ -212,11 +213,7 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
     _, model, _ = loaded
     engine = Engine(model, loaded[0], EngineLimits(prefill_seconds=0))
     runs: list[int] = []  # the length of each piece of a prompt; 0 for a step
-
-    def note_length(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        runs.append(kwargs["inputs_embeds"].shape[1] if "inputs_embeds" in kwargs else 0)
-
-    hook = model.language_model.register_forward_pre_hook(note_length, with_kwargs=True)
+    engine.use(WatchedStep(engine.step, lambda tokens, caches: runs.append(tokens)))
     image = load_image(picture)
     long = messages_of("<image_placeholder>Many words. " * 3 + "more words " * 60, *[image.rotate(i) for i in range(3)])
     first, second = generation_of(engine, loaded, messages_of("Hello."), 300), generation_of(engine, loaded, long, 5)
@@ -224,7 +221,6 @@ def test_a_long_prompt_runs_in_pieces_between_which_others_get_their_tokens(
     engine.submit(second)
     assert first.done.wait(60)
     assert second.done.wait(60)
-    hook.remove()
     assert max(runs) == 16
     pieces = runs[runs.index(0) :]  # the second prompt's, since the first answer has begun
     assert sum(pieces) > 100
@@ -245,20 +241,35 @@ def test_stop_is_obeyed_within_a_piece_of_a_prompt(loaded: Loaded, monkeypatch: 
     stopped, again = (generation_of(engine, loaded, messages, 5) for _ in range(2))
     runs: list[int] = []
 
-    def stop_after_two(*_: Any) -> None:
-        runs.append(1)
+    def stop_in_second(tokens: int, caches: Any) -> None:
+        runs.append(tokens)
         if len(runs) == 2:
             stopped.cancelled.set()
 
-    hook = model.language_model.register_forward_hook(stop_after_two)
+    engine.use(WatchedStep(engine.step, stop_in_second))
     engine.submit(stopped)
     assert stopped.done.wait(30)
-    hook.remove()
     assert (len(runs), stopped.finish_reason, stopped.token_ids) == (2, "cancelled", [])
+    assert 0 < max(runs) <= 16
     engine.submit(again)
     assert again.done.wait(30)
-    assert again.cached_tokens == 32
+    assert again.cached_tokens == runs[0] + runs[1]
     assert again.token_ids == alone(loaded, messages, 5)
+
+
+@pytest.mark.parametrize("piece", [384, 100, 64, 30, 7])
+def test_pieces_of_a_prompt_are_even(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(engine_module, "PIECE", piece)
+    engine = Engine(loaded[1], loaded[0], EngineLimits(prefill_seconds=0))
+    runs: list[int] = []
+    engine.use(WatchedStep(engine.step, lambda tokens, caches: runs.append(tokens)))
+    generation = generation_of(engine, loaded, messages_of("many words " * 100), 1)
+    engine.submit(generation)
+    assert generation.done.wait(30)
+    assert sum(runs) == generation.prompt_tokens
+    assert len(runs) == -(-generation.prompt_tokens // piece)
+    assert max(runs) - min(runs) <= 1
+    assert max(runs) <= piece
 
 
 def test_without_another_thread_an_answer_is_refused_and_forgotten(
@@ -449,31 +460,66 @@ def test_layers_run_one_by_one_give_what_transformers_gives(
         assert (layered.float() - expected).norm() <= 1e-5 * expected.norm() + 1.2 * error_of_plain
 
 
-def test_hooks_on_layers_run_in_the_engine(loaded: Loaded) -> None:
-    """Also hooks on modules that the engine does not call otherwise."""
-    engine, calls = engine_for(loaded), []
-    language_model = loaded[1].language_model
-    modules = (language_model, language_model.model, language_model.model.layers[1].self_attn)
-    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in modules]
+def answer_of(engine: Engine, loaded: Loaded) -> list[int]:
     generation = generation_of(engine, loaded, messages_of("Hello."), 10)
     engine.submit(generation)
     assert generation.done.wait(60)
-    for hook in hooks:
+    assert generation.finish_reason is not None
+    return generation.token_ids
+
+
+@pytest.mark.parametrize("name", ["", "model", "model.layers.1", "model.layers.1.self_attn", "model.layers.0.mlp"])
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_on_layers_run_in_the_engine(loaded: Loaded, name: str, kind: str, compiled: bool) -> None:
+    """Also hooks on modules that the engine does not call otherwise."""
+    engine, calls = engine_for(loaded), []
+    language_model = loaded[1].language_model
+    expected = answer_of(engine, loaded)
+    if compiled:  # the backend that only records what is computed
+        layers = (torch.compile(part, backend="eager") for part in (before_attention, after_attention))
+        engine.use(LayeredStep(language_model, Decoder(*layers)))
+        assert answer_of(engine, loaded) == expected
+    engine.forget()
+    hook = getattr(language_model.get_submodule(name), kind)(lambda *_: calls.append(1))
+    try:
+        assert answer_of(engine, loaded) == expected
+    finally:
         hook.remove()
-    assert len(calls) == 3 * len(generation.token_ids)
-    assert generation.token_ids == alone(loaded, messages_of("Hello."), 10)
+    assert len(calls) == len(expected)
+    assert engine.step.is_for(language_model)
+
+
+def test_who_asked_for_hidden_states_once_has_fast_steps_all_the_same(siglip_checkpoint: Path) -> None:
+    """transformers adds hooks to every layer then, and leaves them there."""
+    loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    engine, language_model = engine_for(loaded), loaded[1].language_model
+    language_model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
+    assert engine.step.is_for(language_model)
+    assert answer_of(engine, loaded) == alone(loaded, messages_of("Hello."), 10)
+
+
+def test_another_attention_may_be_set_at_any_time(siglip_checkpoint: Path) -> None:
+    loaded = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    engine = engine_for(loaded)
+    expected = answer_of(engine, loaded)
+    for attention in ("eager", "sdpa"):
+        engine.forget()
+        loaded[1].set_attn_implementation(attention)
+        assert answer_of(engine, loaded) == expected
+        assert engine.step.is_for(loaded[1].language_model) == (attention == "sdpa")
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Path, dtype: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype=dtype)
     language_model = model.language_model
-    before = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
     engine = engine_of(model, processor.tokenizer)
     engine.compile()
     graphs = counters["stats"]["unique_graphs"]
-    # Two functions for all layers; no new graph if a model of the same shapes was compiled before.
-    assert graphs <= before + 2
+    assert graphs == 2  # one function before the attention and one behind it, for all layers
     exact_model = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")[1].language_model
     ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(0))
     ways = [(exact_model, Step()), (language_model, Step()), (language_model, engine.step)]
@@ -503,6 +549,13 @@ def test_a_compiled_step_is_compiled_once_for_every_length(siglip_checkpoint: Pa
 def test_what_cannot_be_compiled_is_said(siglip_checkpoint: Path, loading: dict[str, str], message: str) -> None:
     _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32", **loading)
     with pytest.raises(ValueError, match=message):
+        engine_of(model, processor.tokenizer).compile()
+
+
+def test_a_model_with_hooks_is_not_compiled(siglip_checkpoint: Path) -> None:
+    _, model, processor = load_model(str(siglip_checkpoint), device="cpu", dtype="float32")
+    model.language_model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has forward hooks"):
         engine_of(model, processor.tokenizer).compile()
 
 

@@ -6,14 +6,14 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Batch, Loaded, messages_of, wait_until
+from conftest import Batch, Loaded, WatchedStep, messages_of, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,17 +233,15 @@ class Day:
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
-        model = self._engine.model
-        hooks = []
-        for first, inner, last in (
-            (model.language_model, model.language_model.model.layers[-1], model.language_model),
-            (model.vision_model, model.aligner, model.aligner),
-        ):
-            hooks += [
-                first.register_forward_pre_hook(self._begin, with_kwargs=True),
-                inner.register_forward_pre_hook(lambda *_: self._reach("within")),
-                last.register_forward_hook(lambda *_: self._reach("after")),
-            ]
+        model, step = self._engine.model, self._engine.step
+        self._engine.use(WatchedStep(step, self._begin_step, lambda: self._reach("after")))
+        hooks = [
+            model.vision_model.register_forward_pre_hook(lambda *_: self._begin("encode")),
+            model.aligner.register_forward_hook(lambda *_: self._reach("after")),
+        ]
+        for inner in (model.language_model.model.layers[-1].mlp, model.aligner):
+            hooks.append(inner.register_forward_pre_hook(lambda *_: self._reach("within")))
+        assert step.is_for(model.language_model)  # not transformers' layers
         run_ahead = self._engine._run_ahead
 
         def ahead(*arguments: Any) -> None:
@@ -256,20 +254,22 @@ class Day:
             yield
         finally:
             self._engine._run_ahead = run_ahead
+            self._engine.step = step
             for hook in hooks:
                 hook.remove()
 
-    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._has_begun.wait(60)
-        rows = len(kwargs.get("input_ids", (0,)))
-        if module is self._engine.model.vision_model:
-            kind = "encode"
-        elif "inputs_embeds" in kwargs:
+    def _begin_step(self, prompt: int, caches: Sequence[RowCache]) -> None:
+        rows = len(caches)
+        if prompt:
             kind = "prefill"
         elif self._is_ahead:
             kind = "ahead"
         else:
             kind = "again" if self._again else "batch" if rows > 1 else "step"
+        self._begin(kind, rows)
+
+    def _begin(self, kind: str, rows: int = 1) -> None:
+        assert self._has_begun.wait(60)
         self._calls[kind] += 1
         calls = self._calls.total()
         self._again -= kind == "again"

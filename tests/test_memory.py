@@ -16,7 +16,7 @@ from PIL import Image
 
 from deepseek_vl.engine import generation as generation_module
 from deepseek_vl.engine.chat import ChatSession
-from deepseek_vl.engine.decode_step import Step
+from deepseek_vl.engine.decode_step import LayeredStep, Step
 from deepseek_vl.engine.engine import Engine, engine_of
 from deepseek_vl.engine.generation import Generation, MemoryBudgetError
 from deepseek_vl.engine.kv_cache import STEP, RowCache
@@ -28,7 +28,6 @@ from deepseek_vl.imaging.open import load_image
 from deepseek_vl.kernels import device as device_module
 from deepseek_vl.kernels.device import free_memory
 from deepseek_vl.models import MultiModalityCausalLM
-from deepseek_vl.models.modeling_vlm import CACHE
 from deepseek_vl.models.processing_vlm import BatchedVLChatProcessorOutput
 from deepseek_vl.serve.inference import load_model, message_images, stream_answer
 
@@ -47,17 +46,22 @@ class Work:
         self.prompts: list[int] = []
         self.images = 0
         self._cache: Any = None
-        self._hooks = [
-            model.language_model.register_forward_pre_hook(self._language, with_kwargs=True),
-            model.vision_model.register_forward_pre_hook(self._vision),
-        ]
+        self._hook = model.vision_model.register_forward_pre_hook(self._vision)
+        self._prompt = prompt = LayeredStep.prompt
 
-    def _language(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("inputs_embeds") is not None:
-            if kwargs.get(CACHE) is not self._cache or self._cache is None:
-                self._cache = kwargs.get(CACHE)
-                self.prompts.append(0)
-            self.prompts[-1] += kwargs["inputs_embeds"].shape[1]
+        def watched(step: LayeredStep, language_model: Any, embed: Any, cache: RowCache, *others: Any) -> torch.Tensor:
+            embeds = embed()
+            if language_model is model.language_model:
+                self._run(cache, embeds.shape[1])
+            return prompt(step, language_model, lambda: embeds, cache, *others)
+
+        LayeredStep.prompt = watched
+
+    def _run(self, cache: RowCache, positions: int) -> None:
+        if cache is not self._cache:
+            self._cache = cache
+            self.prompts.append(0)
+        self.prompts[-1] += positions
 
     def _vision(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
         self.images += len(args[0])
@@ -69,8 +73,8 @@ class Work:
         return found
 
     def stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
+        LayeredStep.prompt = self._prompt
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +444,7 @@ def test_what_is_kept_gives_way_to_encoded_images(loaded: Loaded, picture: Path)
     ask(engine, loaded, messages)
     assert engine.memory_used == kept
     used: list[int] = []
-    hook = loaded[1].language_model.register_forward_hook(lambda *_: used.append(engine.memory_used))
+    hook = loaded[1].language_model.lm_head.register_forward_hook(lambda *_: used.append(engine.memory_used))
     assert ask(engine, loaded, shown) == from_nothing(loaded, shown)
     hook.remove()
     assert max(used) <= engine.memory_bytes
@@ -455,7 +459,7 @@ def test_who_does_not_fit_beside_the_others_waits_in_order(loaded: Loaded) -> No
         used.append(engine.memory_used)
         running.append(engine.running)
 
-    hook = loaded[1].language_model.register_forward_hook(look)
+    hook = loaded[1].language_model.lm_head.register_forward_hook(look)
     generations = [begin(engine, loaded, messages, 300) for _ in range(5)]
     ended: list[int] = []
     while len(ended) < len(generations):

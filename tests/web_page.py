@@ -43,7 +43,7 @@ def tiny() -> Served:
 def parrot(parrot_checkpoint: Path) -> Served:
     """The parrot, so slow that a song of its does not end by itself within a test."""
     tokenizer, model, processor = load_model(str(parrot_checkpoint), device="cpu", dtype="float32")
-    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    model.language_model.lm_head.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     return Engine(model, tokenizer), processor
 
 

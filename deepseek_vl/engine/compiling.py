@@ -20,9 +20,6 @@ from deepseek_vl.models import MultiModalityCausalLM
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_POSITIONS = 1024
-"""The number of positions for which compiled code is tuned; it runs with any other as well."""
-
 
 def step_for(model: MultiModalityCausalLM) -> Step:
     """The step for a model that is not compiled: the fastest that can run its language model."""
@@ -59,6 +56,8 @@ def compile_step(model: MultiModalityCausalLM, progress: Callable[[str], None]) 
     if is_gpu and not can_be_graphed(model.language_model):
         raise ValueError("On GPUs PyTorch compiles with Triton, which is not installed here.")
     step = _compiled_step(model.language_model)
+    if not step.is_for(model.language_model):
+        raise ValueError("The language model has forward hooks, which compiled code would not call; remove them first.")
     progress("Compiling the language model ...")
     try:
         # In a thread, as in the engine: the number of threads that the caller may use is part of the compiled code.
@@ -99,7 +98,6 @@ def _answer_nothing(model: MultiModalityCausalLM, step: LayeredStep) -> None:
     side = getattr(vision, "vision_tower_high", vision).image_size
     with gpu_attention(model.device):
         step.prompt(model.language_model, lambda: embeddings(prompt), cache)
-        cache.reserve(TYPICAL_POSITIONS)
         if isinstance(step, GraphedStep):
             for number in (1, 2):
                 step.capture(model.language_model, number)

@@ -40,10 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 PIECE = 384
-"""The smallest size that a prompt's pieces may have, in tokens; a prompt is split evenly. Smaller ones would take
-hardly less time, as every piece reads all weights."""
+"""The most tokens of a prompt's piece on a slow machine; prompts are split evenly. Smaller pieces would take hardly
+less time, as every piece reads all weights."""
 
 LARGEST_PIECE = 4096
+"""The most tokens of a piece on any machine."""
 
 IMAGES_AT_A_TIME = 4
 """The batch size for encoding images on GPUs. CPUs encode them one by one, and gain nothing from batches."""
@@ -191,14 +192,16 @@ class Engine:
         """Compile the decoding step, and on GPUs prompts and the vision towers too, with `torch.compile`.
 
         Later answers are faster, and the same up to rounding. Compilation takes less than a minute; PyTorch caches the
-        code on disk. Move, cast, quantise or otherwise change the model before compiling, not after.
+        code on disk. Move, cast, quantise or otherwise change the model before compiling, not after. The vision towers'
+        blocks are compiled in the model itself, for whoever uses it.
 
         Args:
             progress: called with a line of text when compilation begins.
 
         Raises:
             ValueError: if the model is on several devices or one for which PyTorch does not compile, attends with
-                another implementation than `sdpa`, or has quantised weights on the CPU; or if there is no compiler.
+                another implementation than `sdpa`, has forward hooks, or has quantised weights on the CPU; or if there
+                is no compiler.
         """
         self.use(compile_step(self.model, progress))
 

@@ -16,7 +16,6 @@ from deepseek_vl.models.modeling_vlm import like_parameters
 Pooling = Literal["mean", "attention"]
 
 
-@torch.no_grad()
 def embed_images(
     model: MultiModalityCausalLM,
     processor: VLChatProcessor,
@@ -56,8 +55,9 @@ def embed_images(
     vectors, images = [], iter(images)
     while batch := [open_image(image) for image in itertools.islice(images, batch_size)]:
         pixels = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
-        features = model.vision_model(like_parameters(pixels, model.vision_model))
-        vectors.append(pool(features if isinstance(features, tuple) else (features,)).float().cpu())
+        with torch.inference_mode():  # as the engine does: code compiled for it is not compiled anew
+            features = model.vision_model(like_parameters(pixels, model.vision_model))
+            vectors.append(pool(features if isinstance(features, tuple) else (features,)).float().cpu())
     if not vectors:
         raise ValueError("There are no pictures to embed.")
     return torch.cat(vectors)

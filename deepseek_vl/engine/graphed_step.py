@@ -45,6 +45,8 @@ class GraphedStep(LayeredStep):
         one, several: as in `LayeredStep`.
     """
 
+    calls_modules = False  # but once, when a graph is captured
+
     def __init__(self, language_model: PreTrainedModel, one: Decoder | None = None, several: Decoder | None = None):
         super().__init__(language_model, one, several)
         # A stream of its own, as a shared one may belong to another GPU.
@@ -86,6 +88,7 @@ class GraphedStep(LayeredStep):
 
     def forget(self) -> None:
         """Free the graphs, which read weights at fixed addresses. May be called from any thread."""
+        super().forget()
         self._captured, self._most = None, ROWS[-1]
 
     def _run(
@@ -100,7 +103,7 @@ class GraphedStep(LayeredStep):
         Returns:
             logits [tokens, vocabulary]; None if no graph can run the tokens.
         """
-        if not self._is_for(language_model) or len(caches) > self._most:
+        if not self.is_for(language_model) or len(caches) > self._most:
             return None
         for cache, place in zip(caches, places, strict=True):
             cache.reserve(place + 1)

@@ -70,12 +70,12 @@ class GrowingLayer(DynamicLayer):
         start, new = self._length, keys.shape[2]
         self.reserve(start + new)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
-            buffer.narrow(2, start, new).copy_(states)  # faster than indexing, which tells in `_RowsLayer`
+            buffer.narrow(2, start, new).copy_(states)  # faster than indexing
         self.show(start + new)
         return self.keys, self.values
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions, and for `STEP` more if the buffers must grow. New room is filled with 0."""
+        """Make room for `length` positions, and for `STEP` more if the buffers must grow."""
         if length > self.buffers[0].shape[2]:
             self._hold([self.keys, self.values], length - self._length + STEP)
 
@@ -107,8 +107,6 @@ class GrowingLayer(DynamicLayer):
 def _widened(held: torch.Tensor, length: int) -> torch.Tensor:
     wider = held.new_empty(*held.shape[:2], length, held.shape[3])
     wider[:, :, : held.shape[2]] = held
-    # Masked values are multiplied by 0, which gives 0 for finite numbers only.
-    wider[:, :, held.shape[2] :] = 0
     return wider
 
 

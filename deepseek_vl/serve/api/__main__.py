@@ -70,15 +70,16 @@ def _run(args: argparse.Namespace) -> None:
     names = names_of(args.host, args.allowed_host)
     origins = [checked_origin(origin) for origin in args.allow_origin]
     with starting():
+        from deepseek_vl.serve.api.fetch import ImageFetcher, checked_domain
+    domains = [checked_domain(domain) for domain in args.allow_image_urls or ()]
+    with starting():
         import uvicorn
 
         from deepseek_vl.kernels.memory import share_memory_between_threads
         from deepseek_vl.serve.api.app import create_app
         from deepseek_vl.serve.api.connection import connections
-        from deepseek_vl.serve.api.fetch import ImageFetcher, checked_domain
         from deepseek_vl.serve.api.service import Service
 
-    domains = [checked_domain(domain) for domain in args.allow_image_urls or ()]
     share_memory_between_threads()
     logger.info("Loading %s ...", args.model_path)
     engine, processor = open_engine(args, args.model_path, args.max_batch)

@@ -76,11 +76,12 @@ def checked_domain(domain: str) -> str:
     """
     plain = domain.strip().strip(".").lower()
     try:
-        if re.fullmatch(r"[\w-]+(\.[\w-]+)*", plain) is not None:
-            return httpx.URL(scheme="http", host=plain).raw_host.decode("ascii")
+        host = httpx.URL(scheme="http", host=plain).raw_host.decode("ascii")
     except httpx.InvalidURL:
-        pass
-    raise ValueError(f"--allow-image-urls {domain} is no domain: it is as example.org, without https:// and path.")
+        host = ""
+    if re.fullmatch(r"[\w-]+(\.[\w-]+)*", host, re.ASCII) is None:
+        raise ValueError(f"--allow-image-urls {domain} is no domain: it is as example.org, without https:// and path.")
+    return host
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _only(kind: Any, number: int) -> Any:
 
     def check(value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool) and value != number:
-            raise PydanticCustomError("unsupported", "This server takes {number} alone", {"number": number})
+            raise PydanticCustomError("unsupported", "This server takes only {number} here", {"number": number})
         return value
 
     return Annotated[kind, Field(ge=number, le=number), BeforeValidator(check)]

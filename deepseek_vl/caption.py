@@ -16,7 +16,7 @@ from typing import Any
 from deepseek_vl.command_line import OneLineParser, positive, run_command
 from deepseek_vl.engine.limits import EngineLimits
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.serve.arguments import add_arguments, open_engine, settings_of
+from deepseek_vl.serve.arguments import add_arguments, check_text, open_engine, settings_of
 from deepseek_vl.serve.batch.export import check_export, check_sidecars, export, write_sidecars
 from deepseek_vl.serve.batch.inputs import PictureSource, find_pictures, open_picture
 from deepseek_vl.serve.batch.journal import OF_RELATIVE_PATHS, Journal, row_of
@@ -63,6 +63,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     if not args.prompt.strip():
         raise ValueError("--prompt is empty.")
+    check_text(args.prompt, "--prompt")
     if args.prompt.count(IMAGE_TAG) > 1:
         raise ValueError(f"--prompt has {args.prompt.count(IMAGE_TAG)} {IMAGE_TAG}; each picture is asked about alone.")
     directory = os.path.realpath(os.path.expanduser(args.model_path))  # noqa: PTH111  Path's raises for unknown users

@@ -116,6 +116,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def not_negative(text: str) -> int:
+    """Parse an argument that must be a whole number, 0 or above."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
 def positive(text: str) -> int:
     """Parse an argument that must be a whole number above 0."""
     number = int(text)

@@ -20,6 +20,7 @@ from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig
 from deepseek_vl.models.clip_encoder import tower_fields
 from deepseek_vl.utils.conversation import DEEPSEEK_CHAT_TEMPLATE
+from deepseek_vl.utils.io import check_model_type, errors_that_name
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,11 @@ def _run(args: argparse.Namespace) -> None:
         return
     if args.type or args.language_only:
         raise ValueError("--type and --language_only belong to --to gguf.")
-    count = convert(args.source, args.destination, args.to)
+    source = Path(args.source)
+    with errors_that_name(args.source, source):
+        if (source / "config.json").is_file():
+            check_model_type(args.source, source)
+        count = convert(args.source, args.destination, args.to)
     logger.info("Wrote %s; all %d tensors are what they were (names, shapes, SHA-256).", args.destination, count)
 
 
@@ -70,7 +75,8 @@ def _export(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError("--to gguf needs the package gguf: pip install '.[gguf]'.") from error
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file, by a name that is soon another
-    count = gguf.export(args.source, args.destination, ARCHITECTURE, args.type or "f16", args.language_only)
+    with errors_that_name(args.source, Path(args.source)):
+        count = gguf.export(args.source, args.destination, ARCHITECTURE, args.type or "f16", args.language_only)
     logger.info("Wrote %s; all %d tensors were read back as written (SHA-256).", args.destination, count)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -153,7 +154,7 @@ def test_an_error_of_the_generator_or_the_engine_ends_it(
 
     with pytest.raises(RuntimeError, match="the source is gone"):
         list(caption_many(*tiny[1:], images(), PROMPT, SHORT, engine))
-    monkeypatch.setattr(tiny[1].language_model, "forward", lambda **_: 1 / 0)
+    monkeypatch.setattr(tiny[1].language_model.lm_head, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(caption_many(*tiny[1:], [Image.new("RGB", (40, 40))], PROMPT, SHORT, engine))
     assert engine.running == engine.waiting == 0
@@ -180,6 +181,21 @@ def test_folders_globs_and_lists_name_each_picture_once(pictures: Path, monkeypa
     assert names([listed]) == ["pictures/2.png"], "or from the current folder"
     make_picture(pictures / "a[1].png")
     assert names(["pictures/a[1].png"]) == ["pictures/a[1].png"], "a file's name is no pattern"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_in_utf_16_names_its_pictures_alone(tmp_path: Path, encoding: str) -> None:
+    """PowerShell writes such lists. Read as bytes, their NULs would leave single letters, among them `/` and `.`."""
+    for name in ("a.png", "b.png", "größe.png"):
+        make_picture(tmp_path / name)
+    listed = tmp_path / "list.txt"
+    mark = {"utf-16-le": b"", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    listed.write_bytes(mark + f"../{tmp_path.name}/a.png\r\ngröße.png\r\n".encode(encoding))
+    if encoding == "utf-16-le":  # without a mark
+        with pytest.raises(ValueError, match="is UTF-16 text; save it as UTF-8"):
+            names([listed])
+    else:
+        assert names([listed]) == [str(tmp_path / "a.png"), str(tmp_path / "größe.png")]
 
 
 def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
@@ -446,6 +462,10 @@ def test_the_same_glob_again_asks_about_pictures_only(
         assert main(in_process(*named, "--output", "out.jsonl", "--sidecar")) == 0
         assert len(rows_of(Path("out.jsonl"))) == 8
     assert names(["*.txt", "1.png"]) == ["1.png"]
+    for name in ("2.jfif", "3.Png", "9.JPE"):
+        shutil.copy("1.png", name)
+        Path(name).with_suffix(".txt").write_text("A caption.")
+    assert names(["*.txt", "1.png"]) == ["1.png"]
     assert (pictures / "deep" / "deeper" / "4.txt").exists()
 
 
@@ -510,6 +530,14 @@ def test_exports_and_sidecars_that_cannot_be_are_refused(tmp_path: Path, capsys:
         assert expected in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     assert (tmp_path / "mine.csv").read_text() == "name,price\n"
+
+
+def test_a_prompt_in_another_encoding_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_picture(tmp_path / "a.png")
+    prompt = os.fsdecode("Größe?".encode("latin-1"))
+    assert main(in_process(tmp_path / "a.png", "--output", tmp_path / "out.jsonl", prompt=prompt)) == 1
+    assert "--prompt is not text in utf-8" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_prompt_that_is_too_long_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

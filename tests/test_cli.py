@@ -84,7 +84,7 @@ def test_one_shot_prints_multi_byte_characters(parrot_checkpoint: Path) -> None:
         (["--image", "-"], "needs --prompt"),
         (["--prompt", "Hi", "--repetition_penalty", "1e-38"], "repetition_penalty must be from 0.01 to 100"),
         (["--prompt", "Hi", "--temperature", "-1"], "temperature must be"),
-        (["--prompt", "Hi", "--max_gen_len", "0"], "max_new_tokens must be at least 1"),
+        (["--prompt", "Hi", "--max_gen_len", "0"], "argument --max_gen_len: 0 is not above 0"),
         (["--prompt", "Hi", "--top_p", "seven"], "argument --top_p"),
         (["--prompt", "Hi", "--device", "toaster"], "Unknown device 'toaster'"),
         (["--prompt", "Hi", "--dtype", "int7"], "Unknown dtype 'int7'"),
@@ -497,3 +497,22 @@ def test_inference_example(parrot_checkpoint: Path, colours: dict[str, Path]) ->
     command += ["--image", str(colours["red"]), "--question", "<image_placeholder>Colour?"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
     assert result.stdout.endswith("User: <image_placeholder>Colour?\n\nAssistant:  It is red.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "none.png"], "Cannot read image 'none.png': there is no such file."),
+        (["--question", "Colour?"], "The prompt has 0 <image_placeholder> and 1 images were given"),
+        (["--model_path", "/no/such/model"], "There is no checkpoint directory '/no/such/model'."),
+    ],
+)
+def test_what_the_example_cannot_do_is_one_line(
+    parrot_checkpoint: Path, colours: dict[str, Path], arguments: list[str], message: str
+) -> None:
+    command = [sys.executable, str(ROOT / "inference.py"), "--model_path", str(parrot_checkpoint)]
+    command += ["--image", str(colours["red"]), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"inference.py: error: {message}")
+    assert "Traceback" not in result.stderr

@@ -1,6 +1,7 @@
 """`python -m deepseek_vl.train.evaluate`: the parrot answers questions that it has learnt, and some that it has not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from conftest import ROOT, in_terminal, interrupt
+from conftest import ROOT, in_terminal, interrupt, make_picture
 from PIL import Image
 
 from deepseek_vl.data.rows import TrainingRow, parse_row
@@ -140,10 +141,10 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     [
         (["--data", "missing.jsonl"], "There is no data file 'missing.jsonl'."),
         (["--limit", 0], "limit must be at least 1, got 0."),
-        (["--max_gen_len", 0], "max_new_tokens must be at least 1, got 0."),
         (["--device", "abacus"], "Unknown device 'abacus'"),
         (["--dtype", "float33"], "Unknown dtype 'float33'"),
         (["--output", __file__], "File exists"),
+        (["--output", "/proc"], "Nothing can be written into '/proc'"),
     ],
 )
 def test_wrong_arguments_are_found_before_the_model_is_loaded(
@@ -157,7 +158,19 @@ def test_wrong_arguments_are_found_before_the_model_is_loaded(
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [["--history", "none"], ["--limit", "few"], ["--nonsense"]])
+def test_no_answer_at_all_is_an_error(
+    parrot_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the processor's file is missing, so that every picture has the wrong number of features."""
+    shutil.copytree(parrot_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "processor_config.json").unlink()
+    make_picture(tmp_path / "a.png")
+    data = write(tmp_path / "data.jsonl", turn("<image_placeholder>What?", "Red.", tmp_path / "a.png"))
+    assert main(arguments(tmp_path / "model", data)) == 1
+    assert "No question got an answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--history", "none"], ["--limit", "few"], ["--max_gen_len", 0], ["--nonsense"]])
 def test_arguments_of_the_wrong_kind(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments(tmp_path, tmp_path, *more))

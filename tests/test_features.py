@@ -74,10 +74,21 @@ def test_what_cannot_be_embedded_is_a_clear_error(
         embed_images(model, processor, [])
     with pytest.raises(ImageLoadError, match=r"nothing\.png"):
         embed_images(model, processor, [tmp_path / "nothing.png"])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        embed_images(model, processor, [tmp_path / "nothing.png"], batch_size=0)
     siglip = getattr(model.vision_model, "vision_tower_low", model.vision_model).vision_tower
     monkeypatch.setattr(siglip, "attn_pool", None)
     with pytest.raises(ValueError, match='use "mean"'):
         embed_images(model, processor, [], "attention")
+
+
+def test_one_picture_need_not_be_in_a_list(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, picture_files: list[Path]
+) -> None:
+    expected = embed_images(model, processor, picture_files[:1])
+    for one in (picture_files[0], str(picture_files[0]), load_image(picture_files[0]), picture_files[0].read_bytes()):
+        assert torch.equal(embed_images(model, processor, one), expected)
+    assert not expected.is_inference()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])

@@ -124,3 +124,8 @@ def test_an_answer_may_go_on_behind_the_last_position(siglip_checkpoint: Path) -
 def test_an_output_that_is_not_unpacked_is_said(model, batch):
     with pytest.raises(ValueError, match=r"generate\(\*\*inputs\)"):
         model.generate(batch, max_new_tokens=2)
+
+
+def test_ids_without_a_batch_are_said(model):
+    with pytest.raises(ValueError, match=r"input_ids must be \[b, T\], not \[3\]; make a batch with batchify"):
+        model.generate(input_ids=torch.tensor([5, 6, 7]), max_new_tokens=1)

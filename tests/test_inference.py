@@ -271,6 +271,11 @@ def test_greedy_decoding_minds_no_sampling_setting(parrot: Loaded) -> None:
     assert "".join(ask(parrot, "Greet me.", top_p=7, repetition_penalty=-1)) == " " + PARROT_ANSWERS["Greet me."]
 
 
+def test_one_stop_word_need_not_be_in_a_list() -> None:
+    """A text is a sequence of texts, too: its letters."""
+    assert GenerationSettings(stop="User:").stop == GenerationSettings(stop=["User:"]).stop == ("User:",)
+
+
 @pytest.mark.parametrize("stop_words", [None, "One", ["One"]])
 def test_stop_words_may_be_none_one_or_several(parrot: Loaded, stop_words: Any) -> None:
     tokenizer, model, processor = parrot

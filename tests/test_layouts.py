@@ -322,6 +322,35 @@ def test_a_truncated_file_is_one_line(reference: Path, tmp_path: Path) -> None:
     assert "is broken or truncated" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"model_type": "llama"}, "is not a DeepSeek-VL checkpoint: its model_type is 'llama'"),
+        ("config.json", {"vision_config": None}, "cannot be loaded"),
+        ("config.json", {"language_config": {"hidden_size": "wide"}}, "cannot be loaded"),
+        ("config.json", None, "config.json' is not JSON"),
+        ("preprocessor_config.json", {"image_size": None}, "cannot be loaded"),
+    ],
+)
+@pytest.mark.parametrize("to", ["transformers", "reference"])
+def test_a_source_that_is_no_whole_checkpoint_is_one_line(
+    reference: Path, tmp_path: Path, capsys: Any, name: str, change: dict[str, Any] | None, message: str, to: str
+) -> None:
+    copy(reference, tmp_path / "source")
+    file = tmp_path / "source" / name
+    if change is None:
+        file.write_bytes(file.read_bytes()[:200])
+    else:
+        settings = {**json.loads(file.read_text(encoding="utf-8")), **change}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        file.write_text(json.dumps(settings), encoding="utf-8")
+    assert main([str(tmp_path / "source"), str(tmp_path / "new"), "--to", to]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert message in error or (to == "reference" and "is in the reference layout already" in error)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"not a file of torch's"])
 def test_a_broken_torch_file_is_one_line_too(reference: Path, tmp_path: Path, capsys: Any, content: bytes) -> None:
     copy(reference, tmp_path / "source")

@@ -334,6 +334,20 @@ def test_batchify_refuses_an_item_whose_counts_disagree_and_names_both(processor
         assert count in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conversations": {"role": "User", "content": "Hi."}}, "A conversation is a list of messages"),
+        ({"prompt": ["a", "b"]}, "A prompt is one text, not a list"),
+        ({"prompt": IMAGE_TAG, "images": "images/shapes.png"}, "load them with load_pil_images"),
+        ({"prompt": IMAGE_TAG, "images": Path("shapes.png")}, "load them with load_pil_images"),
+    ],
+)
+def test_what_is_of_another_kind_is_a_clear_error(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
 def test_an_empty_batch_is_a_value_error(processor):
     with pytest.raises(ValueError, match="empty"):
         processor.batchify([])

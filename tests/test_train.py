@@ -444,6 +444,10 @@ def test_a_parts_rate_scales_its_steps(start, siglip_checkpoint, tmp_path):
         (["--part_rate", "head=1"], "'head=1' is not PART=RATE with a PART of sam, siglip, projector, language"),
         (["--part_rate", "siglip=fast"], "'fast' in 'siglip=fast' is not a number"),
         (["--schedule", "steep"], "argument --schedule: invalid choice: 'steep'"),
+        (["--weight_decay", "nan"], "argument --weight_decay: nan is not 0 or above"),
+        (["--workers", "-1"], "argument --workers: -1 is below 0"),
+        (["--seed", "-1"], "argument --seed: -1 is below 0"),
+        (["--warmup_steps", "-3"], "argument --warmup_steps: -3 is below 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -456,6 +460,21 @@ def test_errors_are_one_line(siglip_checkpoint, folder, tmp_path, capsys, argume
 def test_no_output_is_an_error_in_one_line(siglip_checkpoint, folder, capsys):
     arguments = ("--model_path", siglip_checkpoint, "--data", folder / "few.jsonl")
     assert refusal(capsys, *arguments) == "Give --output, the directory for the result."
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "llama"}', "is not a DeepSeek-VL checkpoint: its model_type is 'llama'"),
+        ("[]", "its config.json is not an object"),
+        ('{"model_type": ', "config.json' is not JSON"),
+    ],
+)
+def test_the_check_looks_at_the_checkpoint_too(siglip_checkpoint, folder, tmp_path, capsys, config, message):
+    shutil.copytree(siglip_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(config)
+    usual = ["--model_path", tmp_path / "model", "--data", folder / "few.jsonl", "--check"]
+    assert message in refusal(capsys, *usual)
 
 
 @pytest.mark.parametrize("arguments", [["--model_path", "/no/such/model"], ["--max_length", "0"]], ids=" ".join)

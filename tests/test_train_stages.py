@@ -1,5 +1,6 @@
 """The trainable parts and learning rates of each stage, and adapters: their layers, and merging them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -261,6 +262,20 @@ def test_what_cannot_be_merged(siglip_checkpoint, hybrid_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         merge(tmp_path / "adapter", tmp_path / "merged", str(hybrid_checkpoint))
     assert not (tmp_path / "merged").exists()
+
+    config = tmp_path / "adapter" / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps({**json.loads(whole), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say which model it belongs to; give --model_path"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    config.write_text(whole[:20])
+    with pytest.raises(OSError, match=r"adapter_config.json' is not JSON"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    config.write_text(whole)
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors, the adapter's weights"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "elsewhere").rename(tmp_path / "adapter" / "adapter_model.safetensors")
 
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")

@@ -1,6 +1,7 @@
 """Pictures as vectors, for finding similar ones: what the vision tower sees, pooled to one vector a picture."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -33,7 +34,8 @@ def embed_images(
     alone, as SAM has no such head.
 
     Args:
-        images: what `open_image` takes: by default paths, bytes, files or PIL images; may be a generator.
+        images: what `open_image` takes: by default paths, bytes, files or PIL images; may be a generator, or one path
+            or PIL image.
         pooling: "mean", or "attention" for SigLIP's pooling head. Published checkpoints carry the head as it was
             pretrained: DeepSeek-VL trains the tower below it, but neither runs nor trains the head.
         batch_size: pictures that run through the tower together; None for 4, or for 1 on CPUs.
@@ -49,6 +51,10 @@ def embed_images(
     """
     if pooling not in get_args(Pooling):
         raise ValueError(f"Unknown pooling {pooling!r}; known are {', '.join(get_args(Pooling))}.")
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        images = [images]
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     pool = _mean if pooling == "mean" else _by_head(model)
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else IMAGES_AT_A_TIME

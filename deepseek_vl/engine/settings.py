@@ -52,7 +52,7 @@ class GenerationSettings:
             reference's.
         min_p: sample from tokens with at least this fraction of the likeliest one's probability.
         repetition_penalty: divides the scores of tokens already generated.
-        stop: the answer ends before the first of these texts.
+        stop: the answer ends before the first of these texts; may be given as one text.
         seed: for sampling; None leaves torch's random state as it is.
         logprobs: keep each token's log probability, and those of this many of the likeliest tokens; None for neither.
         structured: the form of the answer; needs the package `llguidance`.
@@ -73,6 +73,7 @@ class GenerationSettings:
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", as_stop_words(self.stop))
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not 0 <= self.temperature < float("inf"):

@@ -265,6 +265,8 @@ class MultiModalityModel(MultiModalityPreTrainedModel):
         return place_features(inputs_embeds, images_seq_mask, features)
 
     def _check_length(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [b, T], not {list(input_ids.shape)}; make a batch with batchify.")
         longest = self.config.language_config.max_position_embeddings
         length = input_ids.shape[1]
         if length > longest and position_ids is not None:  # in a packed row, each conversation starts at 0

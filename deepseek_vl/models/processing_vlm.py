@@ -1,5 +1,6 @@
 """Conversation + images -> model inputs."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -264,6 +265,10 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
             prompt = self.apply_sft_template_for_multi_turn_prompts(messages, self.sft_format, system_prompt)
         elif system_prompt is not None:
             raise ValueError("system_prompt is of conversations; a prompt is used as it is.")
+        elif not isinstance(prompt, str | Rendered):
+            raise ValueError(f"A prompt is one text, not a {type(prompt).__name__}; for several, give text=.")
+        if isinstance(images, str | bytes | os.PathLike):
+            raise ValueError("Images must be PIL images; load them with load_pil_images.")
         images = [images] if isinstance(images, Image.Image) else list(images or [])
         input_ids = torch.tensor(self.encode(prompt)[0] if ids is None else ids, dtype=torch.int64)
         image_indices = (input_ids == self.image_id).nonzero()
@@ -296,7 +301,7 @@ class VLChatProcessor(FromCheckpoint, TextProcessor):
         """
         if text is not None:
             return self._process_texts([text] if isinstance(text, str) else text, images, kwargs)
-        if conversations and isinstance(conversations[0], list | tuple):
+        if conversations and isinstance(conversations, list | tuple) and isinstance(conversations[0], list | tuple):
             several = cast(Sequence[Sequence[Mapping[str, Any]]], conversations)
             tags = [self._count_tags(messages) for messages in several]
             remaining = iter(flat_images(images, tags))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,10 +66,22 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: GenerationSettings,
         help="memory for running answers and for going on with earlier conversations "
         "(default: the weights' size, at least 1024, at most half of what is free)",
     )  # fmt: skip
-    add("--max_gen_len", type=int, default=defaults.max_new_tokens, help="tokens per answer (default: %(default)s)")
+    add(
+        "--max_gen_len", type=positive, default=defaults.max_new_tokens, help="tokens per answer (default: %(default)s)"
+    )
     for name, parameter in SAMPLING.items():
         about = f"{parameter.help} (default: %(default)s)"
         add(f"--{name}", type=parameter.type, default=getattr(defaults, name), help=about)
+
+
+def check_text(text: str, name: str) -> None:
+    """Check that typed text is valid in the terminal's encoding.
+
+    Raises:
+        ValueError: if it has bytes that are not, which Python keeps as surrogates.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} is not text in {sys.getfilesystemencoding()}, the encoding of this terminal.")
 
 
 def settings_of(args: argparse.Namespace) -> GenerationSettings:

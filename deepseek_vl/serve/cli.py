@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from deepseek_vl.command_line import OneLineParser, one_line, starting
 from deepseek_vl.engine.settings import GenerationSettings
-from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, open_engine, settings_of
-from deepseek_vl.serve.terminal.chat import TerminalChat, check_text, help_text
+from deepseek_vl.serve.arguments import DEFAULT_MODEL, add_arguments, check_text, open_engine, settings_of
+from deepseek_vl.serve.terminal.chat import TerminalChat, help_text
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:

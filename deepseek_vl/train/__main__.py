@@ -17,8 +17,9 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from deepseek_vl.checkpoints.find import find_checkpoint
 from deepseek_vl.checkpoints.read import checkpoint_dtype
-from deepseek_vl.command_line import OneLineParser, positive, run_command
+from deepseek_vl.command_line import OneLineParser, not_negative, positive, run_command
 from deepseek_vl.data.checks import check_data, load_data
 from deepseek_vl.data.files import whole_file
 from deepseek_vl.kernels.device import pick_device
@@ -27,7 +28,7 @@ from deepseek_vl.models import MultiModalityCausalLM, MultiModalityConfig, VLCha
 from deepseek_vl.train.collator import TrainingCollator
 from deepseek_vl.train.stages import PARTS, STAGES, set_trainable
 from deepseek_vl.train.trainer import IS_FIRST, VLTrainer, train, training_dtype
-from deepseek_vl.utils.io import load_pretrained_model
+from deepseek_vl.utils.io import check_model_type, errors_that_name, load_pretrained_model
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_steps", type=positive, help="optimizer steps, instead of --epochs")
     add("--batch_size", type=positive, default=4, help="conversations per device (default: %(default)s)")
     add("--gradient_accumulation", type=positive, default=1, help="batches per step (default: %(default)s)")
-    add("--warmup_steps", type=int, help="(default: the stage's, at most a tenth of all)")
+    add("--warmup_steps", type=not_negative, help="(default: the stage's, at most a tenth of all)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: %(default)s)")
-    add("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
+    add("--weight_decay", type=_not_negative, default=0.0, help="(default: %(default)s)")
     add("--max_length", type=int, help="most tokens per conversation (default: the model's positions)")
     add("--truncate", action="store_true", help="cut longer conversations instead of refusing them")
     add("--pack", action=argparse.BooleanOptionalAction, help="batches without padding (default: the stage's)")
@@ -97,9 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)")
     add("--eval_steps", type=positive, default=100, help="steps between evaluations (default: %(default)s)")
     add("--logging_steps", type=positive, help="steps between log lines (default: 10, fewer in a short run)")
-    add("--workers", type=int, default=1, help="processes that prepare data (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--workers", type=not_negative, default=1, help="processes that prepare data (default: %(default)s)")
+    add("--seed", type=not_negative, default=0, help="(default: %(default)s)")
     return parser
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+    return number
 
 
 def _above_zero(text: str) -> float:
@@ -136,7 +144,7 @@ def _run(args: argparse.Namespace) -> int | None:
         raise ValueError("--schedule constant has no warm-up; use constant_with_warmup.")
     if missing := [name for name in ("matplotlib", "tensorboard", *(["peft"] * args.lora)) if find_spec(name) is None]:
         raise ValueError(f"Training needs {', '.join(missing)}: pip install '.[train]'.")
-    if Path(args.model_path).is_dir():
+    if Path(args.model_path, "config.json").is_file():
         args.model_path = str(Path(args.model_path).absolute())  # so that a run is resumed with the same model
     if IS_FIRST:
         _keep_to_the_run(args)
@@ -180,8 +188,11 @@ def _pick(value: Any, default: Any) -> Any:
 
 
 def _check(args: argparse.Namespace) -> int:
-    processor = VLChatProcessor.from_pretrained(args.model_path)
-    max_length = _max_length(args, MultiModalityConfig.from_pretrained(args.model_path))
+    directory = Path(find_checkpoint(args.model_path, weights=False))
+    with errors_that_name(args.model_path, directory):
+        check_model_type(args.model_path, directory)
+        processor = VLChatProcessor.from_pretrained(directory)
+        max_length = _max_length(args, MultiModalityConfig.from_pretrained(directory))
     report = check_data([*args.data, *(args.eval_data or ())], processor, max_length, args.truncate)
     for bad in report.bad:
         print(bad)
@@ -205,6 +216,8 @@ def _keep_to_the_run(args: argparse.Namespace) -> None:
             noted = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is not JSON ({error}); remove it, or choose another --output.") from error
+        if not isinstance(noted, dict):
+            raise ValueError(f"{str(path)!r} holds no run's arguments; remove it, or choose another --output.")
         changed = [
             f"{'--' if name in FIXED else ''}{name} was {noted.get(name)!r}"
             for name in chosen

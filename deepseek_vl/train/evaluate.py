@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from deepseek_vl.command_line import OneLineParser, add_loading, run_command
+from deepseek_vl.command_line import OneLineParser, add_loading, positive, run_command
 from deepseek_vl.data.checks import load_data
 from deepseek_vl.data.rows import TrainingRow, read_rows
 from deepseek_vl.engine.chat import ChatSession
@@ -361,7 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=HISTORIES[0],
         help="what stands before later questions: the model's own answers or the file's (default: %(default)s)",
     )
-    add("--max_gen_len", type=int, default=512, help="tokens per answer (default: %(default)s)")
+    add("--max_gen_len", type=positive, default=512, help="tokens per answer (default: %(default)s)")
     add_loading(parser)
     return parser
 
@@ -414,6 +415,10 @@ def _run(args: argparse.Namespace) -> None:
 
         check_output(args.output, about)
         args.output.mkdir(parents=True, exist_ok=True)
+        try:
+            tempfile.TemporaryFile(dir=args.output).close()
+        except OSError as error:
+            raise OSError(f"Nothing can be written into {str(args.output)!r}: {error.strerror}.") from error
     _, processor, model = load_pretrained_model(args.model_path, device=device, dtype=dtype, quantize=args.quantize)
     rows, _ = load_data(args.data, processor, skip_bad=args.skip_bad)
     evaluation = evaluate(
@@ -425,6 +430,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.output:
         evaluation.write(args.output, about)
         logger.info("Wrote answers.jsonl, summary.json, table.md and confusion.png to %s.", args.output)
+    if all(answer.error for answer in evaluation.scored):
+        raise ValueError("No question got an answer; see the warning above.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from deepseek_vl.checkpoints.write import appearing_whole
 from deepseek_vl.command_line import OneLineParser, run_command
 from deepseek_vl.models import MultiModalityCausalLM, VLChatProcessor
 from deepseek_vl.train.stages import PARTS, parts_of
-from deepseek_vl.utils.io import load_pretrained_model
+from deepseek_vl.utils.io import errors_that_name, load_pretrained_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,10 +72,16 @@ def note_base(adapted: "PeftModel", model_path: str, output: Path) -> None:
 
 
 def find_base(adapter: Path) -> str:
-    """The base model of an adapter, or of a checkpoint of its training: an existing directory, or the recorded name."""
+    """The base model of an adapter, or of a checkpoint of its training: an existing directory, or the recorded name.
+
+    Raises:
+        ValueError: if none is recorded.
+    """
     from peft import PeftConfig
 
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"The adapter {str(adapter)!r} does not say which model it belongs to; give --model_path.")
     places = (adapter / name, adapter.parent / name)
     return next((str(place) for place in places if (place / "config.json").is_file()), name)
 
@@ -144,9 +150,12 @@ def merge(adapter: Path, output: Path, model_path: str | None = None) -> None:
 
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{str(adapter)!r} is no LoRA adapter: it has no adapter_config.json.")
+    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise FileNotFoundError(f"{str(adapter)!r} has no adapter_model.safetensors, the adapter's weights.")
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{str(output)!r} is not empty; choose a new directory.")
-    model_path = model_path or find_base(adapter)
+    with errors_that_name(str(adapter), adapter):
+        model_path = model_path or find_base(adapter)
     _, _, model = load_pretrained_model(model_path, device="cpu", dtype="float32")
     try:
         adapted = PeftModel.from_pretrained(model, adapter)

@@ -153,7 +153,10 @@ def check_model_type(name: str, directory: Path) -> None:
     from deepseek_vl.checkpoints.layout_configs import TRANSFORMERS_TYPES
     from deepseek_vl.models import MultiModalityConfig
 
-    model_type, ours = load_json(directory / "config.json").get("model_type"), MultiModalityConfig.model_type
+    config, ours = load_json(directory / "config.json"), MultiModalityConfig.model_type
+    if not isinstance(config, dict):
+        raise ValueError(f"{name!r} is no checkpoint: its config.json is not an object with names and values.")
+    model_type = config.get("model_type")
     if model_type not in (ours, *TRANSFORMERS_TYPES):
         raise ValueError(f"{name!r} is not a DeepSeek-VL checkpoint: its model_type is {model_type!r}, not {ours!r}.")
 
@@ -166,13 +169,16 @@ def errors_that_name(source: str, directory: Path) -> Iterator[None]:
         OSError: for a `.json` file that is not JSON.
         ValueError: for other errors.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         file = next(filter(_is_broken_json, sorted(directory.glob("*.json"))), directory)
         raise OSError(f"{str(file)!r} is not JSON: {error}.") from error
-    except (AttributeError, KeyError, TypeError, UnpicklingError) as error:
-        raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {error}.") from error
+    except (AttributeError, KeyError, TypeError, UnpicklingError, StrictDataclassError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{source!r} cannot be loaded: {type(error).__name__}: {cause}.") from error
 
 
 def _is_broken_json(file: Path) -> bool:

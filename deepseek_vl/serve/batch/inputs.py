@@ -1,12 +1,13 @@
 """The pictures that a command line names: files, folders, globs, lists of paths, tar shards, Parquet."""
 
+import codecs
 import functools
 import glob
 import io
 import logging
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The endings of pictures' names in folders and shards."""
+
+OTHER_PICTURES = (".dib", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga")
+"""Further endings of files that are asked about where they are named."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,10 @@ def find_pictures(paths: Sequence[str], image_column: str | None = None) -> list
         ValueError: if there are no pictures at all, or Parquet cannot be read.
     """
     found: dict[str, PictureSource] = {}
-    captions = 0
+    captions, names = 0, functools.cache(_names)
     for path in paths:
         matches = _matches(path)
-        wanted = [match for match in matches if not _is_caption(match)]  # a glob names these too
+        wanted = [match for match in matches if not _is_caption(match, names)]  # a glob names these too
         captions += len(matches) - len(wanted)
         count = 0
         for match in wanted:
@@ -133,11 +137,27 @@ def _matches(path: str) -> list[str]:
     return list(map(os.path.normpath, matches))
 
 
-def _is_caption(path: str) -> bool:
-    """Whether it is the text file of a picture beside it, as `--sidecar` writes them."""
-    stem, ending = os.path.splitext(path)  # noqa: PTH122
-    endings = (*PICTURES, *map(str.upper, PICTURES))
-    return ending == ".txt" and any(os.path.isfile(stem + other) for other in endings)  # noqa: PTH113
+def _is_caption(path: str, names: Callable[[str], frozenset[str]]) -> bool:
+    """Whether it is the text file of a picture beside it, as `--sidecar` writes them.
+
+    Args:
+        names: `_names`, which may remember.
+    """
+    directory, name = os.path.split(path)
+    stem, ending = os.path.splitext(name)  # noqa: PTH122
+    if ending != ".txt":
+        return False
+    return any(f"{stem}{other}" in names(directory) for other in (*PICTURES, *OTHER_PICTURES))
+
+
+def _names(directory: str) -> frozenset[str]:
+    """The names in a folder, their endings in lower case; none if it cannot be read."""
+    try:
+        names = os.listdir(directory or ".")  # noqa: PTH208
+    except OSError:
+        return frozenset()
+    parts = map(os.path.splitext, names)
+    return frozenset(stem + ending.lower() for stem, ending in parts)
 
 
 def _of_path(path: str, image_column: str | None) -> Iterator[PictureSource]:
@@ -179,8 +199,14 @@ def _warn(error: OSError) -> None:
 
 def _of_list(path: str, image_column: str | None) -> Iterator[PictureSource]:
     """The pictures in a list of paths (lines, or ended by NULs), relative to its folder or else to the current one."""
-    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    for line in data.split(b"\0") if b"\0" in data else data.splitlines():
+    data = Path(path).read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell writes lists
+        data = os.fsencode(data.decode("utf-16", "replace"))
+    data = data.removeprefix(codecs.BOM_UTF8)
+    parts = data.split(b"\0")
+    if len(parts) > 4 and 2 * sum(len(part) < 2 for part in parts) > len(parts):
+        raise ValueError(f"The list {path!r} is UTF-16 text; save it as UTF-8.")
+    for line in parts if len(parts) > 1 else data.splitlines():
         if not line.strip():
             continue
         name = os.fsdecode(line)

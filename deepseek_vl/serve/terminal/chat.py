@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
 from collections.abc import Generator
 from typing import TYPE_CHECKING
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from deepseek_vl.engine.chat import ChatSession
-    from deepseek_vl.serve.terminal.screen import Screen
+    from deepseek_vl.serve.arguments import check_text
+from deepseek_vl.serve.terminal.screen import Screen
 
 USER_PROMPT = "User: "
 
@@ -181,16 +181,6 @@ class TerminalChat:
         if self.session.dropped_turns and not self._has_told_dropped:
             self._has_told_dropped = True
             self.screen.say("[the oldest turns no longer fit the model's context, and are left out from now on]")
-
-
-def check_text(text: str, name: str) -> None:
-    """Check that typed text is valid in the terminal's encoding.
-
-    Raises:
-        ValueError: if it has bytes that are not, which Python keeps as surrogates.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{name} is not text in {sys.getfilesystemencoding()}, the encoding of this terminal.")
 
 
 def _path(command: str, rest: str) -> str | None:

@@ -8,14 +8,14 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from deepseek_vl.command_line import one_line
+from deepseek_vl.serve.arguments import check_text
 from deepseek_vl.utils.conversation import IMAGE_TAG
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from deepseek_vl.engine.chat import ChatSession
-    from deepseek_vl.serve.arguments import check_text
-from deepseek_vl.serve.terminal.screen import Screen
+    from deepseek_vl.serve.terminal.screen import Screen
 
 USER_PROMPT = "User: "
 

@@ -56,16 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.to == GGUF:
-        _export(args)
-        return
-    if args.type or args.language_only:
+    if args.to != GGUF and (args.type or args.language_only):
         raise ValueError("--type and --language_only belong to --to gguf.")
     source = Path(args.source)
     with errors_that_name(args.source, source):
         if (source / "config.json").is_file():
             check_model_type(args.source, source)
-        count = convert(args.source, args.destination, args.to)
+        (_export if args.to == GGUF else _rewrite)(args)
+
+
+def _rewrite(args: argparse.Namespace) -> None:
+    count = convert(args.source, args.destination, args.to)
     logger.info("Wrote %s; all %d tensors are what they were (names, shapes, SHA-256).", args.destination, count)
 
 
@@ -75,8 +76,7 @@ def _export(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError("--to gguf needs the package gguf: pip install '.[gguf]'.") from error
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file, by a name that is soon another
-    with errors_that_name(args.source, Path(args.source)):
-        count = gguf.export(args.source, args.destination, ARCHITECTURE, args.type or "f16", args.language_only)
+    count = gguf.export(args.source, args.destination, ARCHITECTURE, args.type or "f16", args.language_only)
     logger.info("Wrote %s; all %d tensors were read back as written (SHA-256).", args.destination, count)
 
 
